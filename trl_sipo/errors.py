@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can act on. Each names the value, what it conflicts with, and the way out."""
+
+
+class ConfigurationError(ValueError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class DatasetError(ValueError):
+    """The preference data cannot be used as it is."""
+
+
+class BackboneError(ValueError):
+    """The model is of a kind that no adapter knows, or its configuration is not supported."""
