@@ -1,1 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Preference objectives: `(batch,)` tensors in, the unreduced per-pair loss `(batch,)` out."""
+
+from trl_sipo.core.objectives.diffusion_dpo import diffusion_dpo_loss
+from trl_sipo.core.objectives.dpo_cm import dpo_cm_loss
+from trl_sipo.core.objectives.poly_dpo import poly_dpo_loss
+from trl_sipo.core.objectives.sipo import sipo_loss
+
+__all__ = ["diffusion_dpo_loss", "dpo_cm_loss", "poly_dpo_loss", "sipo_loss"]
