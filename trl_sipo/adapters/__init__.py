@@ -1,1 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What each backbone knows of diffusers, and nothing else.
+
+[`adapter_for`] gives the adapter of a loaded pipeline, [`load_pipeline`] loads one with errors a user can act on. A
+new backbone is one module and one row of `ADAPTERS`.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_sipo.errors import BackboneError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from trl_sipo.adapters.base import BackboneAdapter
+
+ADAPTERS: dict[str, str] = {
+    "StableDiffusionPipeline": "trl_sipo.adapters.stable_diffusion:StableDiffusionAdapter",
+}
+
+_SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+def adapter_for(pipeline: "DiffusionPipeline") -> "BackboneAdapter":
+    """The adapter of a loaded pipeline, chosen by the name of its class.
+
+    Raises:
+        BackboneError: if no adapter knows the class, or the pipeline's configuration is not supported.
+    """
+    class_name = type(pipeline).__name__
+    if class_name not in ADAPTERS:
+        raise BackboneError(
+            f"No adapter for {class_name}. Give a loaded diffusers pipeline of one of these classes: {_known()}."
+        )
+    module_name, adapter_name = ADAPTERS[class_name].split(":")
+    return getattr(importlib.import_module(module_name), adapter_name)(pipeline)
+
+
+def load_pipeline(name_or_path: str | os.PathLike[str], **init_kwargs: Any) -> "DiffusionPipeline":
+    """Load a pipeline from a local folder or a model id of the Hugging Face Hub.
+
+    The class is checked before any weight is read or downloaded.
+
+    Args:
+        name_or_path: local folder with a `model_index.json`, or a model id such as `"org/model"`.
+        init_kwargs: passed to `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, ...).
+
+    Raises:
+        BackboneError: if the folder or model cannot be found or read, or no adapter knows its pipeline class.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = os.fspath(name_or_path)
+    _check_location(name)
+    try:
+        hub_kwargs = {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs}
+        index = DiffusionPipeline.load_config(name, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise BackboneError(_unreachable(name, error)) from error
+    class_name = index.get("_class_name") if isinstance(index, dict) else None
+    if class_name not in ADAPTERS:
+        raise BackboneError(f"{name!r} is a {class_name}, which no adapter knows. Known classes: {_known()}.")
+    try:
+        return DiffusionPipeline.from_pretrained(name, **init_kwargs)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"The pipeline {name!r} is there but does not load: {error}") from error
+
+
+def _known() -> str:
+    return ", ".join(sorted(ADAPTERS))
+
+
+def _check_location(name: str) -> None:
+    """Refuse what is plainly a path, but not that of a pipeline's folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise BackboneError(
+                f"The folder {name!r} has no model_index.json, so it is not a saved pipeline. Give the folder that "
+                "`pipeline.save_pretrained` wrote; for LoRA weights, load the base pipeline and call "
+                "`pipeline.load_lora_weights`."
+            )
+        return
+    if path.is_file() or name.endswith(_SINGLE_FILE_SUFFIXES):
+        raise BackboneError(
+            f"{name!r} is a single file, not a pipeline's folder. Load it with `StableDiffusionPipeline."
+            "from_single_file` and give the loaded pipeline instead of its path."
+        )
+    if name.startswith((".", "/", "~", "\\")) or len(Path(name).parts) != 2:
+        raise BackboneError(
+            f"There is no folder {name!r} (seen from {os.getcwd()}), and it is not a model id of the form 'org/model'."
+        )
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    return (
+        f"The pipeline {name!r} is not a local folder, and the Hugging Face Hub did not give its model_index.json. If "
+        "it is a folder, check the path; if it is a model id, check its spelling, the connection (HF_HUB_OFFLINE=1 "
+        f"allows only models already in the cache) and, for a gated model, `hf auth login`. Cause: {error}"
+    )

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface between a diffusers pipeline and everything else in the package.
+
+An adapter never samples noise or time and never computes a target: it encodes prompts and media, calls the denoiser
+the way the pipeline calls it in inference, and saves and loads what was trained.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from trl_sipo.adapters import lora
+from trl_sipo.adapters.wrappers import unwrap_denoiser
+from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
+from trl_sipo.errors import BackboneError, ConfigurationError
+
+Conditioning = dict[str, Tensor]
+
+
+class BackboneAdapter(ABC):
+    """What a trainer needs of one pipeline class.
+
+    Latents are normalised, of shape (B, C, h, w) for images and as the denoiser takes them for video; a layout that
+    only the denoiser knows (packing) exists inside [`forward`] alone.
+
+    Args:
+        pipeline: a loaded pipeline of the class named by `pipeline_class_name`.
+
+    Raises:
+        BackboneError: if the pipeline is of another class, misses a component, or has a configuration that the adapter
+            does not support.
+    """
+
+    pipeline_class_name: ClassVar[str]
+    denoiser_name: ClassVar[str]
+    frozen_names: ClassVar[tuple[str, ...]]
+    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    is_video: ClassVar[bool] = False
+    lora_target_modules: ClassVar[tuple[str, ...]]
+    input_layer_name: ClassVar[str]
+    """First layer of the denoiser; the dtype of its weight is the one that the denoiser's inputs are cast to."""
+    vae_slice_size: ClassVar[int] = 8
+    """Media that the VAE encodes or decodes at a time, so that memory does not grow with the batch."""
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        if type(pipeline).__name__ != self.pipeline_class_name:
+            raise BackboneError(
+                f"{type(self).__name__} is for {self.pipeline_class_name}, not for {type(pipeline).__name__}."
+            )
+        names = (self.denoiser_name, *self.frozen_names, *self.tokenizer_names, "scheduler")
+        missing = [name for name in names if getattr(pipeline, name, None) is None]
+        if missing:
+            raise BackboneError(
+                f"The {self.pipeline_class_name} has no {', '.join(missing)}. Load the whole pipeline: training needs "
+                f"{', '.join(names)}."
+            )
+        self.pipeline: Any = pipeline
+        self.check_configuration()
+
+    @abstractmethod
+    def check_configuration(self) -> None:
+        """Raise [`BackboneError`] if the pipeline's configuration is not one that the adapter can train."""
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: a member of `core.parameterization.PREDICTION_TYPES`."""
+
+    @property
+    @abstractmethod
+    def noise_schedule(self) -> VPSchedule | FlowSchedule:
+        """The training noise process, from the scheduler's configuration and never from its state."""
+
+    @property
+    @abstractmethod
+    def spatial_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's denoiser, the module that is trained."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    def freeze(self) -> None:
+        """Put everything but the denoiser in eval mode, without gradients. The denoiser is left as it is."""
+        for name in self.frozen_names:
+            getattr(self.pipeline, name).requires_grad_(False).eval()
+
+    # Prompts
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Encode each prompt as the pipeline does in inference, without gradients.
+
+        Returns:
+            One dict of tensors per prompt, without a batch dimension, on the text encoder's device. What a prompt
+            gives does not depend on the others.
+        """
+
+    def collate(self, conditioning: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+        """Batch the dicts of [`encode_prompts`]: every tensor gets a leading batch dimension."""
+        return {key: torch.stack([item[key] for item in conditioning]) for key in conditioning[0]}
+
+    def null_conditioning(self) -> Conditioning:
+        """What an unconditional sample is given in place of a prompt, without a batch dimension (caption dropout)."""
+        return self.encode_prompts([""])[0]
+
+    # Media
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latents of one sample, without the batch dimension, for a size in pixels."""
+
+    @abstractmethod
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the denoiser takes them."""
+
+    @abstractmethod
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """Inverse of [`normalize_latents`], the way the pipeline undoes it."""
+
+    def validate_size(self, height: int, width: int) -> None:
+        """Raise [`ConfigurationError`], with the nearest valid sizes, unless this size in pixels is one."""
+        multiple = self.spatial_multiple
+        for name, size in (("height", height), ("width", width)):
+            if size < multiple or size % multiple:
+                below = max(size // multiple, 1) * multiple
+                nearest = sorted({below, below + multiple} if size > multiple else {below})
+                raise ConfigurationError(
+                    f"{name} {size} is not a positive multiple of {multiple}, which {self.pipeline_class_name} needs. "
+                    f"Nearest valid: {' or '.join(map(str, nearest))}."
+                )
+
+    def encode_media(self, pixels: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Encode media by the VAE, in the VAE's own dtype, without gradients.
+
+        Args:
+            pixels: (B, 3, H, W), or (B, 3, F, H, W) for video, in [-1, 1].
+            noise: standard normal, of the latents' shape: sample the posterior, mean + std * noise. None: its mean.
+
+        Returns:
+            Normalised latents, float32, on the VAE's device.
+        """
+        with self._frozen_inference("vae") as vae:
+            posteriors = [
+                vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(self.vae_slice_size)
+            ]
+            latents = torch.cat([posterior.mean for posterior in posteriors]).float()
+            if noise is not None:
+                std = torch.cat([posterior.std for posterior in posteriors]).float()
+                latents = latents + std * noise.to(latents)
+            return self.normalize_latents(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents as the pipeline does, without gradients: float32 pixels in [-1, 1]."""
+        with self._frozen_inference("vae") as vae:
+            parts = self.denormalize_latents(latents.to(vae.device)).to(vae.dtype).split(self.vae_slice_size)
+            return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts]).float().clamp(-1, 1)
+
+    @contextmanager
+    def _frozen_inference(self, name: str) -> Iterator[Any]:
+        """A frozen module in eval mode, without gradients, in its own dtype even inside a training step's autocast."""
+        module = getattr(self.pipeline, name)
+        if module.training:
+            module.eval()
+        with torch.no_grad(), torch.autocast(module.device.type, enabled=False):
+            yield module
+
+    # Denoiser
+
+    @abstractmethod
+    def forward(
+        self,
+        denoiser: Callable[..., Any],
+        noisy_latents: Tensor,
+        level: NoiseLevel,
+        conditioning: Mapping[str, Tensor],
+        extra: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Call the denoiser as the pipeline does in inference.
+
+        Args:
+            denoiser: the pipeline's own, or one of its kind under any wrapper (PEFT, compiled, distributed).
+            noisy_latents: as [`encode_media`] gives them, noised; any float dtype.
+            level: noise level of each sample, fields of shape (B,).
+            conditioning: batched, as [`collate`] gives it.
+            extra: what some backbones need beside it (sizes, guidance, frame rate).
+
+        Returns:
+            The prediction, of the shape of `noisy_latents`, in the denoiser's output dtype.
+        """
+
+    def input_dtype(self, denoiser: nn.Module) -> torch.dtype:
+        """The dtype that the denoiser's inputs must have.
+
+        `denoiser.dtype` is not it in general: on a PEFT model it may be that of a float32 LoRA layer over a bfloat16
+        base, and some models keep single layers in float32.
+        """
+        base = unwrap_denoiser(denoiser)
+        layer = base.get_submodule(self.input_layer_name)
+        weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
+        return weight.dtype if weight.is_floating_point() else base.dtype  # quantised weights are stored as integers
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
+        """Recompute activations in the backward pass; works for a denoiser under any wrapper."""
+        unwrap_denoiser(denoiser).enable_gradient_checkpointing()
+
+    # Saving and loading
+
+    def save_lora(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
+        """Save the `"default"` adapter of a PEFT model for `pipeline.load_lora_weights(directory)`.
+
+        The loaded pipeline is the trained model exactly, whatever its rank and alpha. Errors: see [`lora.save_lora`].
+        """
+        lora.save_lora(type(self.pipeline), self.denoiser_name, denoiser, directory)
+
+    def load_lora(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
+        """Restore the `"default"` adapter of a PEFT model, in place, from what [`save_lora`] wrote."""
+        lora.load_lora(self.denoiser_name, denoiser, directory)
+
+    def adopt_injected_lora(self) -> PeftModel:
+        """Turn a LoRA loaded with `pipeline.load_lora_weights` into a PEFT model that training continues.
+
+        Returns:
+            A PEFT model around the pipeline's denoiser with the same weights, trainable, as adapter `"default"`.
+
+        Raises:
+            ConfigurationError: if there is not exactly one such LoRA, or it could not be saved again as it is.
+        """
+        for name in self.frozen_names:
+            if getattr(getattr(self.pipeline, name), "_hf_peft_config_loaded", False):
+                raise ConfigurationError(
+                    f"The pipeline's {name} carries a LoRA too, which training would neither change nor save. Load "
+                    f"the LoRA of the {self.denoiser_name} alone."
+                )
+        return lora.adopt_injected_lora(self.denoiser)
+
+    def save_pipeline(self, directory: str | os.PathLike[str]) -> None:
+        """Save the whole pipeline, its fully fine-tuned denoiser included, for `from_pretrained`.
+
+        Raises:
+            ConfigurationError: if the denoiser carries LoRA layers, which would make the folder unloadable.
+        """
+        if any(isinstance(module, BaseTunerLayer) for module in self.denoiser.modules()):
+            raise ConfigurationError(
+                f"The {self.denoiser_name} carries LoRA layers: save them with save_lora, or merge them first "
+                "(merge_and_unload) to save a pipeline."
+            )
+        self.pipeline.save_pretrained(directory)
+
+    def load_denoiser(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
+        """Restore a fully fine-tuned denoiser, in place, from a folder that [`save_pipeline`] wrote.
+
+        Raises:
+            BackboneError: if the folder holds no such denoiser, or one of another architecture.
+        """
+        base = unwrap_denoiser(denoiser)
+        folder = Path(directory) / self.denoiser_name
+        if not folder.is_dir():
+            raise BackboneError(f"There is no {self.denoiser_name} in {os.fspath(directory)!r}: {folder} is missing.")
+        try:
+            base.load_state_dict(type(base).from_pretrained(folder, local_files_only=True).state_dict())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BackboneError(f"{folder} does not fit the {type(base).__name__} in training: {error}") from error

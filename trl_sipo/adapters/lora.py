@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA files that plain diffusers loads as exactly the trained model, and back.
+
+The file carries PEFT's adapter configuration in its metadata. Without it `load_lora_weights` assumes alpha = rank and
+gives another model than the one that was trained, without a word.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from trl_sipo.adapters.wrappers import find_peft_model
+from trl_sipo.errors import BackboneError, ConfigurationError
+
+ADAPTER_NAME = "default"
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+
+_METADATA_KEY = "lora_adapter_metadata"
+_PEFT_PREFIX = "base_model.model."
+# The others (pissa, olora, corda, loftq, lora_ga, ...) change the base weights, so the LoRA alone is not the model.
+_EXPORTABLE_INITS = (True, False, "gaussian", "orthogonal")
+# With these equal, and the same layers, two adapters compute the same function of the same weights.
+_DEFINING_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+
+
+def check_exportable(denoiser: nn.Module) -> PeftModel:
+    """The PEFT model of a denoiser, if a diffusers LoRA file can express its adapter `"default"`.
+
+    To be called before training, so that a run does not end with a model that cannot be saved.
+
+    Raises:
+        ConfigurationError: if there is no PEFT model or no such adapter, or its configuration trains or changes more
+            than LoRA matrices.
+    """
+    model = find_peft_model(denoiser)
+    if model is None:
+        raise ConfigurationError(
+            f"A LoRA is saved from and loaded into a PEFT model, not a {type(denoiser).__name__}. Wrap the denoiser "
+            "with peft.get_peft_model, or save the whole pipeline."
+        )
+    config = model.peft_config.get(ADAPTER_NAME)
+    if config is None:
+        raise ConfigurationError(
+            f"The PEFT model has the adapters {sorted(model.peft_config)}, but the trained one must be named "
+            f"{ADAPTER_NAME!r}: leave out adapter_name in get_peft_model."
+        )
+    if config.peft_type != PeftType.LORA:
+        raise ConfigurationError(f"The adapter is {config.peft_type}; only LoRA is supported. Use a peft.LoraConfig.")
+    if config.init_lora_weights not in _EXPORTABLE_INITS:
+        raise ConfigurationError(
+            f"init_lora_weights={config.init_lora_weights!r} is not supported: such initialisations change the base "
+            f"weights, so that the saved LoRA alone is not the trained model. Use one of {_EXPORTABLE_INITS}."
+        )
+    for field, neutral in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
+        value = getattr(config, field, neutral)
+        if value not in (neutral, []):
+            raise ConfigurationError(
+                f"{field}={value!r} trains weights that a diffusers LoRA file cannot hold. Leave it at {neutral!r}; "
+                "further layers can be named in target_modules."
+            )
+    return model
+
+
+def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write `<directory>/pytorch_lora_weights.safetensors`, whole or not at all.
+
+    Args:
+        pipeline_class: the pipeline's class, whose `save_lora_weights` writes the file.
+        denoiser_name: component name of the denoiser, which prefixes the keys.
+        denoiser: a PEFT model, under any wrapper, with an adapter `"default"`.
+        directory: created if missing.
+
+    Raises:
+        ConfigurationError: as [`check_exportable`].
+    """
+    model = check_exportable(denoiser)
+    layers = {key: value.detach().cpu().contiguous() for key, value in _lora_state_dict(model).items()}
+    if denoiser_name == "unet":
+        layers = _conventional_unet_keys(layers)
+    arguments = {
+        f"{denoiser_name}_lora_layers": layers,
+        f"{denoiser_name}_lora_adapter_metadata": model.peft_config[ADAPTER_NAME].to_dict(),
+    }
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    # Renamed into place: a run killed here leaves the earlier file or none, never a torn one.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
+        pipeline_class.save_lora_weights(temporary, weight_name=LORA_FILE_NAME, **arguments)
+        os.replace(Path(temporary) / LORA_FILE_NAME, target / LORA_FILE_NAME)
+
+
+def load_lora(denoiser_name: str, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Restore adapter `"default"`, in place and to the bit, from the file that [`save_lora`] wrote.
+
+    Raises:
+        BackboneError: if the file is missing or unreadable, or its adapter differs from the one in training.
+        ConfigurationError: as [`check_exportable`].
+    """
+    model = check_exportable(denoiser)
+    path = Path(directory) / LORA_FILE_NAME
+    saved, saved_config = _read_lora_file(path, denoiser_name)
+    _check_same_config(path, saved_config, model.peft_config[ADAPTER_NAME])
+    expected = _lora_state_dict(model)
+    if saved.keys() != expected.keys():
+        missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+        raise BackboneError(
+            f"{path} holds a LoRA of other layers than the one in training: {len(missing)} weights are missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} are unknown ({', '.join(unexpected[:3])}). Use the "
+            "target_modules it was trained with."
+        )
+    for key, value in saved.items():
+        if value.shape != expected[key].shape:
+            raise BackboneError(
+                f"{path}: {key} has the shape {tuple(value.shape)}, but the LoRA in training has "
+                f"{tuple(expected[key].shape)}. It was trained on another base model."
+            )
+    set_peft_model_state_dict(model, {_PEFT_PREFIX + key: value for key, value in saved.items()}, ADAPTER_NAME)
+
+
+def adopt_injected_lora(denoiser: nn.Module) -> PeftModel:
+    """A PEFT model around a denoiser in which diffusers injected a LoRA (`pipeline.load_lora_weights`).
+
+    The injected layers are taken out of `denoiser` and put back through PEFT with the same weights and configuration,
+    as the trainable adapter `"default"`, so that the outputs do not change. Half-precision weights become float32.
+
+    Raises:
+        ConfigurationError: if there is not exactly one injected adapter, or it is fused, rescaled or switched off.
+    """
+    configs = getattr(denoiser, "peft_config", None) or {}
+    if isinstance(denoiser, PeftModel) or len(configs) != 1:
+        raise ConfigurationError(
+            "Training continues exactly one LoRA loaded by pipeline.load_lora_weights, but the "
+            f"{type(denoiser).__name__} has {sorted(configs) or 'none'}. Load one, or fuse and unload the others."
+        )
+    (name, config), *_ = configs.items()
+    layers = {key: module for key, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+    _check_adoptable(name, layers)
+    weights = get_peft_model_state_dict(denoiser, adapter_name=name, save_embedding_layers=False)
+    weights = {_PEFT_PREFIX + key: value.detach().clone() for key, value in weights.items()}
+
+    config = copy.deepcopy(config)
+    config.inference_mode = False
+    unload = getattr(denoiser, "unload_lora")  # noqa: B009 - a method of diffusers' models, unknown to nn.Module
+    unload()
+    model = _wrap_layers(denoiser, config, set(layers))
+    set_peft_model_state_dict(model, weights, ADAPTER_NAME)
+    check_exportable(model)
+    return model
+
+
+def _lora_state_dict(model: PeftModel) -> dict[str, Tensor]:
+    """Weights of adapter `"default"` by the names of the layers in the denoiser, `<layer>.lora_A.weight` and so on."""
+    # Not "auto" for the embeddings: PEFT would then ask the Hub for the base model's configuration.
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    return {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+
+
+def _conventional_unet_keys(layers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`lora.down`/`lora.up`, the names of UNet files, if every layer has such a name.
+
+    diffusers converts attention projections only, and its loader decides by the first key how all of them are named,
+    so a mixture may not load. A file in PEFT's names throughout does.
+    """
+    converted = convert_state_dict_to_diffusers(dict(layers))
+    return layers if any(".lora_A." in key or ".lora_B." in key for key in converted) else converted
+
+
+def _read_lora_file(path: Path, denoiser_name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights by PEFT's names, and the adapter configuration, of one component."""
+    prefix = f"{denoiser_name}."
+    if not path.is_file():
+        raise BackboneError(f"There is no LoRA to load: {path} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise BackboneError(f"{path} cannot be read as a LoRA file: {error}") from error
+    config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if not config:
+        raise BackboneError(
+            f"{path} has no adapter metadata for the {denoiser_name}, so its alpha is not known: another tool wrote "
+            "it. Load it with pipeline.load_lora_weights and train that pipeline."
+        )
+    renamed = {
+        key.removeprefix(prefix).replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): value
+        for key, value in weights.items()
+    }
+    return renamed, config
+
+
+def _check_same_config(path: Path, saved: dict[str, Any], current: LoraConfig) -> None:
+    for field in _DEFINING_FIELDS:
+        if field in saved and saved[field] != (value := getattr(current, field)):
+            raise BackboneError(
+                f"{path} was trained with {field}={saved[field]!r}, but the LoRA in training has {field}={value!r}. "
+                "Use the same peft_config to resume."
+            )
+
+
+def _check_adoptable(name: str, layers: dict[str, LoraLayer]) -> None:
+    for key, layer in layers.items():
+        if layer.merged:
+            raise ConfigurationError(f"The LoRA {name!r} is fused: call pipeline.unfuse_lora() to train it further.")
+        if layer.disable_adapters or name not in layer.active_adapters:
+            raise ConfigurationError(
+                f"The LoRA {name!r} is loaded but switched off: call pipeline.set_adapters({name!r}) to train it."
+            )
+        rank = layer.r[name]
+        scaling = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
+        if not math.isclose(layer.scaling[name], scaling, rel_tol=1e-6):
+            raise ConfigurationError(
+                f"The LoRA {name!r} is scaled by {layer.scaling[name] / scaling:.4g} in {key}, which a LoRA file "
+                f"cannot express: call pipeline.set_adapters({name!r}, 1.0)."
+            )
+
+
+def _wrap_layers(denoiser: nn.Module, config: LoraConfig, names: set[str]) -> PeftModel:
+    """`get_peft_model` with LoRA in exactly the layers named, whatever else the configuration would match."""
+    model = get_peft_model(denoiser, config, adapter_name=ADAPTER_NAME)
+    if {key for key, module in denoiser.named_modules() if isinstance(module, LoraLayer)} == names:
+        return model
+    config.target_modules = "|".join(re.escape(name) for name in sorted(names))
+    config.exclude_modules = None
+    config.layers_to_transform = config.layers_pattern = None
+    model = get_peft_model(model.unload(), config, adapter_name=ADAPTER_NAME)
+    assert {key for key, module in denoiser.named_modules() if isinstance(module, LoraLayer)} == names
+    return model

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the variance-preserving backbones read from a scheduler's configuration.
+
+Only the configuration is read, never the scheduler's state: inference overwrites the state, and samplers such as
+Euler keep a rescaled, variance-exploding copy of the schedule in it.
+"""
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+
+from trl_sipo.core.noise_schedule import VPSchedule
+from trl_sipo.errors import BackboneError
+
+VP_PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def vp_prediction_type(scheduler: SchedulerMixin) -> str:
+    """`"epsilon"` or `"v_prediction"`, from the scheduler's configuration.
+
+    Raises:
+        BackboneError: if the configuration says anything else, or nothing.
+    """
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type not in VP_PREDICTION_TYPES:
+        raise BackboneError(
+            f"The {type(scheduler).__name__} has prediction_type={prediction_type!r}; this backbone trains with "
+            f"{' or '.join(map(repr, VP_PREDICTION_TYPES))}. If the model's output is one of these, set it with "
+            "`pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, "
+            "prediction_type=...)`."
+        )
+    return prediction_type
+
+
+def vp_noise_schedule(scheduler: SchedulerMixin) -> VPSchedule:
+    """The training noise process of a scheduler: the betas of its configuration, zero-SNR rescaling included.
+
+    Returns:
+        Schedule over `num_train_timesteps` steps; the cumulative product is taken in float64.
+
+    Raises:
+        BackboneError: if the configuration describes no discrete variance-preserving process.
+    """
+    config = scheduler.config
+    name = type(scheduler).__name__
+    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
+        raise BackboneError(
+            f"{name} has no beta schedule, so it does not describe the noise this backbone was trained with. Give the "
+            "pipeline a DDIMScheduler (or DDPM, PNDM, Euler, DPM-Solver) with the model's own betas."
+        )
+    try:
+        # DDPMScheduler is the only one whose tables are those of training for every sampler's configuration.
+        betas = DDPMScheduler.from_config(config).betas.to(torch.float64)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise BackboneError(f"The betas of the {name} cannot be computed from its configuration: {error}") from error
+    return VPSchedule(torch.cumprod(1.0 - betas, dim=0))
