@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Preference pairs: formats, loading, checking, paired transforms, datasets and their collator."""

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The column layouts that preference data comes in, and which rows of them are pairs.
+
+A label, where there is one, is the share of votes for the first image: 1 means that the first image is preferred, 0
+that the second is, 0.5 is a tie. Labels in between only say which image is preferred: a soft label is not trained as
+such. Ties teach nothing about a preference and are dropped; so are rows without a label.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Image, IterableDataset
+
+from trl_sipo.errors import DatasetError
+
+TIE = 0.5
+
+
+@dataclass(frozen=True)
+class PreferenceFormat:
+    """Which column holds what.
+
+    Args:
+        name: the key in `FORMATS`.
+        prompt: column of the prompt, a string or TRL's conversational form.
+        first, second: columns of the two arms; the first is the preferred one unless `label` says otherwise.
+        label: column of the share of votes for `first`, in [0, 1]; None: `first` is always preferred.
+        label_required: without the label it could not be known which arm is preferred.
+        has_label: column that is False in rows nobody has judged; None: all rows are judged.
+        holds_latents: the arms are encoded latents (nested lists or arrays of floats), not images.
+    """
+
+    name: str
+    prompt: str
+    first: str
+    second: str
+    label: str | None = None
+    label_required: bool = False
+    has_label: str | None = None
+    holds_latents: bool = False
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """The columns without which a dataset is not of this format."""
+        label = (self.label,) if self.label_required and self.label is not None else ()
+        return (self.prompt, self.first, self.second, *label)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        return tuple(column for column in (self.label, self.has_label) if column is not None)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is read, in order, once each."""
+        return (self.prompt, self.first, self.second, *self.label_columns)
+
+    def is_unlabelled(self, row: Mapping[str, Any]) -> bool:
+        """Whether nobody has judged this pair: `has_label` is False, or the label is null."""
+        if self.has_label is not None and not row[self.has_label]:
+            return True
+        return self.label is not None and (row[self.label] is None or row[self.label] != row[self.label])
+
+    def is_tie(self, row: Mapping[str, Any]) -> bool:
+        """Whether neither arm is preferred. False for an unlabelled row.
+
+        Raises:
+            DatasetError: the label is not a number in [0, 1].
+        """
+        if self.label is None or self.is_unlabelled(row):
+            return False
+        return _as_label(row[self.label], self.label) == TIE
+
+    def read(self, row: Mapping[str, Any], *, where: str = "a row") -> dict[str, Any]:
+        """A row under the canonical names: `{"prompt": str, "chosen": ..., "rejected": ...}`, the arms as stored.
+
+        Raises:
+            DatasetError: the prompt is no text, the label is not a number in [0, 1], or the row is no pair (a tie or
+                without a label).
+        """
+        chosen, rejected = self.first, self.second
+        if self.label is not None:
+            if self.is_unlabelled(row) or self.is_tie(row):
+                raise DatasetError(
+                    f"{where} has no preferred image (a tie, or without a label); drop_ties removes such"
+                )
+            if _as_label(row[self.label], self.label) < TIE:
+                chosen, rejected = rejected, chosen
+        prompt = read_prompt(row[self.prompt], where=f"{where}, column {self.prompt!r}")
+        return {"prompt": prompt, "chosen": row[chosen], "rejected": row[rejected]}
+
+
+FORMATS: dict[str, PreferenceFormat] = {
+    "canonical": PreferenceFormat("canonical", "prompt", "chosen", "rejected", label="label"),
+    "pick_a_pic": PreferenceFormat(
+        "pick_a_pic", "caption", "jpg_0", "jpg_1", label="label_0", label_required=True, has_label="has_label"
+    ),
+    "latents": PreferenceFormat(
+        "latents", "prompt", "chosen_latents", "rejected_latents", label="label", holds_latents=True
+    ),
+}
+
+
+def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
+    """The format whose required columns are all there, with the optional columns that are not taken out.
+
+    Raises:
+        DatasetError: no format fits, or more than one; lists the columns found, the formats known, and what is missing
+            from the nearest.
+    """
+    found = list(column_names)
+    fitting = [fmt for fmt in FORMATS.values() if set(fmt.required_columns) <= set(found)]
+    if len(fitting) > 1:
+        names = " and ".join(repr(fmt.name) for fmt in fitting)
+        raise DatasetError(f"the columns {found} fit the formats {names}; remove the columns of one (remove_columns)")
+    if fitting:
+        fmt = fitting[0]
+        return replace(
+            fmt,
+            label=fmt.label if fmt.label in found else None,
+            has_label=fmt.has_label if fmt.has_label in found else None,
+        )
+    known = "; ".join(f"{fmt.name}: {', '.join(fmt.required_columns)}" for fmt in FORMATS.values())
+    nearest = max(FORMATS.values(), key=lambda fmt: len(set(fmt.required_columns) & set(found)))
+    missing = [column for column in nearest.required_columns if column not in found]
+    advice = ""
+    if len(missing) < len(nearest.required_columns):
+        advice = f" Nearest is {nearest.name!r}, from which {missing} {'are' if len(missing) > 1 else 'is'} missing."
+    raise DatasetError(
+        f"this is no preference data that is known here. Columns found: {found}. Formats known: {known}.{advice} "
+        "Columns of other names can be renamed with rename_columns."
+    )
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Which rows are pairs, from the label columns alone.
+
+    Args:
+        kept: int64 array, the positions of the rows that are pairs, in order.
+        num_ties: rows whose label is 0.5.
+        num_unlabelled: rows that nobody has judged.
+        num_swapped: kept rows in which the second arm is the preferred one.
+    """
+
+    kept: np.ndarray
+    num_ties: int = 0
+    num_unlabelled: int = 0
+    num_swapped: int = 0
+
+    @property
+    def num_dropped(self) -> int:
+        return self.num_ties + self.num_unlabelled
+
+
+def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
+    """Find the rows that are pairs, reading the label columns only: no image is decoded or copied.
+
+    Raises:
+        DatasetError: a label is not a number in [0, 1]; names the row.
+    """
+    rows = np.arange(len(dataset), dtype=np.int64)
+    if not fmt.label_columns or len(dataset) == 0:
+        return RowSelection(rows)
+    table = dataset.select_columns(list(fmt.label_columns)).with_format("arrow")[:]
+    unlabelled = np.zeros(len(rows), dtype=bool)
+    if fmt.has_label is not None:
+        unlabelled |= np.nan_to_num(_numbers(table, fmt.has_label)) == 0
+    labels = np.ones(len(rows))
+    if fmt.label is not None:
+        labels = _numbers(table, fmt.label)
+        unlabelled |= np.isnan(labels)
+        outside = ~unlabelled & ((labels < 0) | (labels > 1))
+        if outside.any():
+            row = int(np.flatnonzero(outside)[0])
+            raise DatasetError(_label_message(labels[row], fmt.label, f"row {row}, "))
+    ties = ~unlabelled & (labels == TIE)
+    keep = ~unlabelled & ~ties
+    return RowSelection(rows[keep], int(ties.sum()), int(unlabelled.sum()), int((labels[keep] < TIE).sum()))
+
+
+def drop_ties(dataset: Dataset, fmt: PreferenceFormat) -> tuple[Dataset, int]:
+    """The dataset without ties and unlabelled rows, and how many rows that took (`select_pairs` counts them apart).
+
+    Rows are selected by index: images are neither decoded nor rewritten.
+    """
+    selection = select_pairs(dataset, fmt)
+    return (dataset.select(selection.kept) if selection.num_dropped else dataset), selection.num_dropped
+
+
+def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Dataset | IterableDataset:
+    """Only the columns that `fmt` reads, as plain Python values, with image columns left as they are stored.
+
+    Decoding then happens in `open_image`, which names the row that does not open.
+
+    Raises:
+        DatasetError: the dataset has a transform (`set_transform`), whose results cannot be foreseen from its columns.
+    """
+    refuse_custom_transform(dataset)
+    dataset = dataset.select_columns(list(fmt.columns)).with_format(None)
+    for column in (fmt.first, fmt.second):
+        feature = (dataset.features or {}).get(column)
+        if isinstance(feature, Image) and feature.decode:
+            dataset = dataset.cast_column(column, Image(mode=feature.mode, decode=False))
+    return dataset
+
+
+def refuse_custom_transform(dataset: Dataset | IterableDataset) -> None:
+    """Raise a DatasetError when the dataset has a `set_transform` or `with_transform`."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise DatasetError(
+            "the dataset has a transform (set_transform or with_transform), which would run after its columns were "
+            "examined. Apply it with dataset.map(...) instead, or take it off with dataset.reset_format()."
+        )
+
+
+def read_prompt(value: Any, *, where: str = "the prompt") -> str:
+    """A prompt as a string: a string itself, or the text of the user's turns of a conversation, joined by newlines.
+
+    In a conversation, `[{"role": ..., "content": ...}, ...]`, a content is a string or a list of
+    `{"type": "text", "text": ...}`. Turns of other roles (system, assistant) are not part of the prompt.
+
+    Raises:
+        DatasetError: anything else, an image within the prompt, or no text at all.
+    """
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
+        turns = [turn.get("content") for turn in value if turn.get("role") == "user"]
+        text = "\n".join(_content_text(content, where) for content in turns)
+    else:
+        raise DatasetError(f"{where}: expected a string or a conversation, found {type(value).__name__} {value!r:.80}")
+    if not text.strip():
+        raise DatasetError(f"{where}: the prompt is empty")
+    return text
+
+
+def _content_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise DatasetError(f"{where}: the content of a turn is {type(content).__name__}, not text")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DatasetError(f"{where}: a turn holds {part!r:.80}; prompts are text only")
+    return "".join(part["text"] for part in content)
+
+
+def _as_label(value: Any, column: str) -> float:
+    if not isinstance(value, int | float | np.number | np.bool_) or not 0 <= value <= 1:
+        raise DatasetError(_label_message(value, column))
+    return float(value)
+
+
+def _numbers(table: pa.Table, column: str) -> np.ndarray:
+    """A column as float64, nulls as NaN."""
+    values = table[column]
+    kind = values.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or kind == pa.null()):
+        raise DatasetError(_label_message(values[0].as_py(), column))
+    return values.cast(pa.float64()).to_numpy()
+
+
+def _label_message(value: Any, column: str, where: str = "") -> str:
+    return (
+        f"{where}column {column!r}: a label is the share of votes for the first image, a number in [0, 1] (0.5 is a "
+        f"tie), found {value!r}. Rename the column if it means something else."
+    )

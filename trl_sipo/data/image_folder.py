@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preference data as folders: `chosen/<id>.png`, `rejected/<id>.png`, and a table of prompts."""
+
+import csv
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_sipo.errors import DatasetError
+
+_ARMS = ("chosen", "rejected")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_METADATA = ("metadata.csv", "metadata.jsonl")
+_NUM_NAMED = 5
+
+
+def find_image_folders(root: Path) -> dict[str, Path]:
+    """Folders of the layout at or one level below `root`, by split: `{"": root}`, `{"train": root / "train", ...}`."""
+    if _is_image_folder(root):
+        return {"": root}
+    return {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir() and _is_image_folder(folder)}
+
+
+def load_image_folder(folder: Path) -> Dataset:
+    """One such folder as a dataset of `prompt`, `chosen`, `rejected` (absolute paths) and the other columns there are.
+
+    Rows are in the order of the metadata. Ids are the names of the images without their suffix.
+
+    Raises:
+        DatasetError: no metadata, a row without `id` or `prompt`, an id used twice, or an image or a row without its
+            partners (names the first few).
+    """
+    folder = folder.resolve()
+    images = {arm: _images_by_id(folder / arm) for arm in _ARMS}
+    rows = _read_metadata(folder)
+    ids = [row.pop("id") for row in rows]
+    _check_partners(folder, ids, images)
+    columns: dict[str, list[Any]] = {"prompt": [row.pop("prompt") for row in rows]}
+    for arm in _ARMS:
+        columns[arm] = [str(images[arm][identifier]) for identifier in ids]
+    others = sorted({key for row in rows for key in row} - {*columns, "file_name"})
+    for column in others:
+        columns[column] = [row.get(column) for row in rows]
+    return Dataset.from_dict(columns)
+
+
+def _is_image_folder(folder: Path) -> bool:
+    return all((folder / arm).is_dir() for arm in _ARMS)
+
+
+def _images_by_id(folder: Path) -> dict[str, Path]:
+    images: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in _SUFFIXES or file.name.startswith("."):
+            continue
+        if file.stem in images:
+            raise DatasetError(
+                f"{folder}: the id {file.stem!r} has two images, {images[file.stem].name} and {file.name}"
+            )
+        images[file.stem] = file
+    return images
+
+
+def _read_metadata(folder: Path) -> list[dict[str, Any]]:
+    """Rows with at least `id` (a string) and `prompt`."""
+    files = [folder / name for name in _METADATA if (folder / name).is_file()]
+    if len(files) != 1:
+        found = [file.name for file in files]
+        raise DatasetError(f"{folder}: expected one of {' and '.join(_METADATA)} beside the images, found {found}")
+    file = files[0]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        rows = _csv_rows(text) if file.suffix == ".csv" else _json_rows(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise DatasetError(f"{file} cannot be read: {error}") from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or row.get("prompt") is None:
+            raise DatasetError(f"{file}, row {number}: no 'prompt' in {row!r:.80}")
+        identifier = row["id"] if row.get("id") is not None else row.get("file_name")
+        if identifier is None:
+            raise DatasetError(f"{file}, row {number}: neither 'id' nor 'file_name' in {row!r:.80}")
+        row["id"] = _stem(str(identifier))
+    return rows
+
+
+def _json_rows(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _csv_rows(text: str) -> list[dict[str, Any]]:
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    if any(None in row or None in row.values() for row in rows):
+        raise csv.Error("a row has more or fewer cells than the header")
+    return rows
+
+
+def _stem(identifier: str) -> str:
+    name = identifier.replace("\\", "/").rsplit("/", 1)[-1]
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in _SUFFIXES else name
+
+
+def _check_partners(folder: Path, ids: list[str], images: dict[str, dict[str, Path]]) -> None:
+    if not ids:
+        raise DatasetError(f"{folder}: the metadata has no rows")
+    known = set(ids)
+    repeated = {identifier for identifier, count in Counter(ids).items() if count > 1}
+    if repeated:
+        raise DatasetError(f"{folder}: the metadata names an id more than once: {_first(repeated)}")
+    problems = []
+    for arm, found in images.items():
+        if known - set(found):
+            problems.append(f"{arm}/ has no image for {_first(known - set(found))}")
+        if set(found) - known:
+            problems.append(f"the metadata has no row for {_first(set(found) - known)} of {arm}/")
+    if problems:
+        raise DatasetError(f"{folder}: images without their partners: {'; '.join(problems)}")
+
+
+def _first(identifiers: set[str]) -> str:
+    more = f" and {len(identifiers) - _NUM_NAMED} more" if len(identifiers) > _NUM_NAMED else ""
+    return f"{sorted(identifiers)[:_NUM_NAMED]}{more}"

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preference data from wherever it is: the hub, a saved dataset, tables of rows, folders of images, or plain lists."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Value
+
+from trl_sipo.data.formats import FORMATS
+from trl_sipo.data.image_folder import find_image_folders, load_image_folder
+from trl_sipo.data.images import looks_like_text
+from trl_sipo.errors import DatasetError
+
+# Suffix of a file: builder of `datasets`, options of it. Empty cells of a CSV are null; the words NA and null are not.
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+}
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
+_MAX_STREAM_SHARDS = 64
+
+_Loader = Callable[[], Dataset | IterableDataset]
+
+
+def load_preference_dataset(
+    name_or_path: str | os.PathLike[str] | Mapping[str, Sequence[Any]],
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Load preference data. Rows come as they are; `PreferenceDataset` recognises the columns.
+
+    Args:
+        name_or_path: one of
+
+            - a local folder that `save_to_disk` wrote;
+            - a local folder `<root>` with `chosen/<id>.<suffix>`, `rejected/<id>.<suffix>` (png, jpg, jpeg, webp) and
+              `metadata.csv` or `metadata.jsonl` with the columns `id` (or `file_name`) and `prompt`; or several such
+              folders, `<root>/<split>`;
+            - a local folder of Parquet, JSON, JSON Lines or CSV files, at any depth. A file belongs to the split that
+              stands as a word in its name or else in its folder ("test.jsonl", "data/train-00000-of-00002.parquet");
+              without one, to "train";
+            - one such file, which is the split that is asked for;
+            - an id on the Hugging Face hub;
+            - columns, as a mapping from names to lists.
+
+            Relative paths of images in a local table are relative to the folder of that table.
+        name: configuration of a dataset on the hub.
+        split: which split; slices ("train[:500]", "train[10%:20%]") work for all kinds, except when streaming.
+        streaming: give a `datasets.IterableDataset`.
+
+    Raises:
+        DatasetError: nothing there, no such split (lists those there are), files that cannot be read, columns of
+            unequal length, images without a partner.
+    """
+    if isinstance(name_or_path, Mapping):
+        return _take_split(_single(lambda: dataset_from_columns(name_or_path), split, streaming), split, "the columns")
+    text = os.path.expanduser(os.fspath(name_or_path))
+    path = Path(text)
+    if not path.exists():
+        if _looks_like_path(text):
+            raise DatasetError(f"there is no file or folder {text!r} (working directory: {os.getcwd()})")
+        return _load_from_hub(text, name, split, streaming)
+    if name is not None:
+        raise DatasetError(f"name={name!r} chooses a configuration on the hub, but {text!r} is a local path")
+    return _take_split(_local_splits(path, split, streaming), split, repr(text))
+
+
+def dataset_from_columns(columns: Mapping[str, Sequence[Any]]) -> Dataset:
+    """A dataset from lists of equal length.
+
+    Raises:
+        DatasetError: the lengths differ, or there is no column.
+    """
+    lengths = {column: len(values) for column, values in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise DatasetError(f"columns must exist and be of equal length, found {lengths}")
+    try:
+        return Dataset.from_dict(dict(columns))
+    except (TypeError, ValueError, OSError) as error:  # pyarrow's errors are ValueError and TypeError
+        raise DatasetError(f"the columns {list(columns)} cannot be read as a table: {error}") from error
+
+
+def _single(loader: _Loader, split: str, streaming: bool) -> dict[str, _Loader]:
+    """One table without a name of its own: it is whatever split is asked for."""
+    return {_base_names(split)[0]: _maybe_streamed(loader, streaming)}
+
+
+def _maybe_streamed(loader: _Loader, streaming: bool) -> _Loader:
+    def load() -> Dataset | IterableDataset:
+        dataset = loader()
+        assert isinstance(dataset, Dataset)
+        return dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), _MAX_STREAM_SHARDS)))
+
+    return load if streaming else loader
+
+
+def _local_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]:
+    """Split names and how to load each."""
+    if path.is_file():
+        if path.suffix.lower() not in _BUILDERS:
+            raise DatasetError(f"cannot read {str(path)!r}: expected one of {', '.join(_BUILDERS)}")
+        return {_base_names(split)[0]: lambda: _load_files([path], streaming)}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_splits(path, split, streaming)
+    folders = find_image_folders(path)
+    if folders:
+        if set(folders) == {""}:
+            return _single(lambda: load_image_folder(path), split, streaming)
+        return {
+            name: _maybe_streamed(lambda folder=folder: load_image_folder(folder), streaming)
+            for name, folder in folders.items()
+        }
+    files = _data_files(path)
+    if not files:
+        raise DatasetError(
+            f"the folder {str(path)!r} holds no preference data: no {', '.join(_BUILDERS)} file, no dataset of "
+            "save_to_disk, and no folders 'chosen' and 'rejected'"
+        )
+    return {name: lambda group=group: _load_files(group, streaming) for name, group in files.items()}
+
+
+def _saved_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(f"the saved dataset {str(path)!r} cannot be read: {error}") from error
+    if isinstance(saved, DatasetDict):
+        return {str(name): _maybe_streamed(lambda part=part: part, streaming) for name, part in saved.items()}
+    return _single(lambda: saved, split, streaming)
+
+
+def _data_files(folder: Path) -> dict[str, list[Path]]:
+    """Tables below a folder by split, in order of their paths. Hidden files and folders are left alone."""
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or file.name in _NOT_DATA or file.suffix.lower() not in _BUILDERS or not file.is_file():
+            continue
+        by_split.setdefault(_split_of(relative), []).append(file)
+    return by_split
+
+
+def _split_of(relative: Path) -> str:
+    shard = _SHARD.match(relative.name)
+    if shard:
+        return shard[1]
+    for part in (relative.stem, *reversed(relative.parts[:-1])):
+        for word in re.split(r"[^a-zA-Z]+", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return "train"
+
+
+def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:
+    """Read tables of one split, with relative paths of images made absolute."""
+    groups: dict[tuple[Path, str], list[Path]] = {}
+    for file in files:
+        groups.setdefault((file.parent.resolve(), file.suffix.lower()), []).append(file)
+    parts = []
+    for (folder, suffix), group in groups.items():
+        builder, options = _BUILDERS[suffix]
+        paths = [str(file) for file in group]
+        try:
+            part = datasets.load_dataset(builder, data_files=paths, split="train", streaming=streaming, **options)
+            parts.append(_with_absolute_paths(part, folder))
+        except Exception as error:  # the readers raise their own errors, those of pyarrow and those of pandas
+            cause = error.__cause__ or error
+            raise DatasetError(f"cannot read {', '.join(paths[:3])}: {type(cause).__name__}: {cause}") from error
+    try:
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        names = [str(folder) for folder, _ in groups]
+        raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
+
+
+def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:
+    features = dataset.features or {}
+    arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
+    columns = [name for name in features if name in arms and _is_string(features[name])]
+    if not columns:
+        return dataset
+
+    def absolute(*values: list[str | None]) -> dict[str, list[str | None]]:
+        return {
+            column: [_absolute(path, folder) for path in paths] for column, paths in zip(columns, values, strict=True)
+        }
+
+    return dataset.map(absolute, batched=True, input_columns=columns)
+
+
+def _absolute(path: str | None, folder: Path) -> str | None:
+    if path is None or looks_like_text(path):
+        return path
+    return str(folder / path)  # an absolute path stays itself
+
+
+def _is_string(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _take_split(splits: Mapping[str, _Loader], split: str, source: str) -> Dataset | IterableDataset:
+    """Load the split that is asked for, of those there are, and cut the slice."""
+    unknown = [base for base in _base_names(split) if base not in splits]
+    if unknown:
+        raise DatasetError(f"{source} has no split {unknown[0]!r}; it has {sorted(splits)}")
+    if split in splits:
+        return splits[split]()
+    loaded = {base: splits[base]() for base in dict.fromkeys(_base_names(split))}
+    if not all(isinstance(dataset, Dataset) for dataset in loaded.values()):
+        raise DatasetError(f"split={split!r} cannot be cut from a stream; ask for a whole split of {sorted(splits)}")
+    try:
+        spec = ReadInstruction.from_spec(split).to_absolute({base: len(dataset) for base, dataset in loaded.items()})
+    except (ValueError, AssertionError) as error:
+        raise DatasetError(f"split={split!r} is no valid slice: {error}") from error
+    parts = [loaded[part.splitname].select(range(part.from_, part.to)) for part in spec]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _base_names(split: str) -> list[str]:
+    """The splits that a specification such as "train[:10%]+test" names."""
+    names = [part.strip().split("[")[0] for part in split.split("+")]
+    if not all(names):
+        raise DatasetError(f"split={split!r} names no split")
+    return names
+
+
+def _looks_like_path(text: str) -> bool:
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith(".")
+    return not is_hub_id or Path(text).suffix.lower() in _BUILDERS
+
+
+def _load_from_hub(text: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+    try:
+        return datasets.load_dataset(text, name, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise DatasetError(
+            f"{text!r} is neither a local path (working directory: {os.getcwd()}) nor a dataset on the hub that "
+            f"can be reached: {error}"
+        ) from error
+    except ValueError as error:  # no such split or configuration; the message lists those there are
+        raise DatasetError(f"cannot load {text!r} (name={name!r}, split={split!r}) from the hub: {error}") from error

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs as tensors, decoded in the data loader's workers, with randomness that depends only on which pair it is."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from trl_sipo.data.formats import PreferenceFormat, detect_format, select_pairs, undecoded
+from trl_sipo.data.images import open_image
+from trl_sipo.data.seeding import seeded_generator
+from trl_sipo.data.transforms import PairedTransform
+from trl_sipo.errors import ConfigurationError, DatasetError
+
+_MAX_WORKERS = 1024
+
+
+class PreferenceDataset(torch.utils.data.Dataset):
+    """The pairs of a `datasets.Dataset`, ties and unlabelled rows left out.
+
+    Item `i` is `{"prompt": str, "chosen_pixels", "rejected_pixels": float32 (3, resolution, resolution) in [-1, 1],
+    "pair_index": i}`; with latents, `"chosen_latents"`, `"rejected_latents"`: float32 of the stored shape.
+
+    Images are decoded in `__getitem__`, so in the workers of a data loader. The crop and the flip come from a
+    generator seeded by (seed, epoch, pair index): workers, batch size, order and number of processes change nothing.
+
+    Args:
+        dataset: the rows; its format ("torch", "numpy", ...) is ignored, a `set_transform` is refused.
+        fmt: its format; None: from its columns.
+        transform: required for images, unused for latents.
+        seed: of the crops and flips.
+
+    Attributes:
+        num_ties, num_unlabelled: rows that were left out.
+
+    Raises:
+        DatasetError: columns of no known format, no rows, labels out of range, a broken image (on access, naming the
+            row of `dataset`).
+        ConfigurationError: images without a transform.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        fmt: PreferenceFormat | None = None,
+        transform: PairedTransform | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.fmt = fmt or detect_format(dataset.column_names)
+        _check_transform(self.fmt, transform)
+        self.transform = transform
+        self.seed = seed
+        self._rows = undecoded(dataset, self.fmt)
+        selection = select_pairs(dataset, self.fmt)
+        self.num_ties, self.num_unlabelled = selection.num_ties, selection.num_unlabelled
+        self._row_numbers = selection.kept
+        self._epoch = _shared_integers(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the crops and flips of this epoch. Reaches running (persistent) workers."""
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return len(self._row_numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]  # negative indices count from the end; beyond it, IndexError
+        row_number = int(self._row_numbers[index])
+        where = f"row {row_number}"
+        pair = self.fmt.read(self._rows[row_number], where=where)
+        if self.fmt.holds_latents:
+            return {**read_latents(pair, where=where), "pair_index": index}
+        images = open_arms(pair, where=where)
+        generator = seeded_generator(self.seed, int(self._epoch[0]), index)
+        return {**_pixels(pair["prompt"], images, self.transform, generator), "pair_index": index}
+
+
+class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
+    """The pairs of a `datasets.IterableDataset`, skipping and counting ties and unlabelled rows.
+
+    Items are those of `PreferenceDataset`, except that `pair_index` is a 63-bit hash of the pair's prompt and stored
+    images, because a stream has no row numbers that all workers agree on. The crop and the flip are keyed by it: they
+    do not depend on workers or processes either, but differ from those of the map-style dataset.
+
+    The workers of a data loader share the shards of `dataset` (a worker without a shard yields nothing); across
+    processes split it first with `datasets.distributed.split_dataset_by_node`.
+
+    Args:
+        dataset, fmt, transform, seed: as for `PreferenceDataset`; without known columns the first row is looked at.
+
+    Raises:
+        DatasetError: columns of no known format, or an empty stream; on iteration a broken row, named by its position
+            among the rows that the worker has read.
+        ConfigurationError: images without a transform.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        fmt: PreferenceFormat | None = None,
+        transform: PairedTransform | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.fmt = fmt or detect_format(stream_columns(dataset))
+        _check_transform(self.fmt, transform)
+        self.transform = transform
+        self.seed = seed
+        self._rows = undecoded(dataset, self.fmt)
+        self._epoch = _shared_integers(1)
+        self._dropped = _shared_integers(_MAX_WORKERS, 2)  # a slot per worker: increments of one slot would race
+
+    @property
+    def num_ties(self) -> int:
+        """Ties skipped so far in this pass, by all workers of this process."""
+        return int(self._dropped[:, 0].sum())
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Unlabelled rows skipped so far in this pass, by all workers of this process."""
+        return int(self._dropped[:, 1].sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the crops, flips and, where the stream is shuffled, the order of this epoch."""
+        self._epoch[0] = epoch
+        self._rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        slot = self._dropped[worker]
+        slot.zero_()
+        if worker == 0:
+            self._dropped[num_workers:].zero_()  # left over from a pass with more workers
+        for position, row in enumerate(self._rows):
+            if self.fmt.is_unlabelled(row):
+                slot[1] += 1
+            elif self.fmt.is_tie(row):
+                slot[0] += 1
+            else:
+                yield self._item(row, where=f"row {position} read by worker {worker}" if info else f"row {position}")
+
+    def _item(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        pair = self.fmt.read(row, where=where)
+        index = pair_fingerprint(pair)
+        if self.fmt.holds_latents:
+            return {**read_latents(pair, where=where), "pair_index": index}
+        images = open_arms(pair, where=where)
+        generator = seeded_generator(self.seed, int(self._epoch[0]), index)
+        return {**_pixels(pair["prompt"], images, self.transform, generator), "pair_index": index}
+
+
+def stream_columns(dataset: datasets.IterableDataset) -> list[str]:
+    """The columns of a stream; where they are not declared, those of its first row.
+
+    Raises:
+        DatasetError: the stream is empty.
+    """
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    for row in dataset:
+        return list(row)
+    raise DatasetError("the dataset is empty: the stream has no rows")
+
+
+def open_arms(pair: Mapping[str, Any], *, where: str) -> tuple[Image.Image, Image.Image]:
+    """Both images of a pair, as RGB. Raises DatasetError naming the row and the arm."""
+    return (
+        open_image(pair["chosen"], where=f"{where}, the chosen image"),
+        open_image(pair["rejected"], where=f"{where}, the rejected image"),
+    )
+
+
+def read_latents(pair: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """`{"prompt", "chosen_latents", "rejected_latents"}`, the latents float32.
+
+    Raises:
+        DatasetError: latents that are no regular array of finite numbers, or of different shapes.
+    """
+    latents = {arm: _latent_array(pair[arm], f"{where}, the {arm} latents") for arm in ("chosen", "rejected")}
+    shapes = [tuple(array.shape) for array in latents.values()]
+    if shapes[0] != shapes[1]:
+        raise DatasetError(f"{where}: chosen and rejected latents differ in shape, {shapes[0]} and {shapes[1]}")
+    return {"prompt": pair["prompt"], **{f"{arm}_latents": array for arm, array in latents.items()}}
+
+
+def pair_fingerprint(pair: Mapping[str, Any]) -> int:
+    """A 63-bit hash of the prompt and of both arms as they are stored: the same on every worker and process."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (pair["prompt"], pair["chosen"], pair["rejected"]):
+        content = _stored_bytes(part)
+        digest.update(len(content).to_bytes(8, "big"))  # so that parts cannot run into each other
+        digest.update(content)
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _stored_bytes(value: Any) -> bytes:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, Image.Image):
+        return value.tobytes()
+    if isinstance(value, list | tuple | np.ndarray | torch.Tensor):
+        return np.asarray(value, dtype=np.float32).tobytes()
+    return str(value).encode("utf-8", "surrogatepass")
+
+
+def _latent_array(value: Any, where: str) -> torch.Tensor:
+    try:
+        array = np.array(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise DatasetError(f"{where} are no regular array of numbers ({error})") from error
+    if array.ndim == 0 or array.size == 0 or not np.isfinite(array).all():
+        raise DatasetError(f"{where} are empty, or hold values that are not finite (shape {array.shape})")
+    return torch.from_numpy(array)
+
+
+def _pixels(
+    prompt: str,
+    images: tuple[Image.Image, Image.Image],
+    transform: PairedTransform | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    assert transform is not None, "checked on construction"
+    chosen, rejected = transform(*images, generator)
+    return {"prompt": prompt, "chosen_pixels": chosen, "rejected_pixels": rejected}
+
+
+def _check_transform(fmt: PreferenceFormat, transform: PairedTransform | None) -> None:
+    if transform is None and not fmt.holds_latents:
+        raise ConfigurationError("pairs of images need a transform: pass PairedTransform(resolution=...)")
+
+
+def _shared_integers(*shape: int) -> torch.Tensor:
+    """Zeros that worker processes see change."""
+    return torch.zeros(shape, dtype=torch.int64).share_memory_()

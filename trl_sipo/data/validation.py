@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known to be wrong with preference data is said before any long work."""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset, Value
+
+from trl_sipo.data.formats import (
+    PreferenceFormat,
+    RowSelection,
+    detect_format,
+    read_prompt,
+    refuse_custom_transform,
+    select_pairs,
+    undecoded,
+)
+from trl_sipo.data.images import looks_like_text, verify_image
+from trl_sipo.data.preference_dataset import read_latents, stream_columns
+from trl_sipo.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+_NUM_NAMED = 5  # problems that an error names
+_NUM_STREAMED = 8  # rows of a stream that are looked at: what is read here is read again for training
+_BATCH = 10_000
+
+
+def check_preference_dataset(
+    dataset: Dataset | IterableDataset,
+    fmt: PreferenceFormat | None = None,
+    *,
+    num_checked_images: int = 256,
+) -> dict[str, Any]:
+    """Check preference data, and count what is in it.
+
+    All rows: labels in range, prompts that are text and not empty, paths that exist (columns of strings). Of the rows
+    that are pairs, `num_checked_images`, evenly spaced, are opened for good: both images verified and decoded. Of a
+    stream, only the first few rows can be looked at.
+
+    Args:
+        dataset: the rows, ties included.
+        fmt: its format; None: from its columns.
+        num_checked_images: how many rows have both arms opened; all when there are fewer.
+
+    Returns:
+        `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
+        `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
+        (pixels; None for latents). For a stream, the number of rows, ties, unlabelled and pairs are of the rows looked
+        at, and `streaming` is True.
+
+    Raises:
+        DatasetError: with the rows concerned and what to do.
+    """
+    if num_checked_images < 0:
+        raise DatasetError(f"num_checked_images must not be negative, found {num_checked_images}")
+    if isinstance(dataset, IterableDataset):
+        return _check_stream(dataset, fmt or detect_format(stream_columns(dataset)), num_checked_images)
+    refuse_custom_transform(dataset)
+    fmt = fmt or detect_format(dataset.column_names)
+    if len(dataset) == 0:
+        raise DatasetError("the dataset is empty: it has no rows")
+    selection = select_pairs(dataset, fmt)
+    _refuse_nothing_left(selection, len(dataset))
+    rows = undecoded(dataset, fmt)
+    _check_prompts(rows, fmt, selection.kept)
+    if not fmt.holds_latents:
+        _check_paths(rows, fmt, selection.kept)
+    checked = selection.kept[_evenly_spaced(len(selection.kept), num_checked_images)]
+    report = {
+        "format": fmt.name,
+        "streaming": False,
+        "num_rows": len(dataset),
+        "num_ties": selection.num_ties,
+        "num_unlabelled": selection.num_unlabelled,
+        "num_swapped": selection.num_swapped,
+        "num_pairs": len(selection.kept),
+        **_check_arms(((int(row), rows[int(row)]) for row in checked), fmt),
+    }
+    _warn(report)
+    return report
+
+
+def _refuse_nothing_left(selection: RowSelection, num_rows: int) -> None:
+    if len(selection.kept) == 0:
+        raise DatasetError(
+            f"no pair is left to learn from: of {num_rows} rows {selection.num_ties} are ties (label 0.5) and "
+            f"{selection.num_unlabelled} have no label"
+        )
+
+
+def _check_stream(dataset: IterableDataset, fmt: PreferenceFormat, num_checked_images: int) -> dict[str, Any]:
+    rows = list(enumerate(itertools.islice(undecoded(dataset, fmt), min(num_checked_images, _NUM_STREAMED))))
+    if not rows and num_checked_images:
+        raise DatasetError("the dataset is empty: the stream has no rows")
+    num_unlabelled = sum(fmt.is_unlabelled(row) for _, row in rows)
+    num_ties = sum(fmt.is_tie(row) for _, row in rows)
+    pairs = [(number, row) for number, row in rows if not (fmt.is_unlabelled(row) or fmt.is_tie(row))]
+    report = {
+        "format": fmt.name,
+        "streaming": True,
+        "num_rows": len(rows),
+        "num_ties": num_ties,
+        "num_unlabelled": num_unlabelled,
+        "num_swapped": sum(fmt.label is not None and row[fmt.label] < 0.5 for _, row in pairs),
+        "num_pairs": len(pairs),
+        **_check_arms(iter(pairs), fmt),
+    }
+    _warn(report)
+    return report
+
+
+def _evenly_spaced(length: int, count: int) -> np.ndarray:
+    if count >= length:
+        return np.arange(length)
+    return np.linspace(0, length - 1, count).round().astype(np.int64)
+
+
+def _check_prompts(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray) -> None:
+    problems = []
+    for number, prompt in _column_values(rows, fmt.prompt, kept):
+        try:
+            read_prompt(prompt, where=f"row {number}, column {fmt.prompt!r}")
+        except DatasetError as error:
+            problems.append(str(error))
+    _raise_all(problems, "Remove such rows with dataset.filter(...).")
+
+
+def _check_paths(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray) -> None:
+    problems = []
+    for column in (fmt.first, fmt.second):
+        feature = rows.features[column]
+        if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string"):
+            continue
+        for number, path in _column_values(rows, column, kept):
+            if path is not None and not looks_like_text(path) and not os.path.isfile(path):
+                problems.append(f"row {number}, column {column!r}: there is no file {path!r}")
+    _raise_all(problems, "Relative paths are relative to the folder in which this process was started.")
+
+
+def _column_values(rows: Dataset, column: str, kept: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """(row number, value) of the kept rows of one column, without reading the others."""
+    is_kept = np.zeros(len(rows), dtype=bool)
+    is_kept[kept] = True
+    start = 0
+    for batch in rows.select_columns([column]).iter(batch_size=_BATCH):
+        for offset, value in enumerate(batch[column]):
+            if is_kept[start + offset]:
+                yield start + offset, value
+        start += len(batch[column])
+
+
+def _check_arms(rows: Iterator[tuple[int, Mapping[str, Any]]], fmt: PreferenceFormat) -> dict[str, Any]:
+    """Open both arms of each row."""
+    num_checked = num_identical = num_unequal = 0
+    smallest_side: int | None = None
+    problems = []
+    for number, row in rows:
+        try:
+            pair = fmt.read(row, where=f"row {number}")
+            identical, unequal, side = _latent_arms(pair, number) if fmt.holds_latents else _image_arms(pair, number)
+        except DatasetError as error:
+            problems.append(str(error))
+            continue
+        num_checked += 1
+        num_identical += identical
+        num_unequal += unequal
+        smallest_side = side if smallest_side is None or side is None else min(side, smallest_side)
+    _raise_all(problems, "")
+    return {
+        "num_checked": num_checked,
+        "num_identical_arms": num_identical,
+        "num_unequal_sizes": num_unequal,
+        "smallest_side": smallest_side,
+    }
+
+
+def _latent_arms(pair: Mapping[str, Any], number: int) -> tuple[bool, bool, None]:
+    latents = read_latents(pair, where=f"row {number}")
+    return bool((latents["chosen_latents"] == latents["rejected_latents"]).all()), False, None
+
+
+def _image_arms(pair: Mapping[str, Any], number: int) -> tuple[bool, bool, int]:
+    chosen = verify_image(pair["chosen"], where=f"row {number}, the chosen image")
+    rejected = verify_image(pair["rejected"], where=f"row {number}, the rejected image")
+    unequal = chosen.size != rejected.size
+    identical = not unequal and chosen.tobytes() == rejected.tobytes()
+    return identical, unequal, min(*chosen.size, *rejected.size)
+
+
+def _raise_all(problems: Sequence[str], advice: str) -> None:
+    if not problems:
+        return
+    more = f"\n  ... and {len(problems) - _NUM_NAMED} more" if len(problems) > _NUM_NAMED else ""
+    lines = "".join(f"\n  {problem}" for problem in problems[:_NUM_NAMED])
+    raise DatasetError(f"{len(problems)} problem(s) in the preference data:{lines}{more}\n{advice}".rstrip())
+
+
+def _warn(report: Mapping[str, Any]) -> None:
+    if report["num_identical_arms"]:
+        logger.warning(
+            "%d of %d checked pairs have the same picture as chosen and rejected; they teach nothing.",
+            report["num_identical_arms"],
+            report["num_checked"],
+        )
