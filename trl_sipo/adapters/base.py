@@ -86,6 +86,11 @@ class BackboneAdapter(ABC):
         """Height and width in pixels must be multiples of this."""
 
     @property
+    @abstractmethod
+    def default_resolution(self) -> int:
+        """Side in pixels of the square images that the pipeline draws when no size is given."""
+
+    @property
     def denoiser(self) -> nn.Module:
         """The pipeline's denoiser, the module that is trained."""
         return getattr(self.pipeline, self.denoiser_name)
@@ -214,7 +219,11 @@ class BackboneAdapter(ABC):
         """Recompute activations in the backward pass; works for a denoiser under any wrapper."""
         unwrap_denoiser(denoiser).enable_gradient_checkpointing()
 
-    # Saving and loading
+    # LoRA
+
+    def check_lora(self, denoiser: nn.Module) -> None:
+        """Raise [`ConfigurationError`], before training, if [`save_lora`] could not save this PEFT model exactly."""
+        lora.check_exportable(denoiser)
 
     def save_lora(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
         """Save the `"default"` adapter of a PEFT model for `pipeline.load_lora_weights(directory)`.
@@ -226,6 +235,19 @@ class BackboneAdapter(ABC):
     def load_lora(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
         """Restore the `"default"` adapter of a PEFT model, in place, from what [`save_lora`] wrote."""
         lora.load_lora(self.denoiser_name, denoiser, directory)
+
+    def peft_denoiser(self) -> PeftModel:
+        """The PEFT model of a denoiser that came with a LoRA: wrapped by the user, or injected by diffusers.
+
+        The pipeline itself keeps the plain module inside, in which the LoRA acts all the same, so that it can sample.
+
+        Raises:
+            ConfigurationError: as [`adopt_injected_lora`].
+        """
+        if not isinstance(denoiser := self.denoiser, PeftModel):
+            return self.adopt_injected_lora()
+        setattr(self.pipeline, self.denoiser_name, denoiser.get_base_model())
+        return denoiser
 
     def adopt_injected_lora(self) -> PeftModel:
         """Turn a LoRA loaded with `pipeline.load_lora_weights` into a PEFT model that training continues.
@@ -243,6 +265,8 @@ class BackboneAdapter(ABC):
                     f"the LoRA of the {self.denoiser_name} alone."
                 )
         return lora.adopt_injected_lora(self.denoiser)
+
+    # Full weights
 
     def save_pipeline(self, directory: str | os.PathLike[str]) -> None:
         """Save the whole pipeline, its fully fine-tuned denoiser included, for `from_pretrained`.

@@ -65,6 +65,13 @@ class StableDiffusionAdapter(BackboneAdapter):
         """Pixels per latent, 8 for the published checkpoints; the U-Net itself takes odd latent sizes."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
+    @property
+    def default_resolution(self) -> int:
+        """512 for Stable Diffusion 1.5: the UNet's `sample_size` in pixels."""
+        sample_size = self.pipeline.unet.config.sample_size
+        side = sample_size if isinstance(sample_size, int) else min(sample_size)
+        return side * self.spatial_multiple
+
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """`prompt_embeds` (tokens, dim) per prompt, padded to the tokenizer's length as in inference."""
         if not prompts:
