@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo <command>`. Only the chosen command's module is imported, so that `--help` answers at once."""
+
+import sys
+from importlib import import_module
+
+# Command -> (module with `run(argv, prog)`, one line of help).
+COMMANDS = {
+    "dpo": ("trl_sipo.scripts.train", "train with Diffusion-DPO"),
+    "sipo": ("trl_sipo.scripts.train", "train with SIPO or DPO-C&M"),
+    "poly-dpo": ("trl_sipo.scripts.train", "train with Poly-DPO"),
+    "demo": ("trl_sipo.scripts.demo", "watch Diffusion-DPO collapse and SIPO hold, on a CPU, in minutes"),
+    "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),
+}
+
+
+def usage() -> str:
+    """The text of `trl-sipo --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trl-sipo <command> [options]",
+            "",
+            "Preference optimization for diffusion models, beside TRL.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`trl-sipo <command> --help` lists a command's options; training commands take `--config file.yaml`.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status (2 for a mistake of the user's)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from trl_sipo import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"trl-sipo: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = import_module(COMMANDS[argv[0]][0])
+    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
+
+    try:
+        module.run(argv[0], argv[1:])
+    except (BackboneError, ConfigurationError, DatasetError) as error:
+        print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ntrl-sipo {argv[0]}: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo dpo | sipo | poly-dpo --config file.yaml [--overrides]`.
+
+Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from trl_sipo.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+METHODS = {
+    "dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
+    "sipo": ("DiffusionSIPOConfig", "DiffusionSIPOTrainer"),
+    "poly-dpo": ("DiffusionPolyDPOConfig", "DiffusionPolyDPOTrainer"),
+}
+
+
+@dataclass
+class DataArguments:
+    """Which pairs to train on.
+
+    Args:
+        dataset_name: Hub id, or a local path: a folder of Parquet or JSONL, a saved dataset, `chosen/` and `rejected/`.
+        dataset_config: Configuration name on the hub.
+        dataset_train_split: Split to train on.
+        dataset_test_split: Split to evaluate on, when `eval_strategy` is set.
+        dataset_streaming: Read the data as a stream.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or local path of the preference pairs."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and how much of it. Names are those of TRL's `ModelConfig`.
+
+    Args:
+        model_name_or_path: Hub id or local path of a diffusers pipeline.
+        model_revision: Branch, tag or commit on the hub.
+        dtype: Precision of the frozen weights: `float32`, `bfloat16` or `float16`.
+        variant: Variant of the weight files, such as `fp16`.
+        use_peft: Train a LoRA; otherwise all weights of the denoiser.
+        lora_r: Rank.
+        lora_alpha: Scale; the LoRA's output is multiplied by alpha / rank.
+        lora_dropout: Dropout; needs `--disable_dropout false`.
+        lora_target_modules: Modules to adapt; the backbone's conventional ones if not given.
+        use_rslora: Scale by alpha / sqrt(rank).
+        use_dora: Weight-decomposed LoRA.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local path of a pipeline."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the frozen weights; that of bf16/fp16 if not given.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    variant: str | None = field(default=None, metadata={"help": "Variant of the weight files, such as fp16."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA; otherwise all weights of the denoiser."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=8, metadata={"help": "Scale of the LoRA: alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt; the backbone's conventional ones if not given."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by alpha / sqrt(rank)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+
+
+def make_parser(method: str, prog: str | None = None) -> "TrlParser":
+    """TRL's parser over data, training and model arguments of `method`, a key of `METHODS`."""
+    from trl import TrlParser
+
+    config_class = getattr(import_module("trl_sipo"), METHODS[method][0])
+    return TrlParser((DataArguments, config_class, ModelArguments), prog=prog or f"trl-sipo {method}")
+
+
+def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArguments]:
+    """Arguments from a YAML file (`--config`) and the command line, which wins. Unknown keys are errors."""
+    parser = make_parser(method)
+    if "--config" in argv and argv.index("--config") + 1 < len(argv):
+        _check_config_file(argv[argv.index("--config") + 1])
+    try:
+        data_args, training_args, model_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
+    if not data_args.dataset_name:
+        raise ConfigurationError("`dataset_name` is required: a hub id or a local path of preference pairs.")
+    if not model_args.model_name_or_path:
+        raise ConfigurationError("`model_name_or_path` is required: a hub id or a local path of a diffusers pipeline.")
+    return data_args, training_args, model_args
+
+
+def _check_config_file(path: str) -> None:
+    import yaml
+
+    try:
+        with open(path) as file:
+            yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigurationError(f"The configuration file {path!r} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"The configuration file {path!r} is not valid YAML: {error}") from error
+
+
+def lora_config(model_args: ModelArguments):
+    """The `LoraConfig` of the arguments, or `None` for full fine-tuning."""
+    if not model_args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        init_lora_weights="gaussian",
+    )
+
+
+def loading_options(training_args: Any, model_args: ModelArguments) -> dict[str, Any]:
+    """`model_init_kwargs` of the arguments."""
+    options = dict(training_args.model_init_kwargs or {})
+    if model_args.model_revision is not None:
+        options["revision"] = model_args.model_revision
+    if model_args.variant is not None:
+        options["variant"] = model_args.variant
+    if model_args.dtype is not None:
+        import torch
+
+        options["dtype"] = {"default": getattr(torch, model_args.dtype), "vae": torch.float32}
+    return options
+
+
+def main(method: str, data_args: DataArguments, training_args: Any, model_args: ModelArguments) -> None:
+    """Load the pairs, train, save, and push when asked to."""
+    from trl_sipo.data.loading import load_preference_dataset
+
+    package = import_module("trl_sipo")
+    splits = {"train": data_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        splits["test"] = data_args.dataset_test_split
+    datasets = {
+        name: load_preference_dataset(
+            data_args.dataset_name,
+            name=data_args.dataset_config,
+            split=split,
+            streaming=data_args.dataset_streaming,
+        )
+        for name, split in splits.items()
+    }
+    training_args.model_init_kwargs = loading_options(training_args, model_args)
+    trainer = getattr(package, METHODS[method][1])(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("test"),
+        peft_config=lora_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=data_args.dataset_name)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+    trainer.end()
+
+
+def run(command: str, argv: list[str]) -> None:
+    """Entry point of the three training commands."""
+    main(command, *parse(command, argv))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
+        sys.exit(f"usage: python -m trl_sipo.scripts.train {{{','.join(METHODS)}}} --config file.yaml [--overrides]")
+    run(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place that touches private parts of TRL and transformers. Each shim says when it can go.
+
+`tests/trainer/test_trl_compat.py` names every private symbol used here, so that a new TRL fails there and not in a
+user's run.
+"""
+
+import contextlib
+from types import MethodType
+from typing import Any
+
+import torch
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import disable_dropout_in_model, get_comet_experiment_url, get_trackio_space_url, use_adapter
+
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "SyncRefModelCallback",
+    "disable_dropout_in_model",
+    "get_comet_experiment_url",
+    "get_trackio_space_url",
+    "init_trainer",
+    "make_checkpointable",
+    "prepare_reference_model",
+    "use_adapter",
+]
+
+
+def init_trainer(trainer: DPOTrainer, **kwargs: Any) -> None:
+    """Initialise `trainer` as a `transformers.Trainer` the way TRL does, without `DPOTrainer.__init__`.
+
+    `DPOTrainer.__init__` needs a tokenizer, `generation_config`, `get_text_config` and a fused language-model head. It
+    can be called again when TRL separates model preparation from the trainer's initialisation.
+    """
+    _BaseTrainer.__init__(trainer, **kwargs)
+    # What `DPOTrainer.__init__` sets and its inherited methods (`log`, `evaluate`, `training_step`) read.
+    trainer.maybe_activation_offload_context = contextlib.nullcontext()
+    trainer.precompute_ref_logps = False
+    trainer._is_vision_dataset = False
+
+
+def make_checkpointable(denoiser: torch.nn.Module) -> None:
+    """Give a diffusers model the two methods by which transformers switches activation checkpointing on.
+
+    diffusers calls it `enable_gradient_checkpointing`; transformers 5.23 looks for `activation_checkpointing_enable`
+    and `is_gradient_checkpointing`. Goes when diffusers offers transformers' name.
+    """
+
+    def activation_checkpointing_enable(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.enable_gradient_checkpointing()
+
+    if not hasattr(denoiser, "activation_checkpointing_enable"):
+        # Through __dict__: a bound method set as an attribute would otherwise be looked up as a submodule first.
+        denoiser.__dict__["activation_checkpointing_enable"] = MethodType(activation_checkpointing_enable, denoiser)
+
+
+def prepare_reference_model(trainer: DPOTrainer, ref_model: torch.nn.Module) -> torch.nn.Module:
+    """Shard or wrap a frozen reference as TRL does, for the engine in force (DeepSpeed, FSDP, or none)."""
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(ref_model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(ref_model, trainer.accelerator)
+    return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields that every diffusion preference trainer shares. A `DPOConfig`; language-model-only fields are rejected."""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+
+from trl_sipo.core.beta import BETA_CONVENTIONS
+from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer._trl_compat import DPOConfig
+
+# Fields that `DPOConfig` and `TrainingArguments` bring and that mean nothing for a diffusion model, or are not offered
+# yet. Each with the way out. A value other than the default raises: nothing is silently ignored.
+REJECTED_FIELDS = {
+    "loss_type": "the trainer class names its objective: choose DiffusionDPOTrainer, DiffusionSIPOTrainer or "
+    "DiffusionPolyDPOTrainer",
+    "loss_weights": "use `sft_weight` to add a denoising term on the chosen images",
+    "max_length": "prompts are cut at the length that the pipeline uses in inference",
+    "truncation_mode": "prompts are cut at the length that the pipeline uses in inference",
+    "padding_free": "it concerns token sequences",
+    "pad_to_multiple_of": "it concerns token sequences",
+    "pad_token": "it concerns token sequences",
+    "router_aux_loss_coef": "it concerns mixture-of-experts language models",
+    "ld_alpha": "it concerns sequence lengths",
+    "f_divergence_type": "only the reverse KL is defined for the diffusion objectives here",
+    "f_alpha_divergence_coef": "only the reverse KL is defined for the diffusion objectives here",
+    "use_weighting": "WPO weights are token probabilities; for importance weights use DiffusionSIPOTrainer",
+    "discopop_tau": "it belongs to a language-model loss",
+    "activation_offloading": "use `gradient_checkpointing=True`",
+    "precompute_ref_log_probs": "the reference error depends on the noise drawn, so it is computed live; with LoRA the "
+    "reference costs no memory, and it never needs a second copy of the model",
+    "precompute_ref_batch_size": "the reference is computed live",
+    "use_liger_kernel": "its kernels replace language-model layers",
+    "liger_kernel_config": "its kernels replace language-model layers",
+    "neftune_noise_alpha": "it adds noise to token embeddings",
+    "label_smoothing_factor": "use `label_smoothing`, the probability that a preference label is flipped",
+}
+
+
+def _default_of(config_field) -> object:
+    if config_field.default is not MISSING:
+        return config_field.default
+    return config_field.default_factory() if config_field.default_factory is not MISSING else MISSING
+
+
+@dataclass
+class DiffusionPreferenceConfig(DPOConfig):
+    """Settings shared by all diffusion preference trainers, on top of [`trl.DPOConfig`].
+
+    Fields of `DPOConfig` that only concern language models raise [`ConfigurationError`] when set.
+
+    Args:
+        beta: Strength of the pull to the reference, in the Diffusion-DPO convention (Wallace et al. 2024):
+            `logit = beta * (chosen_logratio - rejected_logratio)` with
+            `logratio = (reference error - policy error) / 2` and the error a mean over latent dimensions. Larger means
+            closer to the reference. 5000 is the published value for Stable Diffusion.
+        beta_convention: The convention in which `beta` is given; one of `trl_sipo.core.beta.BETA_CONVENTIONS`. Converted
+            once, and printed at the start of the run.
+        label_smoothing: Probability in [0, 0.5) that a preference label is flipped (conservative DPO).
+        sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
+        timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`.
+        timestep_range: Part of the schedule that is trained, as two fractions: 0 is the clean end, 1 pure noise.
+            `[0.06, 1.0]` is the static cut of the SIPO paper, Fig. 2 (b).
+        logit_mean, logit_std: Parameters of the logit-normal sampler; larger means are noisier.
+        share_noise: Whether both images of a pair receive the same noise, as in the Diffusion-DPO code.
+        importance_steps: Number of steps of the sampler grid on which importance weights are defined (the neighbour of
+            t is one stride less noisy). 50 reproduces the SIPO paper's Fig. 4.
+        caption_dropout: Probability in [0, 1) of replacing a prompt by the empty one.
+        resolution: Side of the square training images in pixels. `None` takes the model's own.
+        center_crop: Crop at the centre (`True`) or at a random position, the same for both images.
+        random_flip: Flip both images of a pair horizontally with probability one half.
+        sample_posterior: Draw latents from the VAE's posterior (`True`) or take its mean (`False`).
+        num_checked_images: Number of pairs, evenly spaced, whose images are opened before training starts.
+        precompute_latents: Encode every image once, before training, and keep the latents in memory. Contradicts
+            `center_crop=False`, `random_flip=True` and `sample_posterior=True`.
+        eval_noise_levels: Number of noise levels, evenly spaced over the schedule, at which `evaluate()` measures each
+            held-out pair.
+        eval_noise_seed: Seed of the noise in `evaluate()`. The same pairs see the same noise in every evaluation.
+        sample_prompts: Prompts of the sample grids drawn during training.
+        sample_every_steps: Steps between two sample grids; 0 draws none.
+        sample_num_inference_steps: Sampler steps of the grids.
+        sample_guidance_scale: Guidance scale of the grids.
+        sample_seed: Seed of the grids; the same for every grid and for the base model beside it.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
+    beta: float = field(
+        default=5000.0,
+        metadata={
+            "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent dimensions). "
+            "Larger stays closer to the reference."
+        },
+    )
+    beta_convention: str = field(
+        default="diffusion_dpo",
+        metadata={"help": f"Convention in which beta is given: one of {', '.join(BETA_CONVENTIONS)}."},
+    )
+    sft_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a denoising loss on the chosen image, added to the objective."}
+    )
+    timestep_sampling: str = field(
+        default="uniform", metadata={"help": f"Sampling of noise levels: one of {', '.join(TIME_SAMPLERS)}."}
+    )
+    timestep_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Part of the schedule to train on, as two fractions; 0 is the clean end, 1 pure noise."},
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal sampler; larger is noisier."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal sampler."})
+    share_noise: bool = field(
+        default=True, metadata={"help": "Whether both images of a pair receive the same noise."}
+    )
+    importance_steps: int = field(
+        default=50, metadata={"help": "Steps of the sampler grid on which importance weights are defined."}
+    )
+    caption_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of replacing a prompt by the empty one."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the square training images in pixels; the model's own if not given."}
+    )
+    center_crop: bool = field(
+        default=True, metadata={"help": "Crop at the centre; otherwise at a random position, the same for both images."}
+    )
+    random_flip: bool = field(
+        default=False, metadata={"help": "Flip both images of a pair horizontally with probability one half."}
+    )
+    sample_posterior: bool = field(
+        default=False, metadata={"help": "Draw latents from the VAE's posterior; otherwise take its mean."}
+    )
+    num_checked_images: int = field(
+        default=256, metadata={"help": "Number of pairs whose images are opened before training starts."}
+    )
+    precompute_latents: bool = field(
+        default=False, metadata={"help": "Encode every image once before training and keep the latents in memory."}
+    )
+    eval_noise_levels: int = field(
+        default=8, metadata={"help": "Number of evenly spaced noise levels at which evaluate() measures each pair."}
+    )
+    eval_noise_seed: int = field(default=0, metadata={"help": "Seed of the noise in evaluate()."})
+    sample_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts of the sample grids drawn during training."}
+    )
+    sample_every_steps: int = field(default=0, metadata={"help": "Steps between two sample grids; 0 draws none."})
+    sample_num_inference_steps: int = field(default=25, metadata={"help": "Sampler steps of the grids."})
+    sample_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of the grids."})
+    sample_seed: int = field(default=0, metadata={"help": "Seed of the sample grids."})
+
+    def __post_init__(self):
+        # Before TRL's own __post_init__, which rewrites some of these fields.
+        reject_language_model_fields(self)
+        self._check_objective()
+        self._check_noise()
+        self._check_data()
+        self._check_samples()
+        super().__post_init__()
+
+    def _check_objective(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ConfigurationError(
+                f"`beta` must be positive and finite, got {self.beta}. The Diffusion-DPO value for Stable Diffusion is 5000."
+            )
+        if self.beta_convention not in BETA_CONVENTIONS:
+            raise ConfigurationError(
+                f"Unknown `beta_convention` {self.beta_convention!r}; known are {sorted(BETA_CONVENTIONS)}."
+            )
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise ConfigurationError(
+                f"`label_smoothing` is the probability of a flipped label and must lie in [0, 0.5), got "
+                f"{self.label_smoothing}."
+            )
+        if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
+            raise ConfigurationError(f"`sft_weight` must be zero or positive, got {self.sft_weight}.")
+
+    def _check_noise(self) -> None:
+        if self.timestep_sampling not in TIME_SAMPLERS:
+            raise ConfigurationError(
+                f"Unknown `timestep_sampling` {self.timestep_sampling!r}; known are {sorted(TIME_SAMPLERS)}."
+            )
+        ordered = len(self.timestep_range) == 2 and 0.0 <= self.timestep_range[0] < self.timestep_range[1] <= 1.0
+        if not ordered:
+            raise ConfigurationError(
+                f"`timestep_range` must be two increasing fractions of the schedule within [0, 1], such as [0.06, 1.0]; "
+                f"got {self.timestep_range}."
+            )
+        if self.logit_std <= 0:
+            raise ConfigurationError(f"`logit_std` must be positive, got {self.logit_std}.")
+        if self.importance_steps < 1:
+            raise ConfigurationError(f"`importance_steps` must be at least 1, got {self.importance_steps}.")
+        if self.eval_noise_levels < 1:
+            raise ConfigurationError(f"`eval_noise_levels` must be at least 1, got {self.eval_noise_levels}.")
+
+    def _check_data(self) -> None:
+        if not 0.0 <= self.caption_dropout < 1.0:
+            raise ConfigurationError(
+                f"`caption_dropout` is a probability and must lie in [0, 1), got {self.caption_dropout}."
+            )
+        if self.resolution is not None and self.resolution < 1:
+            raise ConfigurationError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")
+        if self.num_checked_images < 0:
+            raise ConfigurationError(f"`num_checked_images` must be zero or more, got {self.num_checked_images}.")
+        random_parts = {
+            "center_crop=False": not self.center_crop,
+            "random_flip=True": self.random_flip,
+            "sample_posterior=True": self.sample_posterior,
+        }
+        conflicts = [setting for setting, is_set in random_parts.items() if is_set]
+        if self.precompute_latents and conflicts:
+            raise ConfigurationError(
+                f"`precompute_latents=True` encodes each image once, which contradicts {', '.join(conflicts)}. Set the "
+                "opposite, or turn `precompute_latents` off."
+            )
+
+    def _check_samples(self) -> None:
+        if self.sample_every_steps < 0:
+            raise ConfigurationError(f"`sample_every_steps` must be zero or more, got {self.sample_every_steps}.")
+        if self.sample_every_steps and not self.sample_prompts:
+            raise ConfigurationError(
+                "`sample_every_steps` is set but `sample_prompts` is empty: give the prompts to draw, or set it to 0."
+            )
+
+
+def reject_language_model_fields(config: DPOConfig) -> None:
+    """Raise when a field that means nothing here was set to anything but its default.
+
+    Raises:
+        ConfigurationError: Names the field, its value and the way out.
+    """
+    for config_field in fields(config):
+        if config_field.name not in REJECTED_FIELDS:
+            continue
+        value, default = getattr(config, config_field.name), _default_of(config_field)
+        # `loss_type="sigmoid"` is the default written as a string.
+        if value == default or [value] == default:
+            continue
+        raise ConfigurationError(
+            f"`{config_field.name}={value!r}` has no meaning for a diffusion model: "
+            f"{REJECTED_FIELDS[config_field.name]}. Remove it (default: {default!r})."
+        )

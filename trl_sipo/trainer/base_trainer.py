@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step for every diffusion preference objective. Nothing method-specific lives here.
+
+The step, for a batch of pairs concatenated as [chosen; rejected]:
+
+    level, noise  ->  noisy latents, target            (one level per pair, one noise per pair)
+    reference     ->  ref_error                        (no gradient, first)
+    policy        ->  error                            (mean squared error per image, float32)
+    logratio      =   (ref_error - error) / 2
+    logit         =   beta * (chosen_logratio - rejected_logratio)
+    loss          =   compute_pair_loss(logit, weight, keep)
+
+What a method changes, it changes in one of the hooks: `sample_noise_levels`, `compute_importance_weights`,
+`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`.
+"""
+
+import math
+import os
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig, PeftModel
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import EvalPrediction
+
+from trl_sipo.core.beta import describe_beta, to_diffusion_dpo_beta
+from trl_sipo.core.importance import log_importance_weight, pair_log_weight
+from trl_sipo.core.noise_schedule import NoiseLevel
+from trl_sipo.core.objectives._preference_nll import preference_logit
+from trl_sipo.core.parameterization import prediction_error, prediction_target
+from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
+from trl_sipo.core.transition import rho_squared
+from trl_sipo.data.collator import DataCollatorForDiffusionPreference
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer._trl_compat import DPOTrainer, SyncRefModelCallback, disable_dropout_in_model, init_trainer
+from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+from trl_sipo.trainer.callbacks import DivergenceWarningCallback, SampleGridCallback
+from trl_sipo.trainer.encoding import EncodedPairs, PairEncoder, check_inputs, draw_noise, pair_generators
+from trl_sipo.trainer.model_card import save_model_card
+from trl_sipo.trainer.model_preparation import check_reference_arguments, load_policy
+from trl_sipo.trainer.preference_data import PreferenceDataset, check_dataset, precompute_latents, wrap_dataset
+from trl_sipo.trainer.reference import make_reference
+
+# |logit| beyond which the gradient of the log-sigmoid is below one percent of its largest value, on the winning side.
+SATURATED_LOGIT = math.log(99.0)
+# First word of the key of every per-pair generator, so that training and evaluation never share a draw.
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """Per-image mean squared errors of policy and reference at one noise level; each (batch,) float32."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    ref_chosen: torch.Tensor
+    ref_rejected: torch.Tensor
+
+    @property
+    def chosen_logratio(self) -> torch.Tensor:
+        """(ref_error - error) / 2 of the chosen images, (batch,)."""
+        return (self.ref_chosen - self.chosen) / 2
+
+    @property
+    def rejected_logratio(self) -> torch.Tensor:
+        """(ref_error - error) / 2 of the rejected images, (batch,)."""
+        return (self.ref_rejected - self.rejected) / 2
+
+
+class DiffusionPreferenceTrainer(DPOTrainer):
+    """Base of the diffusion preference trainers: a [`trl.DPOTrainer`] whose policy is a diffusers denoiser.
+
+    Args:
+        model: A hub id, a local path, or a loaded `DiffusionPipeline`. A pipeline whose denoiser already carries a
+            trained LoRA (a `PeftModel`, or loaded by `pipe.load_lora_weights`) is trained further, with a frozen copy of
+            that LoRA as the reference.
+        ref_model: The reference: a denoiser, a pipeline, a hub id or a local path. Only for full fine-tuning; with LoRA
+            the reference is the model with its adapter switched off.
+        args: The method's configuration.
+        data_collator: Replaces [`~trl_sipo.data.collator.DataCollatorForDiffusionPreference`].
+        train_dataset: `datasets.Dataset` or `IterableDataset` with `prompt`, `chosen`, `rejected` (images), or the
+            columns of Pick-a-Pic.
+        eval_dataset: Held-out pairs, one dataset or a dict of them.
+        processing_class: Replaces the pipeline's `tokenizer`.
+        compute_metrics: Called with predictions `(n, 2)`, the chosen and rejected rewards, and labels 0 (the index of the
+            chosen one).
+        callbacks: Added to the default ones.
+        optimizers: An optimiser and a scheduler, as for `transformers.Trainer`.
+        quantization_config: A `diffusers.PipelineQuantizationConfig`, used when `model` is a hub id or path.
+        peft_config: A new LoRA. Without `target_modules` it takes the backbone's conventional ones.
+
+    Raises:
+        ConfigurationError: Contradicting arguments.
+        BackboneError: A pipeline that no adapter knows, or an unsupported configuration of it.
+        DatasetError: Data that cannot be used.
+    """
+
+    _tag_names = ["trl", "trl-sipo", "diffusers", "text-to-image"]
+    config_class: type[DiffusionPreferenceConfig]
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        ref_model: torch.nn.Module | DiffusionPipeline | str | os.PathLike | None = None,
+        args: DiffusionPreferenceConfig | None = None,
+        data_collator: Callable[[list[dict]], dict] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = self._check_args(model, args)
+        check_reference_arguments(model, ref_model, args, peft_config)
+        if train_dataset is None:
+            raise ConfigurationError("`train_dataset` is required.")
+        # The data is looked at before the model is loaded: both can take long, and bad data is the likelier mistake.
+        train_dataset = check_dataset(train_dataset, args, "train")
+        eval_dataset = self._for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
+
+        set_seed(args.seed)  # LoRA weights are drawn at random
+        self.adapter, denoiser, was_adapted = load_policy(
+            model,
+            args,
+            peft_config,
+            quantization_config,
+            processing_class,
+            needs_reference_adapter=ref_model is None,
+        )
+        self.adapter.freeze()
+        self._noise_schedule = self.adapter.noise_schedule
+        self.resolution = args.resolution or self.adapter.default_resolution
+        self.adapter.validate_size(self.resolution, self.resolution)
+        self.beta = self._resolve_beta(args)
+        self._time_sampler_options = (
+            {"mean": args.logit_mean, "std": args.logit_std} if args.timestep_sampling == "logit_normal" else {}
+        )
+        self._encoder = PairEncoder(
+            self.adapter, sample_posterior=args.sample_posterior, caption_dropout=args.caption_dropout
+        )
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._empty_batches = 0
+        if args.disable_dropout:
+            disable_dropout_in_model(denoiser)
+        for name in self.adapter.frozen_names:
+            getattr(self.adapter.pipeline, name).to(args.device)
+        self.args = args  # `_prepare_dataset` reads it, and `evaluate` calls it again later
+        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        eval_dataset = self._for_each_split(
+            eval_dataset, lambda split, name: self._prepare_dataset(split, processing_class, args, name)
+        )
+        if isinstance(train_dataset, torch.utils.data.IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # accelerate cannot concatenate lists of prompts
+
+        init_trainer(
+            self,
+            model=denoiser,
+            args=args,
+            data_collator=data_collator or DataCollatorForDiffusionPreference(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_engine()
+        self.reference = make_reference(self, ref_model, was_adapted)
+        self.ref_model = getattr(self.reference, "ref_model", None)
+        self._add_callbacks()
+        self.accelerator.print(self.describe_run())
+
+    # ------------------------------------------------------------------------------------------------ the hooks
+
+    def sample_noise_levels(self, generators: list[torch.Generator]) -> NoiseLevel:
+        """Draw one noise level per pair, each from the pair's own generator ("stratified" uses the first for all).
+
+        Args:
+            generators: One CPU generator per pair.
+
+        Returns:
+            Levels of shape (batch,) on the training device.
+        """
+        sampler = TIME_SAMPLERS[self.args.timestep_sampling]
+        if self.args.timestep_sampling == "stratified":
+            time = sampler(len(generators), generator=generators[0])
+        else:
+            draws = [sampler(1, generator=generator, **self._time_sampler_options) for generator in generators]
+            time = torch.cat(draws)
+        low, high = self.args.timestep_range
+        return self._noise_schedule.level_at((low + (high - low) * time).to(self.accelerator.device))
+
+    def compute_importance_weights(
+        self, chosen_error: torch.Tensor, rejected_error: torch.Tensor, level: NoiseLevel
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log importance weights log p_theta(x_s | x_t) - log q(x_s | x_t, x_0) of both arms, (batch,) each.
+
+        Args:
+            chosen_error, rejected_error: The policy's mean squared errors, (batch,) float32.
+            level: The pair's noise level.
+        """
+        previous_level = self._noise_schedule.previous_level(level, self.args.importance_steps)
+        rho_squared_t = rho_squared(level, previous_level, self.adapter.prediction_type)
+        return log_importance_weight(chosen_error, rho_squared_t), log_importance_weight(rejected_error, rho_squared_t)
+
+    def clip_importance_weights(self, pair_log_weight: torch.Tensor) -> torch.Tensor:
+        """The factor that the objective applies, (batch,); 1 here: plain objectives do not weight."""
+        return torch.ones_like(pair_log_weight)
+
+    def mask_timesteps(self, pair_log_weight: torch.Tensor) -> torch.Tensor:
+        """Which pairs are kept, (batch,) bool; all of them here: plain objectives do not mask."""
+        return torch.ones_like(pair_log_weight, dtype=torch.bool)
+
+    @abstractmethod
+    def compute_pair_loss(self, logit: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """The method's objective: per-pair loss (batch,), unreduced.
+
+        Args:
+            logit: beta * (chosen_logratio - rejected_logratio), (batch,) float32.
+            weight: What `clip_importance_weights` returned.
+            keep: What `mask_timesteps` returned.
+        """
+
+    # ------------------------------------------------------------------------------------------------- the step
+
+    def pair_errors(
+        self, model: torch.nn.Module, pairs: EncodedPairs, level: NoiseLevel, noise: torch.Tensor
+    ) -> PairErrors:
+        """One reference and one policy forward on the concatenated pair, reference first.
+
+        Args:
+            model: The policy, as the trainer wraps it.
+            pairs: The batch, on the training device.
+            level: One noise level per pair, (batch,).
+            noise: (2 * batch, ...) float32, for [chosen; rejected].
+        """
+        latents, level = pairs.latents, level.repeat_pair()
+        noisy_latents = level.add_noise(latents, noise)
+        target = prediction_target(latents, noise, level, self.adapter.prediction_type)
+        conditioning = pairs.pair_conditioning
+        unwrapped = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), self.reference.active(self.model, unwrapped) as ref_model:
+            ref_prediction = self.adapter.forward(ref_model, noisy_latents, level, conditioning)
+        prediction = self.adapter.forward(model, noisy_latents, level, conditioning)
+        ref_chosen, ref_rejected = prediction_error(ref_prediction, target).chunk(2)
+        chosen, rejected = prediction_error(prediction, target).chunk(2)
+        return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
+
+    def pair_loss(self, errors: PairErrors, level: NoiseLevel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Per-pair loss (batch,) and per-pair statistics (name to detached (batch,) tensor) at one noise level."""
+        logit = preference_logit(errors.chosen_logratio, errors.rejected_logratio, self.beta)
+        log_weight = pair_log_weight(*self.compute_importance_weights(errors.chosen, errors.rejected, level))
+        weight, keep = self.clip_importance_weights(log_weight), self.mask_timesteps(log_weight)
+        loss = self.compute_pair_loss(logit, weight, keep)
+        if self.args.sft_weight:
+            loss = loss + self.args.sft_weight * errors.chosen
+        return loss, self._statistics(errors, logit, log_weight, weight, keep)
+
+    def _statistics(
+        self,
+        errors: PairErrors,
+        logit: torch.Tensor,
+        log_weight: torch.Tensor,
+        weight: torch.Tensor,
+        keep: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        clip_range = getattr(self.args, "clip_range", 0.1)
+        low, high = math.log1p(-clip_range), math.log1p(clip_range)
+        statistics = {
+            "rewards/chosen": self.beta * errors.chosen_logratio,
+            "rewards/rejected": self.beta * errors.rejected_logratio,
+            # An exact tie (a fresh model) counts one half.
+            "rewards/accuracies": (logit > 0).float() + 0.5 * (logit == 0).float(),
+            "rewards/margins": logit,
+            "rewards/saturated_fraction": (logit.abs() > SATURATED_LOGIT).float(),
+            # Up to terms that do not depend on the model, the log-density of a step per latent dimension.
+            "logps/chosen": -errors.chosen / 2,
+            "logps/rejected": -errors.rejected / 2,
+            "sipo/importance_weight": log_weight.exp(),
+            "sipo/weight": weight,
+            "sipo/clip_fraction": ((log_weight < low) | (log_weight > high)).float(),
+            "sipo/masked_fraction": 1.0 - keep.float(),
+            "drift/chosen_error": errors.chosen / errors.ref_chosen - 1,
+            "drift/rejected_error": errors.rejected / errors.ref_rejected - 1,
+        }
+        return {name: value.detach().float() for name, value in statistics.items()}
+
+    def _compute_loss(self, model, inputs, return_outputs=False):
+        check_inputs(inputs)
+        if self.model.training:
+            loss, statistics = self._training_loss(model, inputs)
+        else:
+            loss, statistics = self._evaluation_loss(model, inputs)
+        if not return_outputs:
+            return loss
+        return loss, torch.stack([statistics["rewards/chosen"], statistics["rewards/rejected"]], dim=1)
+
+    def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        epoch = int(self.state.epoch or 0)
+        generators = pair_generators(inputs["pair_index"], TRAIN_STREAM, self.args.seed, epoch)
+        level = self.sample_noise_levels(generators)
+        pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
+        chosen_noise = draw_noise(pairs.chosen_latents, generators)
+        rejected_noise = chosen_noise if self.args.share_noise else draw_noise(pairs.chosen_latents, generators)
+        errors = self.pair_errors(model, pairs, level, torch.cat([chosen_noise, rejected_noise]))
+        loss, statistics = self.pair_loss(errors, level)
+        # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
+        self._record_training(statistics)
+        return loss.mean(), statistics
+
+    def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair): comparable between calls."""
+        pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
+        count = self.args.eval_noise_levels
+        losses, per_level = [], []
+        for position in range(count):
+            time = (position + 0.5) / count
+            generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
+            level = self._noise_schedule.level_at(torch.full((len(generators),), time, device=self.accelerator.device))
+            noise = draw_noise(pairs.chosen_latents, generators)
+            loss, statistics = self.pair_loss(
+                self.pair_errors(model, pairs, level, torch.cat([noise, noise])), level
+            )
+            losses.append(loss)
+            per_level.append(statistics)
+            for name in ("rewards/accuracies", "rewards/margins"):
+                self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name]})
+        mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
+        self._record_evaluation(mean)
+        return torch.stack(losses).mean(), mean
+
+    # ---------------------------------------------------------------------------------------------- bookkeeping
+
+    def _record_training(self, statistics: dict[str, torch.Tensor]) -> None:
+        """Append the global batch's means, with one gather and one transfer for all of them."""
+        gathered = self.accelerator.gather(torch.stack(list(statistics.values()), dim=1))
+        means = dict(zip(statistics, gathered.mean(0).tolist(), strict=True))
+        for name, value in means.items():
+            self._metrics["train"][name].append(value)
+        if means["sipo/masked_fraction"] == 1.0:
+            self._empty_batches += 1
+        self._metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
+
+    def _record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
+        """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
+        gathered = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1))
+        for name, column in zip(statistics, gathered.T.tolist(), strict=True):
+            self._metrics["eval"][name].extend(column)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of one evaluation batch; rewards (batch, 2) and labels 0 when `compute_metrics` wants them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, rewards, torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
+
+    @property
+    def method_name(self) -> str:
+        """Name of the objective, for people."""
+        return self._name
+
+    def describe_run(self) -> str:
+        """What is printed at the start: objective, beta with its convention, reference, noise and resolution."""
+        return "\n".join(
+            [
+                f"{self.method_name} on {type(self.adapter.pipeline).__name__} at {self.resolution} px "
+                f"({self.adapter.prediction_type}, {sum(p.numel() for p in self.model.parameters() if p.requires_grad):,} "
+                "trained parameters)",
+                f"  {describe_beta(self.beta)}",
+                f"  reference: {self.reference.description}",
+                f"  noise levels: {self.args.timestep_sampling} over {self.args.timestep_range} of the schedule, "
+                f"{'shared' if self.args.share_noise else 'separate'} noise within a pair",
+            ]
+        )
+
+    def _check_args(self, model: Any, args: DiffusionPreferenceConfig | None) -> DiffusionPreferenceConfig:
+        if args is None:
+            name = Path(str(model)).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
+            return self.config_class(f"{name}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, self.config_class):
+            raise ConfigurationError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}."
+            )
+        return args
+
+    def _resolve_beta(self, args: DiffusionPreferenceConfig) -> float:
+        latent_dims = math.prod(self.adapter.latent_shape(self.resolution, self.resolution))
+        return to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=latent_dims)
+
+    def _check_engine(self) -> None:
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        if self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
+            raise ConfigurationError(
+                "FSDP and DeepSpeed ZeRO-3 shard the weights, and saving sharded weights in diffusers' format is not "
+                "supported yet. Use plain data parallelism (`accelerate launch --multi_gpu`) or ZeRO-2."
+            )
+        if self.args.n_gpu > 1:
+            raise ConfigurationError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which transformers would drive through "
+                "`nn.DataParallel`. Start with `accelerate launch`, or make one visible with CUDA_VISIBLE_DEVICES=0."
+            )
+
+    def _add_callbacks(self) -> None:
+        self.add_callback(DivergenceWarningCallback())
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        if self.args.sample_every_steps:
+            self.add_callback(SampleGridCallback(self))
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""
+
+    # ------------------------------------------------------------------------------------------------- the data
+
+    @staticmethod
+    def _for_each_split(dataset, function: Callable[[Any, str], Any]):
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: function(split, name) for name, split in dataset.items()}
+        return function(dataset, "eval")
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Datasets of rows become datasets of tensors; those already prepared pass through (`evaluate` relies on it)."""
+        dataset = wrap_dataset(dataset, args, self.resolution, dataset_name)
+        if args.precompute_latents and isinstance(dataset, PreferenceDataset):
+            return precompute_latents(dataset, self.adapter, args, dataset_name)
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # None of our datasets has columns to remove; the collator's keys are what the step reads.
+        self._signature_columns = [
+            "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
+        ]  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------- saving and loading
+
+    @property
+    def unwrapped_model(self) -> torch.nn.Module:
+        """The trained module without the engine's wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it."""
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        if isinstance(self.unwrapped_model, PeftModel):
+            self.adapter.save_lora(self.unwrapped_model, output_dir)
+        else:
+            self.adapter.save_pipeline(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.unwrapped_model if model is None else self.accelerator.unwrap_model(model)
+        if isinstance(model, PeftModel):
+            self.adapter.load_lora(model, resume_from_checkpoint)
+        else:
+            self.adapter.load_denoiser(model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card into the output directory (main process only)."""
+        if not self.is_world_process_zero():
+            return
+        base_model = self.adapter.pipeline.config.get("_name_or_path")
+        grids = sorted(Path(self.args.output_dir, "samples").glob("step-*.png"))
+        save_model_card(
+            self.args.output_dir,
+            model_name=model_name or Path(self.args.output_dir).name,
+            base_model=None if not base_model or os.path.isdir(base_model) else base_model,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            method=self.method_name,
+            paper=self._paper,
+            beta_description=describe_beta(self.beta),
+            pipeline_class=type(self.adapter.pipeline).__name__,
+            is_lora=isinstance(self.unwrapped_model, PeftModel),
+            prompt=(self.args.sample_prompts or [None])[0],
+            sample_grid=f"samples/{grids[-1].name}" if grids else None,
+        )

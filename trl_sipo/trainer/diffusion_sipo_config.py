@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of SIPO and of its simpler form DPO-C&M."""
+
+from dataclasses import dataclass, field
+
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+from trl_sipo.trainer.diffusion_poly_dpo_config import check_poly_alpha
+
+SIPO_OBJECTIVES = ("sipo", "dpo_cm")
+
+
+@dataclass
+class DiffusionSIPOConfig(DiffusionPreferenceConfig):
+    """Configuration of [`DiffusionSIPOTrainer`]. See [`DiffusionPreferenceConfig`] for the shared settings.
+
+    Mask, weight and beta are separate switches, so that each can be studied alone.
+
+    Args:
+        objective: `"sipo"` scales the logit by the clipped inverse importance weight (Eq. 18, 19 of the SIPO paper);
+            `"dpo_cm"` scales the loss by the clipped weight (Eq. 12, 13).
+        clip_range: Weights are clipped to [1 - clip_range, 1 + clip_range]; within (0, 1).
+        mask_threshold: Pairs whose importance weight is below this are masked. `None` is `1 - clip_range`.
+        mask: Whether to mask at all.
+        reweight: Whether to use the clipped weight; `False` leaves it at 1.
+        weight_grad: Whether the gradient flows through SIPO's weight. DPO-C&M's never carries one.
+        poly_alpha: Coefficient of Poly-DPO's polynomial term, at least -1; 0 turns it off.
+    """
+
+    beta: float = field(
+        default=1000.0,
+        metadata={"help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over dimensions)."},
+    )
+    objective: str = field(
+        default="sipo", metadata={"help": "Which form to train.", "choices": list(SIPO_OBJECTIVES)}
+    )
+    clip_range: float = field(
+        default=0.1, metadata={"help": "Weights are clipped to [1 - clip_range, 1 + clip_range]; within (0, 1)."}
+    )
+    mask_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Pairs with an importance weight below this are masked; 1 - clip_range if not given."},
+    )
+    mask: bool = field(default=True, metadata={"help": "Whether to mask pairs with a low importance weight."})
+    reweight: bool = field(default=True, metadata={"help": "Whether to use the clipped weight; otherwise it is 1."})
+    weight_grad: bool = field(default=True, metadata={"help": "Whether the gradient flows through SIPO's weight."})
+    poly_alpha: float = field(default=0.0, metadata={"help": "Coefficient of Poly-DPO's term, at least -1; 0 is off."})
+
+    def __post_init__(self):
+        check_poly_alpha(self.poly_alpha)
+        if self.objective not in SIPO_OBJECTIVES:
+            raise ConfigurationError(f"Unknown `objective` {self.objective!r}; known are {list(SIPO_OBJECTIVES)}.")
+        if not 0.0 < self.clip_range < 1.0:
+            raise ConfigurationError(
+                f"`clip_range` must lie within (0, 1), got {self.clip_range}. The paper uses 0.1; to leave the weight at 1 "
+                "set `reweight=False`."
+            )
+        if self.mask_threshold is not None and not 0.0 < self.mask_threshold < 1.0:
+            raise ConfigurationError(
+                f"`mask_threshold` must lie within (0, 1), got {self.mask_threshold}. To mask nothing set `mask=False`."
+            )
+        if not self.mask and self.mask_threshold is not None:
+            raise ConfigurationError(
+                f"`mask=False` contradicts `mask_threshold={self.mask_threshold}`: remove one of the two."
+            )
+        super().__post_init__()

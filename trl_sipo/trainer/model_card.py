@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card written beside every checkpoint."""
+
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from trl_sipo import __version__
+from trl_sipo.trainer._trl_compat import get_comet_experiment_url, get_trackio_space_url
+
+_REPORTED_PACKAGES = ("trl", "diffusers", "transformers", "peft", "torch", "datasets")
+
+
+def save_model_card(
+    directory: str | Path,
+    *,
+    model_name: str,
+    base_model: str | None,
+    dataset_name: str | None,
+    tags: list[str],
+    method: str,
+    paper: dict[str, str],
+    beta_description: str,
+    pipeline_class: str,
+    is_lora: bool,
+    prompt: str | None,
+    sample_grid: str | None,
+) -> None:
+    """Write `README.md` into `directory`: how to load the model, what it was trained with, and what to cite.
+
+    Args:
+        base_model: Hub id of the base, or `None` when it came from a local folder.
+        paper: `title`, `citation`, and optionally `id` (arXiv) of the method.
+        prompt: A prompt of the sample grids, for the loading example.
+        sample_grid: Path of a sample grid, relative to `directory`.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base_model,
+        datasets=dataset_name,
+        model_name=model_name,
+        tags=["generated_from_trainer", *tags, *(["lora"] if is_lora else [])],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(files("trl_sipo").joinpath("templates/diffusion_model_card.md")),
+        base_model=base_model,
+        model_name=model_name,
+        dataset_name=dataset_name,
+        method=method,
+        paper_title=paper.get("title"),
+        paper_id=paper.get("id"),
+        citation=paper.get("citation"),
+        beta_description=beta_description,
+        pipeline_class=pipeline_class,
+        is_lora=is_lora,
+        prompt=prompt or "a photo of a cat",
+        sample_grid=sample_grid,
+        trackio_url=get_trackio_space_url(),
+        comet_url=get_comet_experiment_url(),
+        versions={"trl-sipo": __version__, **{name: version(name) for name in _REPORTED_PACKAGES}},
+    )
+    card.save(str(Path(directory) / "README.md"))

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy and its reference: loading, LoRA, precision, and the combinations that make no sense."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from trl_sipo.adapters import adapter_for, load_pipeline
+from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.errors import BackboneError, ConfigurationError
+from trl_sipo.trainer._trl_compat import make_checkpointable
+from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+
+REFERENCE_ADAPTER_NAME = "ref"  # as in TRL's DPOTrainer
+
+
+def check_reference_arguments(
+    model: Any, ref_model: Any, args: DiffusionPreferenceConfig, peft_config: PeftConfig | None
+) -> None:
+    """Raise [`ConfigurationError`] when model, reference and LoRA arguments contradict each other."""
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ConfigurationError(
+            f"`peft_config` must be a peft configuration such as `peft.LoraConfig(r=8)`, got {type(peft_config).__name__}."
+        )
+    if ref_model is not None and ref_model is model:
+        raise ConfigurationError(
+            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave `ref_model` "
+            "out: a frozen copy (or the model with its LoRA switched off) is used."
+        )
+    if ref_model is not None and peft_config is not None:
+        raise ConfigurationError(
+            "`ref_model` was given together with a new LoRA (`peft_config`). The reference of a new LoRA is the base model "
+            "with the adapter switched off, which costs no memory: leave `ref_model` out. To start from another model, load "
+            "it as `model`."
+        )
+    if args.sync_ref_model and (peft_config is not None or (ref_model is None and is_adapted(model))):
+        raise ConfigurationError(
+            "`sync_ref_model=True` needs a reference model of its own, but with LoRA the reference is the model with its "
+            "adapter switched off or exchanged. Set `sync_ref_model=False`, or train all weights."
+        )
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether `model` is a pipeline whose denoiser already carries a LoRA, as a PeftModel or injected by diffusers."""
+    if not isinstance(model, DiffusionPipeline):
+        return False
+    denoiser = adapter_for(model).denoiser
+    return isinstance(denoiser, PeftModel) or bool(getattr(denoiser, "peft_config", None))
+
+
+def load_policy(
+    model: str | os.PathLike | DiffusionPipeline,
+    args: DiffusionPreferenceConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    processing_class: Any,
+    *,
+    needs_reference_adapter: bool = True,
+) -> tuple[BackboneAdapter, torch.nn.Module, bool]:
+    """Load the pipeline and prepare its denoiser for training.
+
+    Args:
+        needs_reference_adapter: Whether a LoRA that came with the model is copied, frozen, to be the reference.
+
+    Returns:
+        The backbone's adapter (its pipeline holds plain modules, so that it can sample while training), the module to
+        train (a `PeftModel` with LoRA), and whether it came with a trained LoRA, whose frozen copy is the reference.
+
+    Raises:
+        BackboneError: `model` is no pipeline, or one that no adapter knows.
+        ConfigurationError: A LoRA on top of a LoRA, half-precision weights in full fine-tuning, or loading options given
+            for a pipeline that is already loaded.
+    """
+    pipeline = _load(model, args, peft_config, quantization_config)
+    adapter = adapter_for(pipeline)
+    if processing_class is not None:
+        pipeline.tokenizer = processing_class
+    was_adapted = is_adapted(pipeline)
+    if was_adapted and peft_config is not None:
+        raise ConfigurationError(
+            "The denoiser already carries a LoRA and a `peft_config` was given too. Either train the existing LoRA further "
+            "(leave `peft_config` out; a frozen copy becomes the reference), or merge it first "
+            "(`pipe.fuse_lora(); pipe.unload_lora_weights()`)."
+        )
+    if was_adapted:
+        denoiser = _adopt(adapter)
+        if needs_reference_adapter:
+            add_reference_adapter(denoiser)
+    elif peft_config is not None:
+        denoiser = _add_lora(adapter, peft_config)
+    else:
+        denoiser = _all_weights(adapter)
+    make_checkpointable(adapter.denoiser)
+    return adapter, denoiser, was_adapted
+
+
+def _load(
+    model: str | os.PathLike | DiffusionPipeline,
+    args: DiffusionPreferenceConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+) -> DiffusionPipeline:
+    if isinstance(model, (str, os.PathLike)):
+        return load_pipeline(model, **_loading_options(args, peft_config, quantization_config))
+    if not isinstance(model, DiffusionPipeline):
+        raise BackboneError(
+            f"`model` must be a hub id, a local path, or a loaded diffusers pipeline; got {type(model).__name__}. A denoiser "
+            "alone is not enough, since prompts and images are encoded by the pipeline's other parts."
+        )
+    given = [
+        name
+        for name, value in {
+            "model_init_kwargs": args.model_init_kwargs,
+            "quantization_config": quantization_config,
+        }.items()
+        if value
+    ]
+    if given:
+        raise ConfigurationError(
+            f"`{given[0]}` only applies when `model` is a hub id or a path, but a loaded pipeline was given. Pass the options "
+            "to `from_pretrained` yourself, or give the id."
+        )
+    return model
+
+
+def _loading_options(
+    args: DiffusionPreferenceConfig, peft_config: PeftConfig | None, quantization_config: Any
+) -> dict[str, Any]:
+    options = dict(args.model_init_kwargs or {})
+    if args.trust_remote_code:
+        options["trust_remote_code"] = True
+    if quantization_config is not None:
+        if not isinstance(quantization_config, PipelineQuantizationConfig):
+            raise ConfigurationError(
+                f"`quantization_config` must be a `diffusers.PipelineQuantizationConfig`, got "
+                f"{type(quantization_config).__name__}: a pipeline has several parts and it says which are quantized."
+            )
+        options["quantization_config"] = quantization_config
+    # A frozen base may be kept in half precision; weights that are trained may not. The VAE stays in float32: several
+    # overflow in float16, and it is small.
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    frozen = half if peft_config is not None else torch.float32
+    options.setdefault("dtype", {"default": frozen, "vae": torch.float32})
+    return options
+
+
+def _adopt(adapter: BackboneAdapter) -> PeftModel:
+    """The PeftModel of a denoiser that came with a LoRA, its adapter "default" trainable in float32."""
+    denoiser = adapter.denoiser
+    if isinstance(denoiser, PeftModel):
+        # The pipeline keeps the plain module, whose layers carry the LoRA too, so that it can sample as usual.
+        setattr(adapter.pipeline, adapter.denoiser_name, denoiser.get_base_model())
+    else:
+        denoiser = adapter.adopt_injected_lora()
+    if "default" not in denoiser.peft_config:
+        raise ConfigurationError(
+            f"The LoRA to train must be named 'default', but the adapters are {sorted(denoiser.peft_config)}. Load one with "
+            "`adapter_name='default'`."
+        )
+    denoiser.set_adapter("default")
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(".default." in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return denoiser
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """Add a frozen copy of the trained adapter "default" under the name "ref", as TRL's DPOTrainer does."""
+    model.add_adapter(REFERENCE_ADAPTER_NAME, copy.deepcopy(model.peft_config["default"]))
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            copied = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER_NAME}."))
+            copied.data = parameter.data.detach().clone()
+            copied.requires_grad_(False)
+
+
+def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
+    peft_config = copy.deepcopy(peft_config)
+    if getattr(peft_config, "target_modules", None) is None:
+        peft_config.target_modules = list(adapter.lora_target_modules)
+    adapter.denoiser.requires_grad_(False)
+    # autocast_adapter_dtype (peft's default) keeps the LoRA in float32 on a half-precision base.
+    return get_peft_model(adapter.denoiser, peft_config)
+
+
+def _all_weights(adapter: BackboneAdapter) -> torch.nn.Module:
+    half = {parameter.dtype for parameter in adapter.denoiser.parameters()} & {torch.float16, torch.bfloat16}
+    if half:
+        raise ConfigurationError(
+            f"Full fine-tuning needs float32 weights, but the denoiser has {sorted(map(str, half))}: updates as small as "
+            "these vanish in half precision. Load it in float32 (`bf16=True` or `fp16=True` still runs it in half "
+            "precision), or train a LoRA with `peft_config`."
+        )
+    return adapter.denoiser.requires_grad_(True)
+
+
+def load_reference_denoiser(ref_model: Any, denoiser: torch.nn.Module) -> torch.nn.Module:
+    """The frozen denoiser behind a `ref_model` argument: a module, a pipeline, a hub id or a path.
+
+    Raises:
+        ConfigurationError: It is not of the policy's class.
+    """
+    if isinstance(ref_model, (str, os.PathLike)):
+        ref_model = load_pipeline(ref_model)
+    if isinstance(ref_model, DiffusionPipeline):
+        ref_model = adapter_for(ref_model).denoiser
+    base = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
+    if type(ref_model) is not type(base):
+        raise ConfigurationError(
+            f"`ref_model` is a {type(ref_model).__name__} and the policy a {type(base).__name__}; the reference must be of "
+            "the same class, since both see the same noisy latents."
+        )
+    return ref_model.requires_grad_(False).eval()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the datasets that a user hands to a trainer to datasets of tensors."""
+
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.data.collator import DataCollatorForDiffusionPreference
+from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset
+from trl_sipo.data.transforms import PairedTransform
+from trl_sipo.data.validation import check_preference_dataset
+from trl_sipo.errors import DatasetError
+from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+
+__all__ = ["LatentPairs", "PreferenceDataset", "check_dataset", "precompute_latents", "wrap_dataset"]
+
+_PREPARED = (PreferenceDataset, StreamingPreferenceDataset)
+
+
+class LatentPairs(torch.utils.data.Dataset):
+    """Pairs that were encoded before training, in memory.
+
+    Args:
+        prompts: One per pair.
+        chosen_latents, rejected_latents: (pairs, ...) float32 on the CPU.
+    """
+
+    def __init__(self, prompts: list[str], chosen_latents: torch.Tensor, rejected_latents: torch.Tensor):
+        self.prompts = prompts
+        self.chosen_latents = chosen_latents
+        self.rejected_latents = rejected_latents
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "prompt": self.prompts[index],
+            "chosen_latents": self.chosen_latents[index],
+            "rejected_latents": self.rejected_latents[index],
+            "pair_index": index,
+        }
+
+
+def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> Any:
+    """Check a dataset before any long work and print what was found; returns it unchanged.
+
+    Raises:
+        DatasetError: It is no dataset, or its data cannot be used.
+    """
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        advice = (
+            "choose a split, such as dataset['train']"
+            if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict))
+            else "make one with `datasets.Dataset.from_list([{'prompt': ..., 'chosen': ..., 'rejected': ...}])`"
+        )
+        raise DatasetError(
+            f"The {name} dataset is a {type(dataset).__name__}, but a `datasets.Dataset` or `IterableDataset` is needed: "
+            f"{advice}."
+        )
+    report = check_preference_dataset(dataset, num_checked_images=args.num_checked_images)
+    if args.process_index == 0:
+        counts = ", ".join(f"{key.removeprefix('num_')} {value}" for key, value in report.items() if "num_" in key)
+        print(f"{name} dataset: {report['format']} format; {counts}")
+    return dataset
+
+
+def wrap_dataset(dataset: Any, args: DiffusionPreferenceConfig, resolution: int, name: str) -> Any:
+    """Rows to tensors. Training data takes the configured crop and flip, other splits the deterministic ones."""
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return dataset
+    transform = PairedTransform(resolution, center_crop=args.center_crop, random_flip=args.random_flip)
+    if name != "train":
+        transform = transform.for_evaluation()
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
+    return PreferenceDataset(dataset, transform=transform, seed=args.seed)
+
+
+def precompute_latents(
+    dataset: PreferenceDataset, adapter: BackboneAdapter, args: DiffusionPreferenceConfig, name: str
+) -> LatentPairs | PreferenceDataset:
+    """Encode both images of every pair once (posterior mean) and keep the latents in memory."""
+    if dataset.fmt.holds_latents:
+        return dataset
+    loader = DataLoader(
+        dataset,
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=DataCollatorForDiffusionPreference(),
+        num_workers=args.dataloader_num_workers,
+    )
+    prompts: list[str] = []
+    latents: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
+    for batch in tqdm(loader, desc=f"Encoding the {name} dataset", disable=args.disable_tqdm):
+        prompts.extend(batch["prompt"])
+        for arm, parts in latents.items():
+            parts.append(adapter.encode_media(batch[f"{arm}_pixels"]).cpu())
+    return LatentPairs(prompts, torch.cat(latents["chosen"]), torch.cat(latents["rejected"]))

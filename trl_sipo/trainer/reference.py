@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the reference prediction comes from: an adapter switched off, a frozen adapter, or a frozen model.
+
+One interface for the training step: `with reference.active() as denoiser:` gives the module to call.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+
+from trl_sipo.trainer._trl_compat import prepare_reference_model, use_adapter
+from trl_sipo.trainer.model_preparation import REFERENCE_ADAPTER_NAME, load_reference_denoiser
+
+
+class Reference(Protocol):
+    """Something that can lend the reference denoiser for the duration of a `with` block."""
+
+    description: str
+
+    def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
+        """Lend the module to call; the policy is as before when the block ends."""
+
+
+class AdapterReference:
+    """The policy with another adapter in force: none (a new LoRA), or a frozen copy of a trained one.
+
+    Costs no second model. Raises nothing of its own; the policy's adapter is restored when the block ends.
+
+    Args:
+        adapter_name: `None` to switch adapters off, else the name of the frozen adapter.
+    """
+
+    def __init__(self, adapter_name: str | None):
+        self.adapter_name = adapter_name
+        self.description = (
+            "the base model (adapter switched off)"
+            if adapter_name is None
+            else f"a frozen copy of the given adapter (adapter {adapter_name!r})"
+        )
+
+    @contextmanager
+    def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """Yield `model` with the reference adapter in force; `unwrapped` is the PeftModel inside it."""
+        with use_adapter(unwrapped, self.adapter_name):
+            yield model
+
+
+class FrozenModelReference:
+    """A denoiser of its own that is never trained.
+
+    Args:
+        ref_model: The frozen denoiser, already placed (and sharded) by the trainer.
+        description: What it is, for the start of the run's log.
+    """
+
+    def __init__(self, ref_model: torch.nn.Module, description: str):
+        self.ref_model = ref_model
+        self.description = description
+
+    @contextmanager
+    def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """Yield the frozen denoiser."""
+        yield self.ref_model
+
+
+def make_reference(trainer: Any, ref_model: Any, was_adapted: bool) -> Reference:
+    """The reference of a trainer whose model is placed: the given one, the adapter's base or copy, or a frozen copy.
+
+    Args:
+        trainer: The trainer, initialised as far as its `model` and `accelerator`.
+        ref_model: The user's `ref_model` argument, or `None`.
+        was_adapted: Whether the model came with a trained LoRA, whose frozen copy is then the reference.
+    """
+    if ref_model is not None:
+        frozen = load_reference_denoiser(ref_model, trainer.model).to(trainer.args.device)
+        return FrozenModelReference(prepare_reference_model(trainer, frozen), "the given `ref_model`")
+    if isinstance(trainer.model, PeftModel):
+        return AdapterReference(REFERENCE_ADAPTER_NAME if was_adapted else None)
+    frozen = copy.deepcopy(trainer.model).requires_grad_(False).eval()
+    return FrozenModelReference(prepare_reference_model(trainer, frozen), "a frozen copy of the model at the start")
