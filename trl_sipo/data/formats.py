@@ -63,7 +63,7 @@ class PreferenceFormat:
             return True
         return self.label is not None and (row[self.label] is None or row[self.label] != row[self.label])
 
-    def is_tie(self, row: Mapping[str, Any]) -> bool:
+    def is_tie(self, row: Mapping[str, Any], *, where: str = "a row") -> bool:
         """Whether neither arm is preferred. False for an unlabelled row.
 
         Raises:
@@ -71,7 +71,17 @@ class PreferenceFormat:
         """
         if self.label is None or self.is_unlabelled(row):
             return False
-        return _as_label(row[self.label], self.label) == TIE
+        return _as_label(row[self.label], self.label, where) == TIE
+
+    def is_swapped(self, row: Mapping[str, Any], *, where: str = "a row") -> bool:
+        """Whether the second arm is the preferred one.
+
+        Raises:
+            DatasetError: the label is not a number in [0, 1].
+        """
+        if self.label is None or self.is_unlabelled(row):
+            return False
+        return _as_label(row[self.label], self.label, where) < TIE
 
     def read(self, row: Mapping[str, Any], *, where: str = "a row") -> dict[str, Any]:
         """A row under the canonical names: `{"prompt": str, "chosen": ..., "rejected": ...}`, the arms as stored.
@@ -81,13 +91,10 @@ class PreferenceFormat:
                 without a label).
         """
         chosen, rejected = self.first, self.second
-        if self.label is not None:
-            if self.is_unlabelled(row) or self.is_tie(row):
-                raise DatasetError(
-                    f"{where} has no preferred image (a tie, or without a label); drop_ties removes such"
-                )
-            if _as_label(row[self.label], self.label) < TIE:
-                chosen, rejected = rejected, chosen
+        if self.is_unlabelled(row) or self.is_tie(row, where=where):
+            raise DatasetError(f"{where} has no preferred image (a tie, or without a label); drop_ties removes such")
+        if self.is_swapped(row, where=where):
+            chosen, rejected = rejected, chosen
         prompt = read_prompt(row[self.prompt], where=f"{where}, column {self.prompt!r}")
         return {"prompt": prompt, "chosen": row[chosen], "rejected": row[rejected]}
 
@@ -175,7 +182,7 @@ def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
         outside = ~unlabelled & ((labels < 0) | (labels > 1))
         if outside.any():
             row = int(np.flatnonzero(outside)[0])
-            raise DatasetError(_label_message(labels[row], fmt.label, f"row {row}, "))
+            raise DatasetError(_label_message(labels[row], fmt.label, f"row {row}"))
     ties = ~unlabelled & (labels == TIE)
     keep = ~unlabelled & ~ties
     return RowSelection(rows[keep], int(ties.sum()), int(unlabelled.sum()), int((labels[keep] < TIE).sum()))
@@ -248,9 +255,9 @@ def _content_text(content: Any, where: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _as_label(value: Any, column: str) -> float:
+def _as_label(value: Any, column: str, where: str) -> float:
     if not isinstance(value, int | float | np.number | np.bool_) or not 0 <= value <= 1:
-        raise DatasetError(_label_message(value, column))
+        raise DatasetError(_label_message(value, column, where))
     return float(value)
 
 
@@ -259,12 +266,12 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
     values = table[column]
     kind = values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or kind == pa.null()):
-        raise DatasetError(_label_message(values[0].as_py(), column))
+        raise DatasetError(_label_message(values[0].as_py(), column, "row 0"))
     return values.cast(pa.float64()).to_numpy()
 
 
-def _label_message(value: Any, column: str, where: str = "") -> str:
+def _label_message(value: Any, column: str, where: str) -> str:
     return (
-        f"{where}column {column!r}: a label is the share of votes for the first image, a number in [0, 1] (0.5 is a "
+        f"{where}, column {column!r}: a label is the share of votes for the first image, a number in [0, 1] (0.5 is a "
         f"tie), found {value!r}. Rename the column if it means something else."
     )

@@ -8,8 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from trl_sipo.errors import DatasetError
 
 _ARMS = ("chosen", "rejected")
@@ -25,8 +23,8 @@ def find_image_folders(root: Path) -> dict[str, Path]:
     return {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir() and _is_image_folder(folder)}
 
 
-def load_image_folder(folder: Path) -> Dataset:
-    """One such folder as a dataset of `prompt`, `chosen`, `rejected` (absolute paths) and the other columns there are.
+def read_image_folder(folder: Path) -> dict[str, list[Any]]:
+    """One such folder as columns: `prompt`, `chosen`, `rejected` (absolute paths) and the others there are.
 
     Rows are in the order of the metadata. Ids are the names of the images without their suffix.
 
@@ -45,7 +43,7 @@ def load_image_folder(folder: Path) -> Dataset:
     others = sorted({key for row in rows for key in row} - {*columns, "file_name"})
     for column in others:
         columns[column] = [row.get(column) for row in rows]
-    return Dataset.from_dict(columns)
+    return columns
 
 
 def _is_image_folder(folder: Path) -> bool:
@@ -95,7 +93,18 @@ def _csv_rows(text: str) -> list[dict[str, Any]]:
     rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     if any(None in row or None in row.values() for row in rows):
         raise csv.Error("a row has more or fewer cells than the header")
+    for row in rows:
+        if "label" in row:
+            row["label"] = _number(row["label"])
     return rows
+
+
+def _number(cell: str) -> float | str | None:
+    """A cell of a CSV as a number; an empty one is null, any other text stays what it is and is refused later."""
+    try:
+        return float(cell) if cell.strip() else None
+    except ValueError:
+        return cell
 
 
 def _stem(identifier: str) -> str:

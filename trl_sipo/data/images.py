@@ -112,7 +112,7 @@ def _source(value: Any, where: str) -> PIL.Image.Image | io.BytesIO | Path:
 
 def _existing_path(value: str | os.PathLike[str], where: str) -> Path:
     text = os.fspath(value)
-    if isinstance(text, str) and looks_like_text(text) and not _is_file(text):
+    if isinstance(text, str) and looks_like_text(text) and not os.path.isfile(text):
         raise DatasetError(
             f"{where}: expected an image ({_WHAT_IS_READ}), found the text {_quote(text)}. Preference data of "
             "language models cannot be used here: 'chosen' and 'rejected' must hold images."
@@ -122,13 +122,6 @@ def _existing_path(value: str | os.PathLike[str], where: str) -> Path:
     if os.path.isdir(text):
         raise DatasetError(f"{where}: {_quote(text)} is a folder, not an image")
     return Path(text)
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return os.path.isfile(text)
-    except ValueError:  # a null character
-        return False
 
 
 def _describe(value: Any) -> str:

@@ -11,8 +11,9 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Value
 
 from trl_sipo.data.formats import FORMATS
-from trl_sipo.data.image_folder import find_image_folders, load_image_folder
+from trl_sipo.data.image_folder import find_image_folders, read_image_folder
 from trl_sipo.data.images import looks_like_text
+from trl_sipo.data.preference_dataset import first_row
 from trl_sipo.errors import DatasetError
 
 # Suffix of a file: builder of `datasets`, options of it. Empty cells of a CSV are null; the words NA and null are not.
@@ -65,7 +66,7 @@ def load_preference_dataset(
             - columns, as a mapping from names to lists.
 
             Relative paths of images in a local table are relative to the folder of that table.
-        name: configuration of a dataset on the hub.
+        name: configuration of a dataset on the hub; of a local folder, the folder within it.
         split: which split; slices ("train[:500]", "train[10%:20%]") work for all kinds, except when streaming.
         streaming: give a `datasets.IterableDataset`.
 
@@ -82,8 +83,10 @@ def load_preference_dataset(
             raise DatasetError(f"there is no file or folder {text!r} (working directory: {os.getcwd()})")
         return _load_from_hub(text, name, split, streaming)
     if name is not None:
-        raise DatasetError(f"name={name!r} chooses a configuration on the hub, but {text!r} is a local path")
-    return _take_split(_local_splits(path, split, streaming), split, repr(text))
+        path = path / name
+        if not path.is_dir():
+            raise DatasetError(f"name={name!r}: {text!r} is a local path and has no folder of that name")
+    return _take_split(_local_splits(path, split, streaming), split, repr(str(path)))
 
 
 def dataset_from_columns(columns: Mapping[str, Sequence[Any]]) -> Dataset:
@@ -126,9 +129,9 @@ def _local_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]
     folders = find_image_folders(path)
     if folders:
         if set(folders) == {""}:
-            return _single(lambda: load_image_folder(path), split, streaming)
+            return _single(lambda: dataset_from_columns(read_image_folder(path)), split, streaming)
         return {
-            name: _maybe_streamed(lambda folder=folder: load_image_folder(folder), streaming)
+            name: _maybe_streamed(lambda folder=folder: dataset_from_columns(read_image_folder(folder)), streaming)
             for name, folder in folders.items()
         }
     files = _data_files(path)
@@ -196,9 +199,11 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
 
 
 def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:
-    features = dataset.features or {}
     arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
-    columns = [name for name in features if name in arms and _is_string(features[name])]
+    if dataset.features is None:  # a stream whose types are not known before it is read
+        columns = [column for column, value in first_row(dataset).items() if column in arms and isinstance(value, str)]
+    else:
+        columns = [column for column in dataset.features if column in arms and _is_string(dataset.features[column])]
     if not columns:
         return dataset
 
@@ -207,7 +212,7 @@ def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Da
             column: [_absolute(path, folder) for path in paths] for column, paths in zip(columns, values, strict=True)
         }
 
-    return dataset.map(absolute, batched=True, input_columns=columns)
+    return dataset.map(absolute, batched=True, input_columns=columns, features=dataset.features)
 
 
 def _absolute(path: str | None, folder: Path) -> str | None:

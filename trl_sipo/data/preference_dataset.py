@@ -38,8 +38,8 @@ class PreferenceDataset(torch.utils.data.Dataset):
         num_ties, num_unlabelled: rows that were left out.
 
     Raises:
-        DatasetError: columns of no known format, no rows, labels out of range, a broken image (on access, naming the
-            row of `dataset`).
+        DatasetError: columns of no known format, labels out of range; on access, a broken image or an empty prompt,
+            naming the row of `dataset`.
         ConfigurationError: images without a transform.
     """
 
@@ -136,12 +136,13 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         if worker == 0:
             self._dropped[num_workers:].zero_()  # left over from a pass with more workers
         for position, row in enumerate(self._rows):
+            where = f"row {position} read by worker {worker}" if info else f"row {position}"
             if self.fmt.is_unlabelled(row):
                 slot[1] += 1
-            elif self.fmt.is_tie(row):
+            elif self.fmt.is_tie(row, where=where):
                 slot[0] += 1
             else:
-                yield self._item(row, where=f"row {position} read by worker {worker}" if info else f"row {position}")
+                yield self._item(row, where)
 
     def _item(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         pair = self.fmt.read(row, where=where)
@@ -161,8 +162,13 @@ def stream_columns(dataset: datasets.IterableDataset) -> list[str]:
     """
     if dataset.column_names is not None:
         return list(dataset.column_names)
+    return list(first_row(dataset))
+
+
+def first_row(dataset: datasets.IterableDataset) -> dict[str, Any]:
+    """The first row of a stream. Raises DatasetError when it is empty."""
     for row in dataset:
-        return list(row)
+        return row
     raise DatasetError("the dataset is empty: the stream has no rows")
 
 

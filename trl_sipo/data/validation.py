@@ -97,16 +97,16 @@ def _check_stream(dataset: IterableDataset, fmt: PreferenceFormat, num_checked_i
     rows = list(enumerate(itertools.islice(undecoded(dataset, fmt), min(num_checked_images, _NUM_STREAMED))))
     if not rows and num_checked_images:
         raise DatasetError("the dataset is empty: the stream has no rows")
-    num_unlabelled = sum(fmt.is_unlabelled(row) for _, row in rows)
-    num_ties = sum(fmt.is_tie(row) for _, row in rows)
-    pairs = [(number, row) for number, row in rows if not (fmt.is_unlabelled(row) or fmt.is_tie(row))]
+    unlabelled = {number for number, row in rows if fmt.is_unlabelled(row)}
+    ties = {number for number, row in rows if fmt.is_tie(row, where=f"row {number}")}
+    pairs = [(number, row) for number, row in rows if number not in unlabelled | ties]
     report = {
         "format": fmt.name,
         "streaming": True,
         "num_rows": len(rows),
-        "num_ties": num_ties,
-        "num_unlabelled": num_unlabelled,
-        "num_swapped": sum(fmt.label is not None and row[fmt.label] < 0.5 for _, row in pairs),
+        "num_ties": len(ties),
+        "num_unlabelled": len(unlabelled),
+        "num_swapped": sum(fmt.is_swapped(row) for _, row in pairs),
         "num_pairs": len(pairs),
         **_check_arms(iter(pairs), fmt),
     }

@@ -4,6 +4,8 @@
 import math
 from dataclasses import MISSING, dataclass, field, fields
 
+from transformers.utils import is_torch_bf16_gpu_available
+
 from trl_sipo.core.beta import BETA_CONVENTIONS
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.errors import ConfigurationError
@@ -153,6 +155,9 @@ class DiffusionPreferenceConfig(DPOConfig):
         self._check_noise()
         self._check_data()
         self._check_samples()
+        if self.bf16 is None:
+            # TRL takes bfloat16 unless told otherwise, and then fails on a machine that has no accelerator for it.
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
     def _check_objective(self) -> None:
