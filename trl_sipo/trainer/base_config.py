@@ -158,6 +158,9 @@ class DiffusionPreferenceConfig(DPOConfig):
         if self.bf16 is None:
             # TRL takes bfloat16 unless told otherwise, and then fails on a machine that has no accelerator for it.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.activation_checkpointing is None:
+            # The newer name of the same switch; set here, transformers does not warn about TRL's default.
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
     def _check_objective(self) -> None:
