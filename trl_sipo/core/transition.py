@@ -38,14 +38,14 @@ def posterior_mean_and_variance(
     noisy_latents, clean_latents = widen(noisy_latents, clean_latents)
     alpha_t, sigma_t = level.alpha_t, level.sigma_t
     alpha_s, sigma_s = previous_level.alpha_t, previous_level.sigma_t
-    # x_t given x_s is N(step_alpha x_s, step_variance); two pure-noise levels have nothing left to scale.
+    # x_t given x_s is N(step_alpha x_s, ...); two pure-noise levels have nothing left to scale.
     step_alpha = torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0)
-    step_variance = (sigma_t**2 - (step_alpha * sigma_s) ** 2).clamp(min=0)
-    # Dividing by sigma_t first keeps the ratio in [0, 1] and the clean end, 0 / 0, at zero.
+    # The ratio lies in [0, 1]; squares of a tiny sigma alone would underflow, and the clean end would be 0 / 0.
     ratio = torch.where(sigma_t > 0, sigma_s / sigma_t, 0.0)
+    new_share = (1 - (step_alpha * ratio) ** 2).clamp(min=0)  # of the noise of x_t, what the step s -> t added
     noisy_scale = per_sample(step_alpha * ratio**2, noisy_latents)
-    clean_scale = per_sample(torch.where(sigma_t > 0, alpha_s * step_variance / sigma_t**2, alpha_s), clean_latents)
-    return noisy_scale * noisy_latents + clean_scale * clean_latents, step_variance * ratio**2
+    clean_scale = per_sample(alpha_s * new_share, clean_latents)
+    return noisy_scale * noisy_latents + clean_scale * clean_latents, new_share * sigma_s**2
 
 
 def rho_squared(level: NoiseLevel, previous_level: NoiseLevel, prediction_type: str) -> Tensor:
