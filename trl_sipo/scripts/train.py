@@ -6,20 +6,13 @@ Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo 
 
 import sys
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.methods import METHODS, method_classes
 
 if TYPE_CHECKING:
     from trl import TrlParser
-
-METHODS = {
-    "dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
-    "sipo": ("DiffusionSIPOConfig", "DiffusionSIPOTrainer"),
-    "poly-dpo": ("DiffusionPolyDPOConfig", "DiffusionPolyDPOTrainer"),
-}
-
 
 @dataclass
 class DataArguments:
@@ -83,8 +76,7 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
     """TRL's parser over data, training and model arguments of `method`, a key of `METHODS`."""
     from trl import TrlParser
 
-    config_class = getattr(import_module("trl_sipo"), METHODS[method][0])
-    return TrlParser((DataArguments, config_class, ModelArguments), prog=prog or f"trl-sipo {method}")
+    return TrlParser((DataArguments, method_classes(method)[0], ModelArguments), prog=prog or f"trl-sipo {method}")
 
 
 def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArguments]:
@@ -150,7 +142,6 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
     """Load the pairs, train, save, and push when asked to."""
     from trl_sipo.data.loading import load_preference_dataset
 
-    package = import_module("trl_sipo")
     splits = {"train": data_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["test"] = data_args.dataset_test_split
@@ -164,7 +155,7 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
         for name, split in splits.items()
     }
     training_args.model_init_kwargs = loading_options(training_args, model_args)
-    trainer = getattr(package, METHODS[method][1])(
+    trainer = method_classes(method)[1](
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=datasets["train"],
