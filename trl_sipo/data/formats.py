@@ -182,7 +182,7 @@ def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
         outside = ~unlabelled & ((labels < 0) | (labels > 1))
         if outside.any():
             row = int(np.flatnonzero(outside)[0])
-            raise DatasetError(_label_message(labels[row], fmt.label, f"row {row}"))
+            raise DatasetError(_label_message(float(labels[row]), fmt.label, f"row {row}"))
     ties = ~unlabelled & (labels == TIE)
     keep = ~unlabelled & ~ties
     return RowSelection(rows[keep], int(ties.sum()), int(unlabelled.sum()), int((labels[keep] < TIE).sum()))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference data from wherever it is: the hub, a saved dataset, tables of rows, folders of images, or plain lists."""
 
+import glob
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,16 @@ from trl_sipo.data.images import looks_like_text
 from trl_sipo.data.preference_dataset import first_row
 from trl_sipo.errors import DatasetError
 
-# Suffix of a file: builder of `datasets`, options of it. Empty cells of a CSV are null; the words NA and null are not.
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+# Suffix of a file: its readers, map-style and streaming. `load_dataset("json", ...)` would do the same and report each
+# load to the hub, which takes seconds where there is no network.
+_READERS: dict[str, tuple[Callable[..., Dataset], Callable[..., IterableDataset]]] = {
+    ".parquet": (Dataset.from_parquet, IterableDataset.from_parquet),
+    ".jsonl": (Dataset.from_json, IterableDataset.from_json),
+    ".json": (Dataset.from_json, IterableDataset.from_json),
+    ".csv": (Dataset.from_csv, IterableDataset.from_csv),
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    ".csv": {"keep_default_na": False, "na_values": [""]},  # empty cells are null, the words NA and null are not
 }
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {
@@ -121,8 +126,8 @@ def _maybe_streamed(loader: _Loader, streaming: bool) -> _Loader:
 def _local_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]:
     """Split names and how to load each."""
     if path.is_file():
-        if path.suffix.lower() not in _BUILDERS:
-            raise DatasetError(f"cannot read {str(path)!r}: expected one of {', '.join(_BUILDERS)}")
+        if path.suffix.lower() not in _READERS:
+            raise DatasetError(f"cannot read {str(path)!r}: expected one of {', '.join(_READERS)}")
         return {_base_names(split)[0]: lambda: _load_files([path], streaming)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_splits(path, split, streaming)
@@ -137,7 +142,7 @@ def _local_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]
     files = _data_files(path)
     if not files:
         raise DatasetError(
-            f"the folder {str(path)!r} holds no preference data: no {', '.join(_BUILDERS)} file, no dataset of "
+            f"the folder {str(path)!r} holds no preference data: no {', '.join(_READERS)} file, no dataset of "
             "save_to_disk, and no folders 'chosen' and 'rejected'"
         )
     return {name: lambda group=group: _load_files(group, streaming) for name, group in files.items()}
@@ -159,7 +164,7 @@ def _data_files(folder: Path) -> dict[str, list[Path]]:
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or file.name in _NOT_DATA or file.suffix.lower() not in _BUILDERS or not file.is_file():
+        if hidden or file.name in _NOT_DATA or file.suffix.lower() not in _READERS or not file.is_file():
             continue
         by_split.setdefault(_split_of(relative), []).append(file)
     return by_split
@@ -183,16 +188,16 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
         groups.setdefault((file.parent.resolve(), file.suffix.lower()), []).append(file)
     parts = []
     for (folder, suffix), group in groups.items():
-        builder, options = _BUILDERS[suffix]
+        read = _READERS[suffix][streaming]
         paths = [str(file) for file in group]
         try:
-            part = datasets.load_dataset(builder, data_files=paths, split="train", streaming=streaming, **options)
+            part = read([glob.escape(path) for path in paths], **_OPTIONS.get(suffix, {}))
             parts.append(_with_absolute_paths(part, folder))
         except Exception as error:  # the readers raise their own errors, those of pyarrow and those of pandas
             cause = error.__cause__ or error
             raise DatasetError(f"cannot read {', '.join(paths[:3])}: {type(cause).__name__}: {cause}") from error
     try:
-        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets([_plain_strings(part) for part in parts])
     except ValueError as error:
         names = [str(folder) for folder, _ in groups]
         raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
@@ -219,6 +224,14 @@ def _absolute(path: str | None, folder: Path) -> str | None:
     if path is None or looks_like_text(path):
         return path
     return str(folder / path)  # an absolute path stays itself
+
+
+def _plain_strings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The readers of CSV and JSON use different types of string, which do not concatenate."""
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, Value) and feature.dtype == "large_string":
+            dataset = dataset.cast_column(column, Value("string"))
+    return dataset
 
 
 def _is_string(feature: Any) -> bool:
@@ -253,7 +266,7 @@ def _base_names(split: str) -> list[str]:
 
 def _looks_like_path(text: str) -> bool:
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith(".")
-    return not is_hub_id or Path(text).suffix.lower() in _BUILDERS
+    return not is_hub_id or Path(text).suffix.lower() in _READERS
 
 
 def _load_from_hub(text: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
