@@ -19,7 +19,7 @@ SD15_BETAS: dict[str, Any] = {
 _SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
     "DDIM": {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
     "PNDM": {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
-    "EulerDiscrete": {"steps_offset": 1},
+    "EulerDiscrete": {"timestep_spacing": "leading", "steps_offset": 1},
 }
 
 

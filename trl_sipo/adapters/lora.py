@@ -75,6 +75,9 @@ def check_exportable(denoiser: nn.Module) -> PeftModel:
 def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write `<directory>/pytorch_lora_weights.safetensors`, whole or not at all.
 
+    Weights keep their dtype in the file. diffusers rounds them to the denoiser's dtype when it loads them, so equality
+    with the trained model is to the bit for a float32 pipeline, and up to this rounding for others.
+
     Args:
         pipeline_class: the pipeline's class, whose `save_lora_weights` writes the file.
         denoiser_name: component name of the denoiser, which prefixes the keys.
@@ -88,10 +91,10 @@ def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, dire
     layers = {key: value.detach().cpu().contiguous() for key, value in _lora_state_dict(model).items()}
     if denoiser_name == "unet":
         layers = _conventional_unet_keys(layers)
-    arguments = {
-        f"{denoiser_name}_lora_layers": layers,
-        f"{denoiser_name}_lora_adapter_metadata": model.peft_config[ADAPTER_NAME].to_dict(),
-    }
+    metadata = model.peft_config[ADAPTER_NAME].to_dict()
+    # diffusers adds the layers in train mode to a pipeline in eval mode: with dropout, inference would be random.
+    metadata["lora_dropout"] = 0.0
+    arguments = {f"{denoiser_name}_lora_layers": layers, f"{denoiser_name}_lora_adapter_metadata": metadata}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a run killed here leaves the earlier file or none, never a torn one.

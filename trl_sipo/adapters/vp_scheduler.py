@@ -13,6 +13,15 @@ from trl_sipo.errors import BackboneError
 
 VP_PREDICTION_TYPES = ("epsilon", "v_prediction")
 
+_BETA_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
 
 def vp_prediction_type(scheduler: SchedulerMixin) -> str:
     """`"epsilon"` or `"v_prediction"`, from the scheduler's configuration.
@@ -48,8 +57,10 @@ def vp_noise_schedule(scheduler: SchedulerMixin) -> VPSchedule:
             "pipeline a DDIMScheduler (or DDPM, PNDM, Euler, DPM-Solver) with the model's own betas."
         )
     try:
-        # DDPMScheduler is the only one whose tables are those of training for every sampler's configuration.
-        betas = DDPMScheduler.from_config(config).betas.to(torch.float64)
+        # DDPMScheduler's tables are those of training whatever the sampler. Not by from_config, which replaces values
+        # that are the sampler's own defaults (LCM's betas, say) by DDPMScheduler's, which differ.
+        ddpm = DDPMScheduler(**{field: config[field] for field in _BETA_FIELDS if field in config})
+        betas = ddpm.betas.to(torch.float64)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise BackboneError(f"The betas of the {name} cannot be computed from its configuration: {error}") from error
     return VPSchedule(torch.cumprod(1.0 - betas, dim=0))
