@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package's outside: what ships, what it says about itself, and what importing it costs."""
 
+import ast
 import configparser
 import re
 import subprocess
@@ -135,6 +136,23 @@ def test_the_install_is_light():
     base = {canonicalize_name(Requirement(text).name) for text in requires("trl-sipo") or [] if "extra ==" not in text}
     assert not base & {"bitsandbytes", "deepspeed", "xformers", "torchvision", "matplotlib", "wandb", "av", "pytest"}
     assert {"trl", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"} <= base
+
+
+def test_every_import_is_a_stated_requirement():
+    config = _config()
+    texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    stated = {canonicalize_name(requirement.name) for text in texts for requirement in _requirements(text)}
+    distribution = {"PIL": "pillow", "yaml": "pyyaml"}
+    missing = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names = [node.module]
+            for top in {name.split(".")[0] for name in names} - {"trl_sipo"} - sys.stdlib_module_names:
+                if canonicalize_name(distribution.get(top, top)) not in stated:
+                    missing.add(f"{path.relative_to(ROOT)}: {top}")
+    assert not missing
 
 
 @pytest.mark.parametrize(
