@@ -30,10 +30,17 @@ test: .venv/stamp-test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	    $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+# `make -k check` goes on after a failure.
+check: lint contracts types
+
 # The docstring check is part of ruff: rules D100 to D103 on core and adapters.
-check: .venv/stamp-test
+lint: .venv/stamp-test
 	$(BIN)/ruff check .
+
+contracts: .venv/stamp-test
 	$(BIN)/lint-imports --no-logo
+
+types: .venv/stamp-test
 	$(BIN)/pyrefly check
 
 style: .venv/stamp-test
@@ -74,4 +81,4 @@ clean:
 	$(INSTALL) -e '.[test,dev]'
 	@touch .venv/stamp-demo $@
 
-.PHONY: help demo test check style build clean
+.PHONY: help demo test check lint contracts types style build clean
