@@ -6,15 +6,20 @@ user's run.
 """
 
 import contextlib
+import json
 from types import MethodType
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
+from torch.utils.checkpoint import checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_comet_experiment_url, get_trackio_space_url, use_adapter
+
+from trl_sipo.errors import ConfigurationError
 
 __all__ = [
     "DPOConfig",
@@ -25,6 +30,7 @@ __all__ = [
     "get_trackio_space_url",
     "init_trainer",
     "make_checkpointable",
+    "make_config_reportable",
     "prepare_reference_model",
     "use_adapter",
 ]
@@ -44,18 +50,55 @@ def init_trainer(trainer: DPOTrainer, **kwargs: Any) -> None:
 
 
 def make_checkpointable(denoiser: torch.nn.Module) -> None:
-    """Give a diffusers model the two methods by which transformers switches activation checkpointing on.
+    """Give a diffusers model the method by which transformers switches activation checkpointing on.
 
-    diffusers calls it `enable_gradient_checkpointing`; transformers 5.23 looks for `activation_checkpointing_enable`
-    and `is_gradient_checkpointing`. Goes when diffusers offers transformers' name.
+    diffusers calls it `enable_gradient_checkpointing`; transformers 5.23 looks for `activation_checkpointing_enable`.
+    Goes when diffusers offers transformers' name.
     """
-
-    def activation_checkpointing_enable(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        self.enable_gradient_checkpointing()
-
     if not hasattr(denoiser, "activation_checkpointing_enable"):
         # Through __dict__: a bound method set as an attribute would otherwise be looked up as a submodule first.
-        denoiser.__dict__["activation_checkpointing_enable"] = MethodType(activation_checkpointing_enable, denoiser)
+        denoiser.__dict__["activation_checkpointing_enable"] = MethodType(_enable_checkpointing, denoiser)
+
+
+def _enable_checkpointing(
+    denoiser: Any,
+    activation_checkpointing_kwargs: dict[str, Any] | None = None,
+    every_n_layers: int = 1,
+    offload: bool = False,
+) -> None:
+    if every_n_layers != 1 or offload:
+        raise ConfigurationError(
+            f"`activation_checkpointing_kwargs` has every_n_layers={every_n_layers} and offload={offload}, which "
+            "diffusers models do not offer: they checkpoint every block, or none. Remove the two."
+        )
+    options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+
+    def checkpoint_block(module: torch.nn.Module, *args: Any) -> Any:
+        return checkpoint(module.__call__, *args, **options)
+
+    denoiser.enable_gradient_checkpointing(checkpoint_block)
+
+
+class ReportableConfig(FrozenDict):
+    """A diffusers configuration with the two methods by which the trackers of transformers read one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a plain dictionary."""
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON."""
+        return json.dumps(dict(self), indent=2, sort_keys=True, default=str)
+
+
+def make_config_reportable(denoiser: Any) -> None:
+    """Let TensorBoard and the other trackers read the configuration of a diffusers model.
+
+    `TensorBoardCallback` calls `model.config.to_json_string()`, which a diffusers `FrozenDict` lacks. Goes when
+    diffusers or transformers closes the gap.
+    """
+    if not hasattr(denoiser.config, "to_json_string"):
+        denoiser._internal_dict = ReportableConfig(denoiser.config)
 
 
 def prepare_reference_model(trainer: DPOTrainer, ref_model: torch.nn.Module) -> torch.nn.Module:

@@ -4,12 +4,16 @@
 import math
 from dataclasses import MISSING, dataclass, field, fields
 
+import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_sipo.core.beta import BETA_CONVENTIONS
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
+
+# Besides the default, what TRL's own `__post_init__` makes of it: `dataclasses.replace` must give the same again.
+_NEUTRAL_VALUES: dict[str, tuple] = {"loss_type": ("sigmoid",), "pad_to_multiple_of": (None,)}
 
 # Fields that `DPOConfig` and `TrainingArguments` bring and that mean nothing for a diffusion model, or are not offered
 # yet. Each with the way out. A value other than the default raises: nothing is silently ignored.
@@ -29,12 +33,16 @@ REJECTED_FIELDS = {
     "use_weighting": "WPO weights are token probabilities; for importance weights use DiffusionSIPOTrainer",
     "discopop_tau": "it belongs to a language-model loss",
     "activation_offloading": "use `gradient_checkpointing=True`",
-    "precompute_ref_log_probs": "the reference error depends on the noise drawn, so it is computed live; with LoRA the "
-    "reference costs no memory, and it never needs a second copy of the model",
+    "precompute_ref_log_probs": "the reference error depends on the noise drawn, so it is computed live; with LoRA "
+    "the reference costs no memory, and it never needs a second copy of the model",
     "precompute_ref_batch_size": "the reference is computed live",
     "use_liger_kernel": "its kernels replace language-model layers",
     "liger_kernel_config": "its kernels replace language-model layers",
     "neftune_noise_alpha": "it adds noise to token embeddings",
+    "include_num_input_tokens_seen": "it counts tokens",
+    "dataset_num_proc": "images are decoded in the data loader: use `dataloader_num_workers`",
+    "bf16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
+    "fp16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
     "label_smoothing_factor": "use `label_smoothing`, the probability that a preference label is flipped",
 }
 
@@ -56,8 +64,8 @@ class DiffusionPreferenceConfig(DPOConfig):
             `logit = beta * (chosen_logratio - rejected_logratio)` with
             `logratio = (reference error - policy error) / 2` and the error a mean over latent dimensions. Larger means
             closer to the reference. 5000 is the published value for Stable Diffusion.
-        beta_convention: The convention in which `beta` is given; one of `trl_sipo.core.beta.BETA_CONVENTIONS`. Converted
-            once, and printed at the start of the run.
+        beta_convention: The convention in which `beta` is given; one of `trl_sipo.core.beta.BETA_CONVENTIONS`.
+            Converted once, and printed at the start of the run.
         label_smoothing: Probability in [0, 0.5) that a preference label is flipped (conservative DPO).
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`.
@@ -89,8 +97,8 @@ class DiffusionPreferenceConfig(DPOConfig):
     beta: float = field(
         default=5000.0,
         metadata={
-            "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent dimensions). "
-            "Larger stays closer to the reference."
+            "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent "
+            "dimensions). Larger stays closer to the reference."
         },
     )
     beta_convention: str = field(
@@ -122,7 +130,7 @@ class DiffusionPreferenceConfig(DPOConfig):
         default=None, metadata={"help": "Side of the square training images in pixels; the model's own if not given."}
     )
     center_crop: bool = field(
-        default=True, metadata={"help": "Crop at the centre; otherwise at a random position, the same for both images."}
+        default=True, metadata={"help": "Crop at the centre; otherwise at a random place, the same for both images."}
     )
     random_flip: bool = field(
         default=False, metadata={"help": "Flip both images of a pair horizontally with probability one half."}
@@ -151,6 +159,8 @@ class DiffusionPreferenceConfig(DPOConfig):
     def __post_init__(self):
         # Before TRL's own __post_init__, which rewrites some of these fields.
         reject_language_model_fields(self)
+        if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
+            self.sample_prompts = [self.sample_prompts]
         self._check_objective()
         self._check_noise()
         self._check_data()
@@ -161,12 +171,15 @@ class DiffusionPreferenceConfig(DPOConfig):
         if self.activation_checkpointing is None:
             # The newer name of the same switch; set here, transformers does not warn about TRL's default.
             self.activation_checkpointing = self.gradient_checkpointing
+        # Pinned memory speeds copies to an accelerator up; without one, PyTorch would warn at every data loader.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
 
     def _check_objective(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigurationError(
-                f"`beta` must be positive and finite, got {self.beta}. The Diffusion-DPO value for Stable Diffusion is 5000."
+                f"`beta` must be positive and finite, got {self.beta}. The Diffusion-DPO value for Stable Diffusion "
+                "is 5000."
             )
         if self.beta_convention not in BETA_CONVENTIONS:
             raise ConfigurationError(
@@ -188,11 +201,16 @@ class DiffusionPreferenceConfig(DPOConfig):
         ordered = len(self.timestep_range) == 2 and 0.0 <= self.timestep_range[0] < self.timestep_range[1] <= 1.0
         if not ordered:
             raise ConfigurationError(
-                f"`timestep_range` must be two increasing fractions of the schedule within [0, 1], such as [0.06, 1.0]; "
-                f"got {self.timestep_range}."
+                "`timestep_range` must be two increasing fractions of the schedule within [0, 1], such as [0.06, "
+                f"1.0]; got {self.timestep_range}."
             )
         if self.logit_std <= 0:
             raise ConfigurationError(f"`logit_std` must be positive, got {self.logit_std}.")
+        if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ConfigurationError(
+                f"`logit_mean={self.logit_mean}` and `logit_std={self.logit_std}` only act with "
+                f"`timestep_sampling='logit_normal'`, but it is {self.timestep_sampling!r}. Set it, or remove them."
+            )
         if self.importance_steps < 1:
             raise ConfigurationError(f"`importance_steps` must be at least 1, got {self.importance_steps}.")
         if self.eval_noise_levels < 1:
@@ -215,13 +233,17 @@ class DiffusionPreferenceConfig(DPOConfig):
         conflicts = [setting for setting, is_set in random_parts.items() if is_set]
         if self.precompute_latents and conflicts:
             raise ConfigurationError(
-                f"`precompute_latents=True` encodes each image once, which contradicts {', '.join(conflicts)}. Set the "
-                "opposite, or turn `precompute_latents` off."
+                f"`precompute_latents=True` encodes each image once, which contradicts {', '.join(conflicts)}. Set "
+                "the opposite, or turn `precompute_latents` off."
             )
 
     def _check_samples(self) -> None:
         if self.sample_every_steps < 0:
             raise ConfigurationError(f"`sample_every_steps` must be zero or more, got {self.sample_every_steps}.")
+        if self.sample_num_inference_steps < 1:
+            raise ConfigurationError(
+                f"`sample_num_inference_steps` must be at least 1, got {self.sample_num_inference_steps}."
+            )
         if self.sample_every_steps and not self.sample_prompts:
             raise ConfigurationError(
                 "`sample_every_steps` is set but `sample_prompts` is empty: give the prompts to draw, or set it to 0."
@@ -238,8 +260,7 @@ def reject_language_model_fields(config: DPOConfig) -> None:
         if config_field.name not in REJECTED_FIELDS:
             continue
         value, default = getattr(config, config_field.name), _default_of(config_field)
-        # `loss_type="sigmoid"` is the default written as a string.
-        if value == default or [value] == default:
+        if value == default or value in _NEUTRAL_VALUES.get(config_field.name, ()):
             continue
         raise ConfigurationError(
             f"`{config_field.name}={value!r}` has no meaning for a diffusion model: "

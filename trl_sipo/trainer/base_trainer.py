@@ -19,7 +19,6 @@ import os
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,37 +40,23 @@ from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOTrainer, SyncRefModelCallback, disable_dropout_in_model, init_trainer
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-from trl_sipo.trainer.callbacks import DivergenceWarningCallback, SampleGridCallback
+from trl_sipo.trainer.callbacks import DivergenceWarningCallback, EpochCallback, SampleGridCallback
+from trl_sipo.trainer.checkpointing import (
+    ReferenceCheckpointCallback,
+    copy_weights,
+    load_reference,
+    load_weights,
+    save_weights,
+)
 from trl_sipo.trainer.encoding import EncodedPairs, PairEncoder, check_inputs, draw_noise, pair_generators
 from trl_sipo.trainer.model_card import save_model_card
-from trl_sipo.trainer.model_preparation import check_reference_arguments, load_policy
-from trl_sipo.trainer.preference_data import PreferenceDataset, check_dataset, precompute_latents, wrap_dataset
+from trl_sipo.trainer.model_preparation import check_model_arguments, load_policy
+from trl_sipo.trainer.preference_data import as_tensors, check_dataset
 from trl_sipo.trainer.reference import make_reference
+from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
-# |logit| beyond which the gradient of the log-sigmoid is below one percent of its largest value, on the winning side.
-SATURATED_LOGIT = math.log(99.0)
 # First word of the key of every per-pair generator, so that training and evaluation never share a draw.
 TRAIN_STREAM, EVAL_STREAM = 0, 1
-
-
-@dataclass(frozen=True)
-class PairErrors:
-    """Per-image mean squared errors of policy and reference at one noise level; each (batch,) float32."""
-
-    chosen: torch.Tensor
-    rejected: torch.Tensor
-    ref_chosen: torch.Tensor
-    ref_rejected: torch.Tensor
-
-    @property
-    def chosen_logratio(self) -> torch.Tensor:
-        """(ref_error - error) / 2 of the chosen images, (batch,)."""
-        return (self.ref_chosen - self.chosen) / 2
-
-    @property
-    def rejected_logratio(self) -> torch.Tensor:
-        """(ref_error - error) / 2 of the rejected images, (batch,)."""
-        return (self.ref_rejected - self.rejected) / 2
 
 
 class DiffusionPreferenceTrainer(DPOTrainer):
@@ -79,18 +64,18 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     Args:
         model: A hub id, a local path, or a loaded `DiffusionPipeline`. A pipeline whose denoiser already carries a
-            trained LoRA (a `PeftModel`, or loaded by `pipe.load_lora_weights`) is trained further, with a frozen copy of
-            that LoRA as the reference.
-        ref_model: The reference: a denoiser, a pipeline, a hub id or a local path. Only for full fine-tuning; with LoRA
-            the reference is the model with its adapter switched off.
+            trained LoRA (a `PeftModel`, or loaded by `pipe.load_lora_weights`) is trained further, with a frozen copy
+            of that LoRA as the reference.
+        ref_model: The reference: a denoiser, a pipeline, a hub id or a local path. Only for full fine-tuning; with
+            LoRA the reference is the model with its adapter switched off.
         args: The method's configuration.
         data_collator: Replaces [`~trl_sipo.data.collator.DataCollatorForDiffusionPreference`].
         train_dataset: `datasets.Dataset` or `IterableDataset` with `prompt`, `chosen`, `rejected` (images), or the
             columns of Pick-a-Pic.
         eval_dataset: Held-out pairs, one dataset or a dict of them.
         processing_class: Replaces the pipeline's `tokenizer`.
-        compute_metrics: Called with predictions `(n, 2)`, the chosen and rejected rewards, and labels 0 (the index of the
-            chosen one).
+        compute_metrics: Called with predictions `(n, 2)`, the chosen and rejected rewards, and labels 0 (the index of
+            the chosen one).
         callbacks: Added to the default ones.
         optimizers: An optimiser and a scheduler, as for `transformers.Trainer`.
         quantization_config: A `diffusers.PipelineQuantizationConfig`, used when `model` is a hub id or path.
@@ -121,14 +106,13 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = self._check_args(model, args)
-        check_reference_arguments(model, ref_model, args, peft_config)
-        if train_dataset is None:
-            raise ConfigurationError("`train_dataset` is required.")
+        check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         # The data is looked at before the model is loaded: both can take long, and bad data is the likelier mistake.
         train_dataset = check_dataset(train_dataset, args, "train")
         eval_dataset = self._for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
 
         set_seed(args.seed)  # LoRA weights are drawn at random
+        self.args = args
         self.adapter, denoiser, was_adapted = load_policy(
             model,
             args,
@@ -137,38 +121,20 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             processing_class,
             needs_reference_adapter=ref_model is None,
         )
-        self.adapter.freeze()
-        self._noise_schedule = self.adapter.noise_schedule
-        self.resolution = args.resolution or self.adapter.default_resolution
-        self.adapter.validate_size(self.resolution, self.resolution)
-        self.beta = self._resolve_beta(args)
-        self._time_sampler_options = (
-            {"mean": args.logit_mean, "std": args.logit_std} if args.timestep_sampling == "logit_normal" else {}
-        )
-        self._encoder = PairEncoder(
-            self.adapter, sample_posterior=args.sample_posterior, caption_dropout=args.caption_dropout
-        )
+        self._prepare_backbone(denoiser)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._epoch = 0
         self._empty_batches = 0
-        if args.disable_dropout:
-            disable_dropout_in_model(denoiser)
-        for name in self.adapter.frozen_names:
-            getattr(self.adapter.pipeline, name).to(args.device)
-        self.args = args  # `_prepare_dataset` reads it, and `evaluate` calls it again later
-        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
-        eval_dataset = self._for_each_split(
-            eval_dataset, lambda split, name: self._prepare_dataset(split, processing_class, args, name)
-        )
-        if isinstance(train_dataset, torch.utils.data.IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # accelerate cannot concatenate lists of prompts
-
+        self._masked_in_step: list[bool] = []
         init_trainer(
             self,
             model=denoiser,
             args=args,
             data_collator=data_collator or DataCollatorForDiffusionPreference(),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=as_tensors(train_dataset, self.adapter, args, self.resolution, "train", is_training=True),
+            eval_dataset=self._for_each_split(
+                eval_dataset, lambda split, name: as_tensors(split, self.adapter, args, self.resolution, name)
+            ),
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -178,6 +144,26 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         self.ref_model = getattr(self.reference, "ref_model", None)
         self._add_callbacks()
         self.accelerator.print(self.describe_run())
+
+    def _prepare_backbone(self, denoiser: torch.nn.Module) -> None:
+        """What the training step needs of the backbone: frozen parts in place, noise schedule, resolution, beta."""
+        args, adapter = self.args, self.adapter
+        adapter.freeze()
+        self._noise_schedule = adapter.noise_schedule
+        self.resolution = args.resolution or adapter.default_resolution
+        adapter.validate_size(self.resolution, self.resolution)
+        latent_shape = adapter.latent_shape(self.resolution, self.resolution)
+        self.beta = to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=math.prod(latent_shape))
+        self._time_sampler_options = (
+            {"mean": args.logit_mean, "std": args.logit_std} if args.timestep_sampling == "logit_normal" else {}
+        )
+        self._encoder = PairEncoder(
+            adapter, sample_posterior=args.sample_posterior, caption_dropout=args.caption_dropout
+        )
+        if args.disable_dropout:
+            disable_dropout_in_model(denoiser)
+        for name in adapter.frozen_names:
+            getattr(adapter.pipeline, name).to(args.device)
 
     # ------------------------------------------------------------------------------------------------ the hooks
 
@@ -197,7 +183,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             draws = [sampler(1, generator=generator, **self._time_sampler_options) for generator in generators]
             time = torch.cat(draws)
         low, high = self.args.timestep_range
-        return self._noise_schedule.level_at((low + (high - low) * time).to(self.accelerator.device))
+        # The schedule's table is on the CPU: moving the level, not the time, spares a wait for the device.
+        return self._noise_schedule.level_at(low + (high - low) * time).to(self.accelerator.device)
 
     def compute_importance_weights(
         self, chosen_error: torch.Tensor, rejected_error: torch.Tensor, level: NoiseLevel
@@ -247,8 +234,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         noisy_latents = level.add_noise(latents, noise)
         target = prediction_target(latents, noise, level, self.adapter.prediction_type)
         conditioning = pairs.pair_conditioning
-        unwrapped = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), self.reference.active(self.model, unwrapped) as ref_model:
+        with torch.no_grad(), self.reference.active(self.model, self.unwrapped_model) as ref_model:
             ref_prediction = self.adapter.forward(ref_model, noisy_latents, level, conditioning)
         prediction = self.adapter.forward(model, noisy_latents, level, conditioning)
         ref_chosen, ref_rejected = prediction_error(ref_prediction, target).chunk(2)
@@ -263,36 +249,10 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         loss = self.compute_pair_loss(logit, weight, keep)
         if self.args.sft_weight:
             loss = loss + self.args.sft_weight * errors.chosen
-        return loss, self._statistics(errors, logit, log_weight, weight, keep)
-
-    def _statistics(
-        self,
-        errors: PairErrors,
-        logit: torch.Tensor,
-        log_weight: torch.Tensor,
-        weight: torch.Tensor,
-        keep: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
         clip_range = getattr(self.args, "clip_range", 0.1)
-        low, high = math.log1p(-clip_range), math.log1p(clip_range)
-        statistics = {
-            "rewards/chosen": self.beta * errors.chosen_logratio,
-            "rewards/rejected": self.beta * errors.rejected_logratio,
-            # An exact tie (a fresh model) counts one half.
-            "rewards/accuracies": (logit > 0).float() + 0.5 * (logit == 0).float(),
-            "rewards/margins": logit,
-            "rewards/saturated_fraction": (logit.abs() > SATURATED_LOGIT).float(),
-            # Up to terms that do not depend on the model, the log-density of a step per latent dimension.
-            "logps/chosen": -errors.chosen / 2,
-            "logps/rejected": -errors.rejected / 2,
-            "sipo/importance_weight": log_weight.exp(),
-            "sipo/weight": weight,
-            "sipo/clip_fraction": ((log_weight < low) | (log_weight > high)).float(),
-            "sipo/masked_fraction": 1.0 - keep.float(),
-            "drift/chosen_error": errors.chosen / errors.ref_chosen - 1,
-            "drift/rejected_error": errors.rejected / errors.ref_rejected - 1,
-        }
-        return {name: value.detach().float() for name, value in statistics.items()}
+        return loss, pair_statistics(
+            errors, logit, log_weight, weight, keep, beta=self.beta, clip_range=clip_range
+        )
 
     def _compute_loss(self, model, inputs, return_outputs=False):
         check_inputs(inputs)
@@ -305,8 +265,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return loss, torch.stack([statistics["rewards/chosen"], statistics["rewards/rejected"]], dim=1)
 
     def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        epoch = int(self.state.epoch or 0)
-        generators = pair_generators(inputs["pair_index"], TRAIN_STREAM, self.args.seed, epoch)
+        generators = pair_generators(inputs["pair_index"], TRAIN_STREAM, self.args.seed, self._epoch)
         level = self.sample_noise_levels(generators)
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
         chosen_noise = draw_noise(pairs.chosen_latents, generators)
@@ -318,25 +277,25 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return loss.mean(), statistics
 
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair): comparable between calls."""
+        """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair): comparable between "
+        "calls."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
         count = self.args.eval_noise_levels
-        losses, per_level = [], []
+        per_level = []
         for position in range(count):
             time = (position + 0.5) / count
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
-            level = self._noise_schedule.level_at(torch.full((len(generators),), time, device=self.accelerator.device))
+            level = self._noise_schedule.level_at(torch.full((len(generators),), time)).to(self.accelerator.device)
             noise = draw_noise(pairs.chosen_latents, generators)
             loss, statistics = self.pair_loss(
                 self.pair_errors(model, pairs, level, torch.cat([noise, noise])), level
             )
-            losses.append(loss)
-            per_level.append(statistics)
+            per_level.append({"loss": loss.detach(), **statistics})
             for name in ("rewards/accuracies", "rewards/margins"):
                 self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name]})
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         self._record_evaluation(mean)
-        return torch.stack(losses).mean(), mean
+        return mean["loss"].mean(), mean
 
     # ---------------------------------------------------------------------------------------------- bookkeeping
 
@@ -346,8 +305,10 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         means = dict(zip(statistics, gathered.mean(0).tolist(), strict=True))
         for name, value in means.items():
             self._metrics["train"][name].append(value)
-        if means["sipo/masked_fraction"] == 1.0:
-            self._empty_batches += 1
+        self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
+        if self.accelerator.sync_gradients:  # the last part of an accumulated batch
+            self._empty_batches += all(self._masked_in_step)
+            self._masked_in_step.clear()
         self._metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
 
     def _record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
@@ -365,6 +326,18 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
         return loss, rewards, torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The inherited loop, with our metrics under its prefix (TRL would give all datasets of a dict one name)."""
+        self._metrics["eval"].clear()
+        device = self.args.device
+        # Evaluation leaves the random state as it found it: training goes on as if nothing had happened.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, values in self._metrics["eval"].items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        self._metrics["eval"].clear()
+        return output
+
     @property
     def method_name(self) -> str:
         """Name of the objective, for people."""
@@ -375,8 +348,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return "\n".join(
             [
                 f"{self.method_name} on {type(self.adapter.pipeline).__name__} at {self.resolution} px "
-                f"({self.adapter.prediction_type}, {sum(p.numel() for p in self.model.parameters() if p.requires_grad):,} "
-                "trained parameters)",
+                f"({self.adapter.prediction_type}, "
+                f"{sum(p.numel() for p in self.model.parameters() if p.requires_grad):,} trained parameters)",
                 f"  {describe_beta(self.beta)}",
                 f"  reference: {self.reference.description}",
                 f"  noise levels: {self.args.timestep_sampling} over {self.args.timestep_range} of the schedule, "
@@ -394,10 +367,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             )
         return args
 
-    def _resolve_beta(self, args: DiffusionPreferenceConfig) -> float:
-        latent_dims = math.prod(self.adapter.latent_shape(self.resolution, self.resolution))
-        return to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=latent_dims)
-
     def _check_engine(self) -> None:
         deepspeed = self.accelerator.state.deepspeed_plugin
         if self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
@@ -405,16 +374,13 @@ class DiffusionPreferenceTrainer(DPOTrainer):
                 "FSDP and DeepSpeed ZeRO-3 shard the weights, and saving sharded weights in diffusers' format is not "
                 "supported yet. Use plain data parallelism (`accelerate launch --multi_gpu`) or ZeRO-2."
             )
-        if self.args.n_gpu > 1:
-            raise ConfigurationError(
-                f"{self.args.n_gpu} GPUs are visible to one process, which transformers would drive through "
-                "`nn.DataParallel`. Start with `accelerate launch`, or make one visible with CUDA_VISIBLE_DEVICES=0."
-            )
 
     def _add_callbacks(self) -> None:
+        self.add_callback(EpochCallback(self))
         self.add_callback(DivergenceWarningCallback())
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+            self.add_callback(ReferenceCheckpointCallback(self))
         if self.args.sample_every_steps:
             self.add_callback(SampleGridCallback(self))
 
@@ -431,12 +397,20 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             return {name: function(split, name) for name, split in dataset.items()}
         return function(dataset, "eval")
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the noise, the crops and the flips of this epoch."""
+        self._epoch = epoch
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.train_dataset.set_epoch(epoch)
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Datasets of rows become datasets of tensors; those already prepared pass through (`evaluate` relies on it)."""
-        dataset = wrap_dataset(dataset, args, self.resolution, dataset_name)
-        if args.precompute_latents and isinstance(dataset, PreferenceDataset):
-            return precompute_latents(dataset, self.adapter, args, dataset_name)
-        return dataset
+        """Rows that are handed to `evaluate` or `predict` become tensors; what is prepared passes through."""
+        dataset = check_dataset(dataset, args, dataset_name)
+        return as_tensors(dataset, self.adapter, args, self.resolution, dataset_name)
+
+    def get_test_dataloader(self, test_dataset):
+        """The data loader of `predict`, which takes rows as `evaluate` does."""
+        return super().get_test_dataloader(self._prepare_dataset(test_dataset, None, self.args, "test"))
 
     def _set_signature_columns_if_needed(self) -> None:
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
@@ -457,21 +431,22 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             return
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
-        if isinstance(self.unwrapped_model, PeftModel):
-            self.adapter.save_lora(self.unwrapped_model, output_dir)
-        else:
-            self.adapter.save_pipeline(output_dir)
+        save_weights(self.adapter, self.unwrapped_model, output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        model = self.unwrapped_model if model is None else self.accelerator.unwrap_model(model)
-        if isinstance(model, PeftModel):
-            self.adapter.load_lora(model, resume_from_checkpoint)
-        else:
-            self.adapter.load_denoiser(model, resume_from_checkpoint)
+        load_weights(self.adapter, self.unwrapped_model, resume_from_checkpoint)
+        if self.args.sync_ref_model:
+            load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # transformers copies files of transformers' and PEFT's names only, and would push a model without weights.
+        if self.is_world_process_zero():
+            copy_weights(checkpoint_folder, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -21,10 +21,35 @@ MASKED_SHARE = 0.99
 SATURATED_SHARE = 0.5
 
 
+class EpochCallback(TrainerCallback):
+    """Tells the trainer which epoch begins, on which the noise of a pair and its crop and flip depend.
+
+    `state.epoch` alone will not do: of a stream it is a guess, and accelerate passes the epoch on to a dataset only
+    when its sampler does not take it.
+
+    Args:
+        trainer: A diffusion preference trainer.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._epoch: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A new or a resumed run: where it is, the state knows."""
+        self._epoch = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Count."""
+        self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
+        self.trainer.set_epoch(self._epoch)
+
+
 class DivergenceWarningCallback(TrainerCallback):
     """Warns once, with advice, when the winner's error rises steadily, when all is masked, or when logits saturate.
 
-    Reads the keys `drift/chosen_error`, `sipo/masked_fraction` and `rewards/saturated_fraction` of the training logs.
+    Reads the keys `drift/chosen_error`, `sipo/masked_fraction`, `sipo/empty_batches` and `rewards/saturated_fraction`
+    of the training logs.
     """
 
     def __init__(self):
@@ -37,26 +62,37 @@ class DivergenceWarningCallback(TrainerCallback):
             return
         self._drift.append(logs["drift/chosen_error"])
         drift = list(self._drift)
-        rising = len(drift) == DRIFT_WINDOW and all(later > earlier for earlier, later in zip(drift, drift[1:], strict=False))
+        steps = zip(drift, drift[1:], strict=False)
+        rising = len(drift) == DRIFT_WINDOW and all(later > earlier for earlier, later in steps)
         if rising and drift[-1] > DRIFT_RISE:
             self._warn_once(
                 "drift",
                 f"Step {state.global_step}: the error on the chosen images has risen for {DRIFT_WINDOW} logs and is "
-                f"{drift[-1]:.0%} above the reference's. The margin then grows by forgetting, and images degrade. Lower the "
-                "learning rate, raise `beta`, stop earlier, or add `sft_weight`; SIPO and DPO-C&M mask such pairs.",
+                f"{drift[-1]:.0%} above the reference's. The margin then grows by forgetting, and images degrade. "
+                "Lower the learning rate, raise `beta`, stop earlier, or add `sft_weight`; SIPO and DPO-C&M mask such "
+                "pairs.",
             )
         if logs.get("sipo/masked_fraction", 0.0) >= MASKED_SHARE:
             self._warn_once(
                 "masked",
-                f"Step {state.global_step}: {logs['sipo/masked_fraction']:.0%} of the pairs are masked, so training has all "
-                "but stopped: a flat curve does not mean that it has converged. The policy has left the data: go back to an "
-                "earlier checkpoint, lower the learning rate or raise `beta`; a lower `mask_threshold` lets more pairs in.",
+                f"Step {state.global_step}: {logs['sipo/masked_fraction']:.0%} of the pairs are masked, so training "
+                "has all but stopped: a flat curve does not mean that it has converged. The policy has left the data: "
+                "go back to an earlier checkpoint, lower the learning rate or raise `beta`; a lower `mask_threshold` "
+                "lets more pairs in.",
+            )
+        if logs.get("sipo/empty_batches", 0) > 0:
+            self._warn_once(
+                "empty",
+                f"Step {state.global_step}: {logs['sipo/empty_batches']:.0f} batch(es) so far were masked altogether "
+                "and gave no gradient; `sipo/empty_batches` goes on counting. With few pairs per step this happens by "
+                "chance: raise the batch size or `gradient_accumulation_steps`.",
             )
         if logs.get("rewards/saturated_fraction", 0.0) > SATURATED_SHARE:
             self._warn_once(
                 "saturated",
-                f"Step {state.global_step}: {logs['rewards/saturated_fraction']:.0%} of the logits are saturated, so most "
-                "pairs give almost no gradient or a constant one. Lower `beta` or the learning rate, or stop here.",
+                f"Step {state.global_step}: {logs['rewards/saturated_fraction']:.0%} of the logits are saturated, so "
+                "most pairs give almost no gradient or a constant one. Lower `beta` or the learning rate, or stop "
+                "here.",
             )
 
     def _warn_once(self, kind: str, message: str) -> None:

@@ -29,7 +29,10 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
 
     beta: float = field(
         default=1000.0,
-        metadata={"help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over dimensions)."},
+        metadata={
+            "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent "
+            "dimensions). Larger stays closer to the reference."
+        },
     )
     objective: str = field(
         default="sipo", metadata={"help": "Which form to train.", "choices": list(SIPO_OBJECTIVES)}
@@ -52,12 +55,13 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
             raise ConfigurationError(f"Unknown `objective` {self.objective!r}; known are {list(SIPO_OBJECTIVES)}.")
         if not 0.0 < self.clip_range < 1.0:
             raise ConfigurationError(
-                f"`clip_range` must lie within (0, 1), got {self.clip_range}. The paper uses 0.1; to leave the weight at 1 "
-                "set `reweight=False`."
+                f"`clip_range` must lie within (0, 1), got {self.clip_range}. The paper uses 0.1; to leave the weight "
+                "at 1 set `reweight=False`."
             )
         if self.mask_threshold is not None and not 0.0 < self.mask_threshold < 1.0:
             raise ConfigurationError(
-                f"`mask_threshold` must lie within (0, 1), got {self.mask_threshold}. To mask nothing set `mask=False`."
+                f"`mask_threshold` must lie within (0, 1), got {self.mask_threshold}. To mask nothing set "
+                "`mask=False`."
             )
         if not self.mask and self.mask_threshold is not None:
             raise ConfigurationError(

@@ -19,9 +19,9 @@ _OBJECTIVES = {"sipo": (masked_scaled_nll, -1), "dpo_cm": (masked_weighted_nll, 
 class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
     """SIPO (`objective="sipo"`) and DPO-C&M (`objective="dpo_cm"`).
 
-    Each pair and noise level gets an importance weight: how likely the policy finds the true denoising step. Pairs below
-    `mask_threshold` are masked; the others are reweighted by the clipped weight. See [`DiffusionPreferenceTrainer`] for
-    the arguments.
+    Each pair and noise level gets an importance weight: how likely the policy finds the true denoising step. Pairs
+    below `mask_threshold` are masked; the others are reweighted by the clipped weight. See
+    [`DiffusionPreferenceTrainer`] for the arguments.
     """
 
     _name = "SIPO"
@@ -31,12 +31,12 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
         "id": "2505.21893",
         "citation": textwrap.dedent("""\
             @misc{yang2025sipo,
-                title         = {{SIPO: Stabilized and Improved Preference Optimization for Aligning Diffusion Models}},
-                author        = {Yang, Xiaomeng and Tan, Zhiyu and Wang, Junyan and Zhou, Zhijian and Li, Hao},
-                year          = {2025},
-                eprint        = {2505.21893},
+                title  = {{SIPO}: Stabilized and Improved Preference Optimization for Aligning Diffusion Models},
+                author = {Yang, Xiaomeng and Tan, Zhiyu and Wang, Junyan and Zhou, Zhijian and Li, Hao},
+                year   = {2025},
+                eprint = {2505.21893},
                 archivePrefix = {arXiv},
-                note          = {first version under the name SDPO},
+                note   = {first version under the name SDPO},
             }"""),
     }
     config_class = DiffusionSIPOConfig

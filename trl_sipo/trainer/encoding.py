@@ -79,8 +79,9 @@ class PairEncoder:
         rejected = self._latents(inputs, "rejected", device, generators, training)
         if chosen.shape != rejected.shape:
             raise ConfigurationError(
-                f"The chosen latents have the shape {tuple(chosen.shape)} and the rejected ones {tuple(rejected.shape)}; "
-                "both arms of a pair must have the same size. Resize them alike (`resolution` does so for images)."
+                f"The chosen latents have the shape {tuple(chosen.shape)} and the rejected ones "
+                f"{tuple(rejected.shape)}; both arms of a pair must have the same size. Resize them alike "
+                "(`resolution` does so for images)."
             )
         conditioning = self._conditioning(inputs["prompt"], generators, training)
         return EncodedPairs(chosen, rejected, {name: value.to(device) for name, value in conditioning.items()})

@@ -2,6 +2,7 @@
 """The policy and its reference: loading, LoRA, precision, and the combinations that make no sense."""
 
 import copy
+import logging
 import os
 from typing import Any
 
@@ -11,37 +12,89 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.errors import BackboneError, ConfigurationError
-from trl_sipo.trainer._trl_compat import make_checkpointable
+from trl_sipo.trainer._trl_compat import make_checkpointable, make_config_reportable
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_ADAPTER_NAME = "ref"  # as in TRL's DPOTrainer
 
 
-def check_reference_arguments(
-    model: Any, ref_model: Any, args: DiffusionPreferenceConfig, peft_config: PeftConfig | None
+def check_model_arguments(
+    model: Any,
+    ref_model: Any,
+    args: DiffusionPreferenceConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
 ) -> None:
-    """Raise [`ConfigurationError`] when model, reference and LoRA arguments contradict each other."""
+    """Raise before anything is loaded when model, reference, LoRA and quantization arguments make no sense.
+
+    Raises:
+        BackboneError: `model` is neither a name nor a pipeline, or a pipeline that no adapter knows.
+        ConfigurationError: The arguments contradict each other.
+    """
+    if not isinstance(model, (str, os.PathLike, DiffusionPipeline)):
+        raise BackboneError(
+            f"`model` must be a hub id, a local path, or a loaded diffusers pipeline; got {type(model).__name__}. A "
+            "denoiser alone is not enough, since prompts and images are encoded by the pipeline's other parts."
+        )
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            f"{args.n_gpu} GPUs are visible to one process, which transformers would drive through `nn.DataParallel`. "
+            "Start with `accelerate launch`, or make one visible with CUDA_VISIBLE_DEVICES=0."
+        )
+    _check_peft_config(args, peft_config)
+    if quantization_config is not None and peft_config is None:
+        raise ConfigurationError(
+            "Quantized weights cannot be trained: give a `peft_config`, to train a LoRA on them, or leave out "
+            "`quantization_config`."
+        )
+    if ref_model is not None:
+        _check_ref_model(model, ref_model, peft_config)
+    if args.sync_ref_model and (peft_config is not None or is_adapted(model)):
+        raise ConfigurationError(
+            "`sync_ref_model=True` needs a reference with the same weights as the policy, but with LoRA the reference "
+            "is the model with its adapter switched off or exchanged. Set `sync_ref_model=False`, or train all "
+            "weights."
+        )
+
+
+def _check_peft_config(args: DiffusionPreferenceConfig, peft_config: PeftConfig | None) -> None:
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ConfigurationError(
-            f"`peft_config` must be a peft configuration such as `peft.LoraConfig(r=8)`, got {type(peft_config).__name__}."
+            "`peft_config` must be a peft configuration such as `peft.LoraConfig(r=8)`, got "
+            f"{type(peft_config).__name__}."
         )
-    if ref_model is not None and ref_model is model:
+    if args.disable_dropout and getattr(peft_config, "lora_dropout", 0.0):
+        logger.warning(
+            "`lora_dropout` is not used, since `disable_dropout=True` (TRL's default: dropout makes policy and "
+            "reference differ by chance). Set `disable_dropout=False` to use it."
+        )
+
+
+def _check_ref_model(model: Any, ref_model: Any, peft_config: PeftConfig | None) -> None:
+    if not isinstance(ref_model, (str, os.PathLike, DiffusionPipeline, torch.nn.Module)):
         raise ConfigurationError(
-            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave `ref_model` "
-            "out: a frozen copy (or the model with its LoRA switched off) is used."
+            f"`ref_model` must be a denoiser, a pipeline, a hub id or a local path; got {type(ref_model).__name__}."
         )
-    if ref_model is not None and peft_config is not None:
+    if ref_model is model or _denoiser_of(ref_model) is _denoiser_of(model) is not None:
         raise ConfigurationError(
-            "`ref_model` was given together with a new LoRA (`peft_config`). The reference of a new LoRA is the base model "
-            "with the adapter switched off, which costs no memory: leave `ref_model` out. To start from another model, load "
-            "it as `model`."
+            "`model` and `ref_model` are the same object or share their denoiser, so the reference would move with "
+            "the policy. Leave `ref_model` out: a frozen copy (or the model with its LoRA switched off) is used."
         )
-    if args.sync_ref_model and (peft_config is not None or (ref_model is None and is_adapted(model))):
+    if peft_config is not None:
         raise ConfigurationError(
-            "`sync_ref_model=True` needs a reference model of its own, but with LoRA the reference is the model with its "
-            "adapter switched off or exchanged. Set `sync_ref_model=False`, or train all weights."
+            "`ref_model` was given together with a new LoRA (`peft_config`). The reference of a new LoRA is the base "
+            "model with the adapter switched off, which costs no memory: leave `ref_model` out. To start from another "
+            "model, load it as `model`."
         )
+
+
+def _denoiser_of(model: Any) -> torch.nn.Module | None:
+    denoiser = adapter_for(model).denoiser if isinstance(model, DiffusionPipeline) else model
+    return unwrap_denoiser(denoiser) if isinstance(denoiser, torch.nn.Module) else None
 
 
 def is_adapted(model: Any) -> bool:
@@ -72,8 +125,8 @@ def load_policy(
 
     Raises:
         BackboneError: `model` is no pipeline, or one that no adapter knows.
-        ConfigurationError: A LoRA on top of a LoRA, half-precision weights in full fine-tuning, or loading options given
-            for a pipeline that is already loaded.
+        ConfigurationError: A LoRA on top of a LoRA, half-precision weights in full fine-tuning, or loading options
+            given for a pipeline that is already loaded.
     """
     pipeline = _load(model, args, peft_config, quantization_config)
     adapter = adapter_for(pipeline)
@@ -82,8 +135,8 @@ def load_policy(
     was_adapted = is_adapted(pipeline)
     if was_adapted and peft_config is not None:
         raise ConfigurationError(
-            "The denoiser already carries a LoRA and a `peft_config` was given too. Either train the existing LoRA further "
-            "(leave `peft_config` out; a frozen copy becomes the reference), or merge it first "
+            "The denoiser already carries a LoRA and a `peft_config` was given too. Either train the existing LoRA "
+            "further (leave `peft_config` out; a frozen copy becomes the reference), or merge it first "
             "(`pipe.fuse_lora(); pipe.unload_lora_weights()`)."
         )
     if was_adapted:
@@ -95,6 +148,7 @@ def load_policy(
     else:
         denoiser = _all_weights(adapter)
     make_checkpointable(adapter.denoiser)
+    make_config_reportable(adapter.denoiser)
     return adapter, denoiser, was_adapted
 
 
@@ -106,11 +160,6 @@ def _load(
 ) -> DiffusionPipeline:
     if isinstance(model, (str, os.PathLike)):
         return load_pipeline(model, **_loading_options(args, peft_config, quantization_config))
-    if not isinstance(model, DiffusionPipeline):
-        raise BackboneError(
-            f"`model` must be a hub id, a local path, or a loaded diffusers pipeline; got {type(model).__name__}. A denoiser "
-            "alone is not enough, since prompts and images are encoded by the pipeline's other parts."
-        )
     given = [
         name
         for name, value in {
@@ -121,8 +170,8 @@ def _load(
     ]
     if given:
         raise ConfigurationError(
-            f"`{given[0]}` only applies when `model` is a hub id or a path, but a loaded pipeline was given. Pass the options "
-            "to `from_pretrained` yourself, or give the id."
+            f"`{given[0]}` only applies when `model` is a hub id or a path, but a loaded pipeline was given. Pass the "
+            "options to `from_pretrained` yourself, or give the id."
         )
     return model
 
@@ -150,17 +199,9 @@ def _loading_options(
 
 def _adopt(adapter: BackboneAdapter) -> PeftModel:
     """The PeftModel of a denoiser that came with a LoRA, its adapter "default" trainable in float32."""
-    denoiser = adapter.denoiser
-    if isinstance(denoiser, PeftModel):
-        # The pipeline keeps the plain module, whose layers carry the LoRA too, so that it can sample as usual.
-        setattr(adapter.pipeline, adapter.denoiser_name, denoiser.get_base_model())
-    else:
-        denoiser = adapter.adopt_injected_lora()
-    if "default" not in denoiser.peft_config:
-        raise ConfigurationError(
-            f"The LoRA to train must be named 'default', but the adapters are {sorted(denoiser.peft_config)}. Load one with "
-            "`adapter_name='default'`."
-        )
+    denoiser = adapter.peft_denoiser()
+    adapter.check_lora(denoiser)
+    denoiser.peft_config["default"].inference_mode = False
     denoiser.set_adapter("default")
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(".default." in name)
@@ -170,7 +211,16 @@ def _adopt(adapter: BackboneAdapter) -> PeftModel:
 
 
 def add_reference_adapter(model: PeftModel) -> None:
-    """Add a frozen copy of the trained adapter "default" under the name "ref", as TRL's DPOTrainer does."""
+    """Add a frozen copy of the trained adapter "default" under the name "ref", as TRL's DPOTrainer does.
+
+    Raises:
+        ConfigurationError: The model has an adapter of that name.
+    """
+    if REFERENCE_ADAPTER_NAME in model.peft_config:
+        raise ConfigurationError(
+            f"The model already has an adapter named {REFERENCE_ADAPTER_NAME!r}, the name of the frozen copy that "
+            f"becomes the reference. Remove it first: `model.delete_adapter({REFERENCE_ADAPTER_NAME!r})`."
+        )
     model.add_adapter(REFERENCE_ADAPTER_NAME, copy.deepcopy(model.peft_config["default"]))
     for name, parameter in list(model.named_parameters()):
         if ".default." in name:
@@ -185,15 +235,17 @@ def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
         peft_config.target_modules = list(adapter.lora_target_modules)
     adapter.denoiser.requires_grad_(False)
     # autocast_adapter_dtype (peft's default) keeps the LoRA in float32 on a half-precision base.
-    return get_peft_model(adapter.denoiser, peft_config)
+    denoiser = get_peft_model(adapter.denoiser, peft_config)
+    adapter.check_lora(denoiser)
+    return denoiser
 
 
 def _all_weights(adapter: BackboneAdapter) -> torch.nn.Module:
     half = {parameter.dtype for parameter in adapter.denoiser.parameters()} & {torch.float16, torch.bfloat16}
     if half:
         raise ConfigurationError(
-            f"Full fine-tuning needs float32 weights, but the denoiser has {sorted(map(str, half))}: updates as small as "
-            "these vanish in half precision. Load it in float32 (`bf16=True` or `fp16=True` still runs it in half "
+            f"Full fine-tuning needs float32 weights, but the denoiser has {sorted(map(str, half))}: updates as small "
+            "as these vanish in half precision. Load it in float32 (`bf16=True` or `fp16=True` still runs it in half "
             "precision), or train a LoRA with `peft_config`."
         )
     return adapter.denoiser.requires_grad_(True)
@@ -212,7 +264,7 @@ def load_reference_denoiser(ref_model: Any, denoiser: torch.nn.Module) -> torch.
     base = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
     if type(ref_model) is not type(base):
         raise ConfigurationError(
-            f"`ref_model` is a {type(ref_model).__name__} and the policy a {type(base).__name__}; the reference must be of "
-            "the same class, since both see the same noisy latents."
+            f"`ref_model` is a {type(ref_model).__name__} and the policy a {type(base).__name__}; the reference must "
+            "be of the same class, since both see the same noisy latents."
         )
     return ref_model.requires_grad_(False).eval()

@@ -13,12 +13,8 @@ from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.validation import check_preference_dataset
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import ConfigurationError, DatasetError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-
-__all__ = ["LatentPairs", "PreferenceDataset", "check_dataset", "precompute_latents", "wrap_dataset"]
-
-_PREPARED = (PreferenceDataset, StreamingPreferenceDataset)
 
 
 class LatentPairs(torch.utils.data.Dataset):
@@ -46,12 +42,22 @@ class LatentPairs(torch.utils.data.Dataset):
         }
 
 
+PREPARED = (PreferenceDataset, StreamingPreferenceDataset, LatentPairs)
+
+
 def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> Any:
     """Check a dataset before any long work and print what was found; returns it unchanged.
 
+    Datasets of tensors (`PREPARED`) pass: they were checked when they were made.
+
     Raises:
         DatasetError: It is no dataset, or its data cannot be used.
+        ConfigurationError: A stream, with settings that need a dataset of known length.
     """
+    if isinstance(dataset, PREPARED):
+        return dataset
+    if dataset is None:
+        raise ConfigurationError(f"`{name}_dataset` is required.")
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         advice = (
             "choose a split, such as dataset['train']"
@@ -59,9 +65,11 @@ def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> A
             else "make one with `datasets.Dataset.from_list([{'prompt': ..., 'chosen': ..., 'rejected': ...}])`"
         )
         raise DatasetError(
-            f"The {name} dataset is a {type(dataset).__name__}, but a `datasets.Dataset` or `IterableDataset` is needed: "
-            f"{advice}."
+            f"The {name} dataset is a {type(dataset).__name__}, but a `datasets.Dataset` or `IterableDataset` is "
+            f"needed: {advice}."
         )
+    if isinstance(dataset, datasets.IterableDataset):
+        _check_streaming(args, name)
     report = check_preference_dataset(dataset, num_checked_images=args.num_checked_images)
     if args.process_index == 0:
         counts = ", ".join(f"{key.removeprefix('num_')} {value}" for key, value in report.items() if "num_" in key)
@@ -69,16 +77,40 @@ def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> A
     return dataset
 
 
-def wrap_dataset(dataset: Any, args: DiffusionPreferenceConfig, resolution: int, name: str) -> Any:
-    """Rows to tensors. Training data takes the configured crop and flip, other splits the deterministic ones."""
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+def _check_streaming(args: DiffusionPreferenceConfig, name: str) -> None:
+    if args.precompute_latents:
+        raise ConfigurationError(
+            f"`precompute_latents=True` keeps all latents in memory, but the {name} dataset is a stream, whose end is "
+            "not known. Turn one of the two off."
+        )
+    if name == "train" and args.max_steps <= 0:
+        raise ConfigurationError(
+            "The train dataset is a stream, whose length is not known: set `max_steps` to the number of training "
+            "steps."
+        )
+
+
+def as_tensors(
+    dataset: Any,
+    adapter: BackboneAdapter,
+    args: DiffusionPreferenceConfig,
+    resolution: int,
+    name: str,
+    *,
+    is_training: bool = False,
+) -> torch.utils.data.Dataset:
+    """Rows to tensors. Training data takes the configured crop and flip, other data the deterministic ones."""
+    if isinstance(dataset, PREPARED):
         return dataset
     transform = PairedTransform(resolution, center_crop=args.center_crop, random_flip=args.random_flip)
-    if name != "train":
+    if not is_training:
         transform = transform.for_evaluation()
     if isinstance(dataset, datasets.IterableDataset):
+        # Else accelerate would join and cut batches itself, which it cannot do with lists of prompts.
+        args.accelerator_config.dispatch_batches = False
         return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
-    return PreferenceDataset(dataset, transform=transform, seed=args.seed)
+    prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed)
+    return precompute_latents(prepared, adapter, args, name) if args.precompute_latents else prepared
 
 
 def precompute_latents(

@@ -45,8 +45,13 @@ class AdapterReference:
     @contextmanager
     def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> Iterator[torch.nn.Module]:
         """Yield `model` with the reference adapter in force; `unwrapped` is the PeftModel inside it."""
-        with use_adapter(unwrapped, self.adapter_name):
-            yield model
+        was_training = unwrapped.training
+        unwrapped.eval()  # a reference has no dropout, whatever the policy has
+        try:
+            with use_adapter(unwrapped, self.adapter_name):
+                yield model
+        finally:
+            unwrapped.train(was_training)
 
 
 class FrozenModelReference:

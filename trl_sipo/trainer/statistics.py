@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is logged about a batch of pairs. The names are TRL's where TRL has one; ours are under `sipo/` and "
+"`drift/`."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# |logit| beyond which the gradient of the log-sigmoid is below one percent of its largest value, on the winning side.
+SATURATED_LOGIT = math.log(99.0)
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """Per-image mean squared errors of policy and reference at one noise level; each (batch,) float32."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    ref_chosen: torch.Tensor
+    ref_rejected: torch.Tensor
+
+    @property
+    def chosen_logratio(self) -> torch.Tensor:
+        """(ref_error - error) / 2 of the chosen images, (batch,)."""
+        return (self.ref_chosen - self.chosen) / 2
+
+    @property
+    def rejected_logratio(self) -> torch.Tensor:
+        """(ref_error - error) / 2 of the rejected images, (batch,)."""
+        return (self.ref_rejected - self.rejected) / 2
+
+
+def pair_statistics(
+    errors: PairErrors,
+    logit: torch.Tensor,
+    log_weight: torch.Tensor,
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    *,
+    beta: float,
+    clip_range: float,
+) -> dict[str, torch.Tensor]:
+    """Statistics of every pair, by the name under which their mean is logged: detached float32 (batch,) tensors.
+
+    Args:
+        errors: Of policy and reference.
+        logit: beta * (chosen_logratio - rejected_logratio), (batch,).
+        log_weight: Log importance weight of the pair, before clipping, (batch,).
+        weight: The factor that the objective applies, (batch,).
+        keep: Which pairs are not masked, (batch,) bool.
+        beta: In the Diffusion-DPO convention.
+        clip_range: `sipo/clip_fraction` is the share of weights outside [1 - clip_range, 1 + clip_range].
+    """
+    low, high = math.log1p(-clip_range), math.log1p(clip_range)
+    statistics = {
+        "rewards/chosen": beta * errors.chosen_logratio,
+        "rewards/rejected": beta * errors.rejected_logratio,
+        # An exact tie (a fresh model) counts one half.
+        "rewards/accuracies": (logit > 0).float() + 0.5 * (logit == 0).float(),
+        "rewards/margins": logit,
+        "rewards/saturated_fraction": (logit.abs() > SATURATED_LOGIT).float(),
+        # Up to terms that do not depend on the model, the log-density of a step per latent dimension.
+        "logps/chosen": -errors.chosen / 2,
+        "logps/rejected": -errors.rejected / 2,
+        "sipo/importance_weight": log_weight.exp(),
+        "sipo/weight": weight,
+        "sipo/clip_fraction": ((log_weight < low) | (log_weight > high)).float(),
+        "sipo/masked_fraction": 1.0 - keep.float(),
+        "drift/chosen_error": errors.chosen / errors.ref_chosen - 1,
+        "drift/rejected_error": errors.rejected / errors.ref_rejected - 1,
+    }
+    return {name: value.detach().float() for name, value in statistics.items()}
