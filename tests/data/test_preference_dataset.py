@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tests.data.pictures import canonical, encoded, pick_a_pic, picture
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.images import open_image
-from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset
+from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset, pair_fingerprint
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError, DatasetError
 
@@ -270,6 +270,13 @@ def test_pair_index_of_a_stream_identifies_the_pair():
     assert found[0] == found[1]
     assert len(set(found[0].values())) == 6
     assert all(0 <= index < 2**63 for index in found[0].values())
+
+
+def test_fingerprints_tell_where_the_prompt_ends():
+    first = pair_fingerprint({"prompt": "ab", "chosen": b"c", "rejected": b""})
+    assert first != pair_fingerprint({"prompt": "a", "chosen": b"bc", "rejected": b""})
+    assert first != pair_fingerprint({"prompt": "ab", "chosen": b"", "rejected": b"c"})
+    assert first == pair_fingerprint({"prompt": "ab", "chosen": {"bytes": b"c", "path": "x"}, "rejected": bytearray()})
 
 
 def test_a_shuffled_stream_has_an_order_for_each_epoch():

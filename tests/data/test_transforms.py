@@ -94,6 +94,18 @@ def test_flips_half_of_the_time_and_is_a_mirror():
     assert 70 <= flipped <= 130
 
 
+def test_the_flip_does_not_depend_on_the_crop():
+    # Brightness grows from left to right over the picture, so a crop tells its place and whether it is mirrored.
+    ramp = np.broadcast_to(np.linspace(0, 255, 90)[None, :, None], (20, 90, 3)).astype(np.uint8)
+    image = Image.fromarray(ramp)
+    transform = PairedTransform(20, center_crop=False, random_flip=True)
+    found = set()
+    for seed in range(60):
+        chosen, _ = transform(image, image, seeded_generator(seed))
+        found.add((bool(chosen.mean() > 0), bool(chosen[0, 0, 0] > chosen[0, 0, -1])))
+    assert len(found) == 4
+
+
 def test_turning_the_flip_on_does_not_move_the_crop():
     image = picture(0, 60, 20)
     for seed in range(10):

@@ -196,3 +196,7 @@ def test_a_hundred_thousand_rows_take_seconds(tmp_path):
     start = time.perf_counter()
     assert check_preference_dataset(dataset, num_checked_images=4)["num_pairs"] == count
     assert time.perf_counter() - start < 20
+    columns = dataset[:]
+    columns["chosen"][54_321] = str(tmp_path / "gone.png")
+    with pytest.raises(DatasetError, match="row 54321, column 'chosen': there is no file"):
+        check_preference_dataset(Dataset.from_dict(columns), num_checked_images=4)

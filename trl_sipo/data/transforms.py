@@ -84,4 +84,6 @@ class PairedTransform:
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as a float32 tensor (3, height, width) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    tensor = torch.empty(3, image.height, image.width, dtype=torch.float32)
+    tensor.copy_(pixels.permute(2, 0, 1))  # in one pass: to(float32).contiguous() takes several times as long
+    return tensor.div_(127.5).sub_(1.0)
