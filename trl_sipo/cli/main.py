@@ -46,11 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sipo: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = import_module(COMMANDS[argv[0]][0])
     from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
 
     try:
-        module.run(argv[0], argv[1:])
+        import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
     except (BackboneError, ConfigurationError, DatasetError) as error:
         print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
         return 2

@@ -4,8 +4,9 @@
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
 
+import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import ConfigurationError
@@ -14,12 +15,14 @@ from trl_sipo.trainer.methods import METHODS, method_classes
 if TYPE_CHECKING:
     from trl import TrlParser
 
+
 @dataclass
 class DataArguments:
     """Which pairs to train on.
 
     Args:
-        dataset_name: Hub id, or a local path: a folder of Parquet or JSONL, a saved dataset, `chosen/` and `rejected/`.
+        dataset_name: Hub id, or a local path: a folder of Parquet or JSONL, a saved dataset, `chosen/` and
+            `rejected/`.
         dataset_config: Configuration name on the hub.
         dataset_train_split: Split to train on.
         dataset_test_split: Split to evaluate on, when `eval_strategy` is set.
@@ -82,8 +85,9 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
 def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArguments]:
     """Arguments from a YAML file (`--config`) and the command line, which wins. Unknown keys are errors."""
     parser = make_parser(method)
-    if "--config" in argv and argv.index("--config") + 1 < len(argv):
-        _check_config_file(argv[argv.index("--config") + 1])
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in argv:
+        _check_config_file(*argv[argv.index("--config") + 1 :][:1])
     try:
         data_args, training_args, model_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     except (ValueError, TypeError) as error:
@@ -92,12 +96,15 @@ def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArgume
         raise ConfigurationError("`dataset_name` is required: a hub id or a local path of preference pairs.")
     if not model_args.model_name_or_path:
         raise ConfigurationError("`model_name_or_path` is required: a hub id or a local path of a diffusers pipeline.")
+    _check_lora_arguments(model_args)
     return data_args, training_args, model_args
 
 
-def _check_config_file(path: str) -> None:
+def _check_config_file(path: str | None = None) -> None:
     import yaml
 
+    if path is None:
+        raise ConfigurationError("`--config` needs the path of a YAML file.")
     try:
         with open(path) as file:
             yaml.safe_load(file)
@@ -105,6 +112,19 @@ def _check_config_file(path: str) -> None:
         raise ConfigurationError(f"The configuration file {path!r} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"The configuration file {path!r} is not valid YAML: {error}") from error
+
+
+def _check_lora_arguments(model_args: ModelArguments) -> None:
+    if model_args.use_peft:
+        return
+    for setting in fields(ModelArguments):
+        if "lora" in setting.name or setting.name == "use_dora":
+            value = getattr(model_args, setting.name)
+            if value != setting.default:
+                raise ConfigurationError(
+                    f"`{setting.name}={value!r}` without `use_peft`: all weights would be trained. Set `use_peft` to "
+                    f"true to train a LoRA, or remove `{setting.name}`."
+                )
 
 
 def lora_config(model_args: ModelArguments):
@@ -132,10 +152,25 @@ def loading_options(training_args: Any, model_args: ModelArguments) -> dict[str,
     if model_args.variant is not None:
         options["variant"] = model_args.variant
     if model_args.dtype is not None:
-        import torch
-
-        options["dtype"] = {"default": getattr(torch, model_args.dtype), "vae": torch.float32}
+        options["dtype"] = model_args.dtype
     return options
+
+
+def checkpoint_to_resume(training_args: Any) -> str | bool | None:
+    """`resume_from_checkpoint` of the arguments, a path; `true` and `latest` mean the last one in `output_dir`."""
+    wanted = training_args.resume_from_checkpoint
+    if not isinstance(wanted, str) or wanted.lower() not in ("true", "latest"):
+        return wanted
+    from transformers.trainer_utils import get_last_checkpoint
+
+    is_folder = os.path.isdir(training_args.output_dir)
+    last = get_last_checkpoint(training_args.output_dir) if is_folder else None
+    if last is None:
+        raise ConfigurationError(
+            f"`resume_from_checkpoint={wanted}`, but {training_args.output_dir!r} holds no checkpoint to continue "
+            "from."
+        )
+    return last
 
 
 def main(method: str, data_args: DataArguments, training_args: Any, model_args: ModelArguments) -> None:
@@ -155,6 +190,9 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
         for name, split in splits.items()
     }
     training_args.model_init_kwargs = loading_options(training_args, model_args)
+    checkpoint = checkpoint_to_resume(training_args)
+    # A card names data by its hub id; the path of a folder says nothing to others.
+    dataset_name = None if os.path.exists(data_args.dataset_name) else data_args.dataset_name
     trainer = method_classes(method)[1](
         model=model_args.model_name_or_path,
         args=training_args,
@@ -162,12 +200,12 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
         eval_dataset=datasets.get("test"),
         peft_config=lora_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=data_args.dataset_name)
+    trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
     trainer.end()
 
 

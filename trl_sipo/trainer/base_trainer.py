@@ -111,6 +111,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         train_dataset = check_dataset(train_dataset, args, "train")
         eval_dataset = self._for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
 
+        # Else accelerate would join and cut the batches of a stream itself, which it cannot do with lists of prompts.
+        args.accelerator_config.dispatch_batches = False
         set_seed(args.seed)  # LoRA weights are drawn at random
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(

@@ -193,8 +193,20 @@ def _loading_options(
     # overflow in float16, and it is small.
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     frozen = half if peft_config is not None else torch.float32
-    options.setdefault("dtype", {"default": frozen, "vae": torch.float32})
+    dtype = options.pop("torch_dtype", options.get("dtype", frozen))  # `torch_dtype` is the former name
+    if isinstance(dtype, str):
+        dtype = _dtype_of(dtype)
+    options["dtype"] = {"default": dtype, "vae": torch.float32} if isinstance(dtype, torch.dtype) else dtype
     return options
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigurationError(
+            f"Unknown `dtype` {name!r} in `model_init_kwargs`; use 'float32', 'bfloat16' or 'float16'."
+        )
+    return dtype
 
 
 def _adopt(adapter: BackboneAdapter) -> PeftModel:

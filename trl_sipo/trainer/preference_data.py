@@ -106,8 +106,6 @@ def as_tensors(
     if not is_training:
         transform = transform.for_evaluation()
     if isinstance(dataset, datasets.IterableDataset):
-        # Else accelerate would join and cut batches itself, which it cannot do with lists of prompts.
-        args.accelerator_config.dispatch_batches = False
         return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
     prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed)
     return precompute_latents(prepared, adapter, args, name) if args.precompute_latents else prepared
