@@ -206,6 +206,15 @@ def test_float32_lora_on_a_bfloat16_base(case):
 
 
 @each_backbone
+def test_the_input_dtype_of_quantised_weights_is_that_of_the_rest(case):
+    adapter = adapter_for(case.build())
+    adapter.denoiser.to(torch.bfloat16)
+    layer = adapter.denoiser.get_submodule(adapter.input_layer_name)
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    assert adapter.input_dtype(adapter.denoiser) == torch.bfloat16
+
+
+@each_backbone
 @pytest.mark.parametrize(
     "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compiled"]
 )

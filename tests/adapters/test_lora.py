@@ -339,6 +339,28 @@ def test_a_lora_file_without_metadata_is_adopted(case, tmp_path):
 
 
 @each_backbone
+def test_a_lora_with_fewer_layers_than_its_targets_is_adopted_layer_by_layer(case, tmp_path):
+    """Layers that are not in the file get no LoRA, even if the configuration in it would match them."""
+    saved_lora(case, tmp_path)
+    path = tmp_path / LORA_FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    kept = {key: value for key, value in load_file(path).items() if "mid_block" not in key}
+    assert 0 < len(kept) < len(load_file(path))
+    save_file(kept, path, metadata=metadata)
+    adapter = adapter_for(case.build())
+    adapter.pipeline.load_lora_weights(tmp_path)
+    expected = predict(adapter, adapter.denoiser, case)
+    denoiser = adapter.peft_denoiser().eval()
+    assert len(lora_weights(denoiser)) == len(kept)
+    assert torch.equal(predict(adapter, denoiser, case), expected)
+    adapter.save_lora(denoiser, tmp_path)
+    fresh = adapter_for(case.build())
+    fresh.pipeline.load_lora_weights(tmp_path)
+    assert torch.equal(predict(fresh, fresh.denoiser, case), expected)
+
+
+@each_backbone
 def test_half_precision_lora_weights_become_float32(case, tmp_path):
     saved_lora(case, tmp_path)
     path = tmp_path / LORA_FILE_NAME

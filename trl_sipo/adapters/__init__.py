@@ -52,20 +52,21 @@ def load_pipeline(name_or_path: str | os.PathLike[str], **init_kwargs: Any) -> "
     Raises:
         BackboneError: if the folder or model cannot be found or read, or no adapter knows its pipeline class.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
+    loader: Any = diffusers.DiffusionPipeline
     name = os.fspath(name_or_path)
     _check_location(name)
     try:
         hub_kwargs = {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs}
-        index = DiffusionPipeline.load_config(name, **hub_kwargs)
+        index = loader.load_config(name, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise BackboneError(_unreachable(name, error)) from error
     class_name = index.get("_class_name") if isinstance(index, dict) else None
     if class_name not in ADAPTERS:
         raise BackboneError(f"{name!r} is a {class_name}, which no adapter knows. Known classes: {_known()}.")
     try:
-        return DiffusionPipeline.from_pretrained(name, **init_kwargs)
+        return loader.from_pretrained(name, **init_kwargs)
     except (OSError, ValueError) as error:
         raise BackboneError(f"The pipeline {name!r} is there but does not load: {error}") from error
 

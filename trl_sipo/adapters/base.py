@@ -7,7 +7,7 @@ the way the pipeline calls it in inference, and saves and loads what was trained
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -185,7 +185,7 @@ class BackboneAdapter(ABC):
     @abstractmethod
     def forward(
         self,
-        denoiser: Callable[..., Any],
+        denoiser: nn.Module,
         noisy_latents: Tensor,
         level: NoiseLevel,
         conditioning: Mapping[str, Tensor],
@@ -211,8 +211,8 @@ class BackboneAdapter(ABC):
         base, and some models keep single layers in float32.
         """
         base = unwrap_denoiser(denoiser)
-        layer = base.get_submodule(self.input_layer_name)
-        weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
+        layer: Any = base.get_submodule(self.input_layer_name)
+        weight: Any = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
         return weight.dtype if weight.is_floating_point() else base.dtype  # quantised weights are stored as integers
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:

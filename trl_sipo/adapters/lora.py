@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -49,7 +57,7 @@ def check_exportable(denoiser: nn.Module) -> PeftModel:
             f"A LoRA is saved from and loaded into a PEFT model, not a {type(denoiser).__name__}. Wrap the denoiser "
             "with peft.get_peft_model, or save the whole pipeline."
         )
-    config = model.peft_config.get(ADAPTER_NAME)
+    config: Any = model.peft_config.get(ADAPTER_NAME)
     if config is None:
         raise ConfigurationError(
             f"The PEFT model has the adapters {sorted(model.peft_config)}, but the trained one must be named "
@@ -203,7 +211,7 @@ def _read_lora_file(path: Path, denoiser_name: str) -> tuple[dict[str, Tensor], 
     return renamed, config
 
 
-def _check_same_config(path: Path, saved: dict[str, Any], current: LoraConfig) -> None:
+def _check_same_config(path: Path, saved: dict[str, Any], current: PeftConfig) -> None:
     for field in _DEFINING_FIELDS:
         if field in saved and saved[field] != (value := getattr(current, field)):
             raise BackboneError(

@@ -5,8 +5,10 @@ Only the configuration is read, never the scheduler's state: inference overwrite
 Euler keep a rescaled, variance-exploding copy of the schedule in it.
 """
 
+from typing import Any
+
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler
 
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.errors import BackboneError
@@ -23,7 +25,7 @@ _BETA_FIELDS = (
 )
 
 
-def vp_prediction_type(scheduler: SchedulerMixin) -> str:
+def vp_prediction_type(scheduler: Any) -> str:
     """`"epsilon"` or `"v_prediction"`, from the scheduler's configuration.
 
     Raises:
@@ -40,7 +42,7 @@ def vp_prediction_type(scheduler: SchedulerMixin) -> str:
     return prediction_type
 
 
-def vp_noise_schedule(scheduler: SchedulerMixin) -> VPSchedule:
+def vp_noise_schedule(scheduler: Any) -> VPSchedule:
     """The training noise process of a scheduler: the betas of its configuration, zero-SNR rescaling included.
 
     Returns:
@@ -59,7 +61,7 @@ def vp_noise_schedule(scheduler: SchedulerMixin) -> VPSchedule:
     try:
         # DDPMScheduler's tables are those of training whatever the sampler. Not by from_config, which replaces values
         # that are the sampler's own defaults (LCM's betas, say) by DDPMScheduler's, which differ.
-        ddpm = DDPMScheduler(**{field: config[field] for field in _BETA_FIELDS if field in config})
+        ddpm: Any = DDPMScheduler(**{field: config[field] for field in _BETA_FIELDS if field in config})
         betas = ddpm.betas.to(torch.float64)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise BackboneError(f"The betas of the {name} cannot be computed from its configuration: {error}") from error

@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import nn
 
 
-def unwrap_denoiser(denoiser: nn.Module) -> nn.Module:
-    """The diffusers model itself, under whatever wrappers."""
+def unwrap_denoiser(denoiser: nn.Module) -> Any:
+    """The diffusers model itself (a `ModelMixin`), under whatever wrappers."""
     *_, innermost = _from_outside_in(denoiser)
     return innermost
 
