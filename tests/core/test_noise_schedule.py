@@ -31,6 +31,13 @@ def test_vp_level_at_floors_the_time():
     assert SD15.level_at(torch.tensor([1.0])).timestep.tolist() == [999]
 
 
+def test_vp_level_at_does_not_round_up_just_below_a_step():
+    steps = torch.arange(1, 1000, dtype=torch.float64)
+    below = (steps / 1000).float()
+    below = torch.where(below.double() * 1000 < steps, below, torch.nextafter(below, torch.zeros(())))
+    assert SD15.level_at(below).timestep.tolist() == list(range(999))
+
+
 def test_vp_previous_level_steps_back_one_stride():
     previous = SD15.previous_level(SD15.level(torch.tensor([20, 63, 999])))
     expected = SD15.level(torch.tensor([0, 43, 979]))

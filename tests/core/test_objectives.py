@@ -333,9 +333,10 @@ def test_pieces_compose_to_the_losses():
     )
 
 
-def test_a_pair_dropped_by_a_custom_mask_may_have_any_weight():
-    """A hook may drop a pair whose weight is infinite or not a number: it still leaves no trace."""
-    logit = torch.tensor([math.inf, 0.3], requires_grad=True)
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_a_pair_dropped_by_a_custom_mask_may_have_any_logit_and_weight(broken):
+    """A hook may drop a pair whose logit or weight is infinite or not a number: it still leaves no trace."""
+    logit = torch.tensor([broken, 0.3], requires_grad=True)
     weight = torch.tensor([math.nan, 1.05], requires_grad=True)
     keep = torch.tensor([False, True])
     for piece in (masked_scaled_nll, masked_weighted_nll):

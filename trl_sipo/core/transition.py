@@ -42,7 +42,7 @@ def posterior_mean_and_variance(
     step_alpha = torch.where(alpha_s > 0, alpha_t / alpha_s, 1.0)
     # The ratio lies in [0, 1]; squares of a tiny sigma alone would underflow, and the clean end would be 0 / 0.
     ratio = torch.where(sigma_t > 0, sigma_s / sigma_t, 0.0)
-    new_share = (1 - (step_alpha * ratio) ** 2).clamp(min=0)  # of the noise of x_t, what the step s -> t added
+    new_share = 1 - (step_alpha * ratio) ** 2  # of the noise of x_t, what the step s -> t added
     noisy_scale = per_sample(step_alpha * ratio**2, noisy_latents)
     clean_scale = per_sample(alpha_s * new_share, clean_latents)
     return noisy_scale * noisy_latents + clean_scale * clean_latents, new_share * sigma_s**2
@@ -80,6 +80,6 @@ def rho_squared(level: NoiseLevel, previous_level: NoiseLevel, prediction_type: 
         "flow_prediction": torch.ones_like(alpha_t),
         "sample": sigma_t**2,
     }[prediction_type]
-    has_predecessor = (previous_level.sigma_t > 0) & (scale > 0)
-    rho = torch.where(has_predecessor, velocity_form / scale, RHO_SQUARED_MAX)
-    return rho.nan_to_num(nan=RHO_SQUARED_MAX).clamp(0.0, RHO_SQUARED_MAX)
+    # Decided before the clamp: the corners hold 0 / 0, and a NaN would pass through it.
+    is_defined = (previous_level.sigma_t > 0) & (scale > 0)
+    return torch.where(is_defined, velocity_form / scale, RHO_SQUARED_MAX).clamp(0.0, RHO_SQUARED_MAX)
