@@ -75,19 +75,19 @@ METHODS = (
 DPO, SIPO, DPO_CM, POLY_DPO = METHODS
 
 
-def picture(seed: int, size: int = 32) -> Image.Image:
-    """A smooth random picture."""
+def picture(seed: int, width: int = 32) -> Image.Image:
+    """A smooth random picture, `width` x 32."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+    return Image.fromarray(coarse).resize((width, 32), Image.Resampling.BICUBIC)
 
 
-def preference_pairs(count: int = 8, seed: int = 0, size: int = 32) -> datasets.Dataset:
+def preference_pairs(count: int = 8, seed: int = 0, width: int = 32) -> datasets.Dataset:
     """`count` rows of prompt, chosen, rejected."""
     return datasets.Dataset.from_dict(
         {
             "prompt": [PROMPTS[i % len(PROMPTS)] for i in range(count)],
-            "chosen": [picture(1000 * seed + 2 * i, size) for i in range(count)],
-            "rejected": [picture(1000 * seed + 2 * i + 1, size) for i in range(count)],
+            "chosen": [picture(1000 * seed + 2 * i, width) for i in range(count)],
+            "rejected": [picture(1000 * seed + 2 * i + 1, width) for i in range(count)],
         },
         features=datasets.Features(
             {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}

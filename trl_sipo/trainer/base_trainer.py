@@ -113,6 +113,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
         # Else accelerate would join and cut the batches of a stream itself, which it cannot do with lists of prompts.
         args.accelerator_config.dispatch_batches = False
+        # Else the order of the data would hang on the global random state when training starts.
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
         set_seed(args.seed)  # LoRA weights are drawn at random
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(
