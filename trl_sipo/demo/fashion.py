@@ -9,7 +9,7 @@ confuse them with t-shirts and pullovers), and each photograph is coloured and s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from ..errors import ConfigurationError
-
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SIZE = 32
@@ -94,7 +93,7 @@ def read_strip(path: Path) -> np.ndarray:
     return rows.transpose(0, 2, 1, 3).reshape(-1, RAW_SIZE, RAW_SIZE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_split(split: str) -> FashionSplit:
     """Load one of the shipped splits (`SPLITS`).
 

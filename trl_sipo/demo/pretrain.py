@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the demo's base model from nothing: `python -m trl_sipo.demo.pretrain`.
+
+The stages, each with its own seed: an autoencoder on the generator half of the photographs (`train_autoencoder`), the
+two verifiers on photographs of their own (`train_verifiers`), then denoiser and text encoder together on the latents
+(`train_denoiser`). The result is a `StableDiffusionPipeline` folder, the verifiers' weights and a log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from tqdm.auto import tqdm
+
+from .fashion import ASSETS, COLOURS, FashionPrompt, all_prompts, colour_values, load_split, tint
+from .latents import encode
+from .model import build_pipeline, load_pipeline_assets
+from .sampling import prompt_ids, sample_images
+from .verifier import TRAINING_SPLITS, Verifier, save_verifier
+from .verifier_training import accuracies, ceiling, train_verifier
+
+KL_WEIGHT = 1e-4
+CAPTION_DROPOUT = 0.1
+EMA_DECAY = 0.9995
+LOG_EVERY = 100
+RESUME_EVERY = 500
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a half cosine to 2 % of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return peak * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+class WeightAverage:
+    """Exponential moving average of the parameters of some modules, warmed up over the first steps."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module], decay: float) -> None:
+        self.modules = list(modules)
+        self.decay = decay
+        self.num_updates = 0
+        self.averages = [copy.deepcopy(list(module.parameters())) for module in self.modules]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the current parameters."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for module, averages in zip(self.modules, self.averages, strict=True):
+            torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_modules(self) -> None:
+        """Overwrite the parameters with their averages."""
+        for module, averages in zip(self.modules, self.averages, strict=True):
+            for parameter, average in zip(module.parameters(), averages, strict=True):
+                parameter.copy_(average)
+
+
+def random_tints(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Tint each photograph uint8 (N, 28, 28) with a colour of its own -> float32 (N, 3, 32, 32) in [-1, 1]."""
+    colour_ids = torch.randint(len(COLOURS), (len(images),), generator=generator)
+    return tint(images, colour_values(colour_ids, generator))
+
+
+def train_autoencoder(vae: AutoencoderKL, *, num_steps: int, batch_size: int, seed: int, device: str) -> list[dict]:
+    """Train the autoencoder in place: reconstruction (squared and absolute error) plus a small KL term.
+
+    The scaling factor is set so that the latents it gives have unit standard deviation. Returns the loss curve.
+    """
+    log = []
+    generator = torch.Generator().manual_seed(seed)
+    photographs = load_split("generator").images
+    vae.to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = WeightAverage([vae], decay=0.998)
+    for step in tqdm(range(num_steps), desc="autoencoder", unit="step"):
+        set_learning_rate(optimizer, learning_rate_at(step, num_steps, 2e-3))
+        chosen = torch.randint(len(photographs), (batch_size,), generator=generator)
+        pixels = random_tints(photographs[chosen], generator).to(device)
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
+        squared, absolute = F.mse_loss(reconstruction, pixels), F.l1_loss(reconstruction, pixels)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        (squared + 0.2 * absolute + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == num_steps:
+            values = {"mse": squared, "l1": absolute, "kl_per_latent": kl}
+            log.append({"step": step + 1, **{name: round(value.item(), 5) for name, value in values.items()}})
+    average.copy_to_modules()
+    vae.eval()
+    vae.register_to_config(scaling_factor=1.0)
+    means, _ = encode(vae, random_tints(photographs, generator), device)
+    vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
+    return log
+
+
+def latent_bank(vae: AutoencoderKL, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every photograph of the generator half in every colour: scaled latent means and deviations, and prompt index."""
+    generator = torch.Generator().manual_seed(seed)
+    split = load_split("generator")
+    means, stds, prompt_ids = [], [], []
+    for colour_id in tqdm(range(len(COLOURS)), desc="latents", unit="colour"):
+        colour_ids = torch.full((len(split),), colour_id)
+        mean, std = encode(vae, tint(split.images, colour_values(colour_ids, generator)), device)
+        means.append(mean)
+        stds.append(std)
+        prompt_ids.append(split.class_ids * len(COLOURS) + colour_id)
+    return torch.cat(means), torch.cat(stds), torch.cat(prompt_ids)
+
+
+def tokenize(pipeline: StableDiffusionPipeline, prompts: Sequence[FashionPrompt]) -> torch.Tensor:
+    """Token ids int64 (len(prompts) + 1, 16); the last row is the empty prompt."""
+    texts = [*(prompt.text for prompt in prompts), ""]
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return pipeline.tokenizer(texts, max_length=pipeline.tokenizer.model_max_length, **options).input_ids
+
+
+class DenoiserTraining:
+    """State of the denoiser's training: everything that has to be restored to continue it exactly."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, learning_rate: float, seed: int, device: str) -> None:
+        self.unet = pipeline.unet.to(device).train()
+        self.text_encoder = pipeline.text_encoder.to(device).train()
+        self.parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.average = WeightAverage([self.unet, self.text_encoder], EMA_DECAY)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.step = 0
+        self.log: list[dict] = []
+
+    def save(self, path: Path) -> None:
+        """Write the state to one file, replacing it only when the new one is complete."""
+        state = {
+            "unet": self.unet.state_dict(),
+            "text_encoder": self.text_encoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averages": self.average.averages,
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "log": self.log,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a file that `save` wrote."""
+        state = torch.load(path, map_location=self.generator.device, weights_only=True)
+        self.unet.load_state_dict(state["unet"])
+        self.text_encoder.load_state_dict(state["text_encoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.averages = state["averages"]
+        self.average.num_updates = self.step = state["step"]
+        self.generator.set_state(state["generator"].cpu())
+        self.log = state["log"]
+
+
+def train_denoiser(
+    pipeline: StableDiffusionPipeline,
+    *,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+    state_file: Path,
+) -> list[dict]:
+    """Train UNet and text encoder in place to predict the noise; one in ten captions is left empty.
+
+    The state is written to `state_file` every 500 steps; an existing file is continued. Returns the loss curve.
+    """
+    bank = latent_bank(pipeline.vae, seed, device)
+    means, stds, prompt_ids = (part.to(device) for part in bank)
+    tokens = tokenize(pipeline, all_prompts()).to(device)
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
+    training = DenoiserTraining(pipeline, learning_rate, seed, device)
+    if state_file.is_file():
+        training.load(state_file)
+    draw = {"generator": training.generator, "device": device}
+    running = torch.zeros((), device=device)
+    progress = tqdm(total=num_steps, initial=training.step, desc="denoiser", unit="step")
+    while training.step < num_steps:
+        set_learning_rate(training.optimizer, learning_rate_at(training.step, num_steps, learning_rate))
+        chosen = torch.randint(len(means), (batch_size,), **draw)
+        clean = means[chosen] + stds[chosen] * torch.randn(batch_size, *means.shape[1:], **draw)
+        dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
+        captions = torch.where(dropped, len(tokens) - 1, prompt_ids[chosen])
+        noise = torch.randn(clean.shape, **draw)
+        timesteps = torch.randint(len(alphas_cumprod), (batch_size,), **draw)
+        signal = alphas_cumprod[timesteps][:, None, None, None]
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        # The 65 distinct captions are encoded once, then shared out.
+        hidden = training.text_encoder(tokens).last_hidden_state[captions]
+        loss = F.mse_loss(training.unet(noisy, timesteps, hidden, return_dict=False)[0], noise)
+        training.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(training.parameters, 1.0)
+        training.optimizer.step()
+        training.average.update()
+        training.step += 1
+        running += loss.detach()
+        progress.update()
+        if training.step % LOG_EVERY == 0:
+            training.log.append({"step": training.step, "loss": round(running.item() / LOG_EVERY, 5)})
+            progress.set_postfix(loss=f"{running.item() / LOG_EVERY:.4f}")
+            running.zero_()
+        if training.step % RESUME_EVERY == 0:
+            training.save(state_file)
+    progress.close()
+    training.average.copy_to_modules()
+    training.unet.eval()
+    training.text_encoder.eval()
+    return training.log
+
+
+def train_verifiers(
+    vae: AutoencoderKL, *, num_steps: int, seed: int, device: str, output: Path
+) -> tuple[Verifier, dict[str, dict]]:
+    """Train both judges, write them to `output` and return the primary one and the log entries of both."""
+    log: dict[str, dict] = {}
+    verifiers = []
+    for offset, name in enumerate(TRAINING_SPLITS):
+        verifier, curve = train_verifier(name, vae, num_steps=num_steps, seed=seed + 10 * offset, device=device)
+        save_verifier(verifier, output)
+        verifiers.append(verifier)
+        log[name] = {"training_split": TRAINING_SPLITS[name], "loss_curve": curve}
+        log[name]["accuracy_on_real_test_photographs"] = ceiling(verifier, vae, seed=seed + 20, device=device)
+    return verifiers[0], log
+
+
+def base_accuracy(
+    pipeline: StableDiffusionPipeline, verifier: Verifier, *, images_per_prompt: int, seed: int
+) -> dict[str, dict[str, float] | float]:
+    """Judge samples of every prompt, at a few guidance scales (1.0: none), with 25 DDIM steps."""
+    asked = [prompt for prompt in all_prompts() for _ in range(images_per_prompt)]
+    texts = [prompt.text for prompt in asked]
+    result = {}
+    for guidance_scale in (1.0, 2.0):
+        images = sample_images(pipeline, texts, seed, num_inference_steps=25, guidance_scale=guidance_scale)
+        result[f"guidance_{guidance_scale}"] = accuracies(verifier, images, *prompt_ids(asked))
+    return result
+
+
+def environment(args: argparse.Namespace) -> dict[str, object]:
+    """What made this checkpoint, in words that fit any machine; the command spells out the defaults, without paths."""
+    machine = f"{args.threads} CPU threads" if args.device == "cpu" else f"one {args.device} device"
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "resume")}
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = shlex.join(["python", "-m", "trl_sipo.demo.pretrain", *options])
+    return {"command": command, "machine": machine, "versions": versions}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Command-line options; the defaults are those of the shipped checkpoint."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ASSETS, help="receives pipeline/, verifier/, training_log.json")
+    parser.add_argument("--device", default="cpu", help="where to train, as torch names it (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=5000, help="denoiser (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="denoiser (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="denoiser (default: %(default)s)")
+    parser.add_argument("--autoencoder-steps", type=int, default=2500)
+    parser.add_argument("--verifier-steps", type=int, default=1200)
+    parser.add_argument("--images-per-prompt", type=int, default=8, help="in the final check of the samples")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
+    return parser
+
+
+def pretrain(args: argparse.Namespace, state: Path) -> tuple[StableDiffusionPipeline, dict[str, object]]:
+    """Run the three stages; a stage whose result already lies in the folder `state` is not repeated."""
+    started = time.perf_counter()
+    pipeline = build_pipeline(args.seed)
+    autoencoder_file = state / "autoencoder.pt"
+    if autoencoder_file.is_file():
+        saved = torch.load(autoencoder_file, weights_only=True)
+        pipeline.vae.load_state_dict(saved["weights"])
+        pipeline.vae.register_to_config(scaling_factor=saved["scaling_factor"])
+        autoencoder_log = saved["log"]
+    else:
+        autoencoder_log = train_autoencoder(
+            pipeline.vae, num_steps=args.autoencoder_steps, batch_size=64, seed=args.seed + 1, device=args.device
+        )
+        saved = {"weights": pipeline.vae.state_dict(), "scaling_factor": pipeline.vae.config.scaling_factor}
+        torch.save({**saved, "log": autoencoder_log}, autoencoder_file)
+    pipeline.vae.to(args.device).eval().requires_grad_(False)
+    verifier, verifier_log = train_verifiers(
+        pipeline.vae,
+        num_steps=args.verifier_steps,
+        seed=args.seed + 2,
+        device=args.device,
+        output=args.output / "verifier",
+    )
+    denoiser_log = train_denoiser(
+        pipeline,
+        num_steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed + 3,
+        device=args.device,
+        state_file=state / "denoiser.pt",
+    )
+    # The shipped weights are 16-bit floats: judge what will be loaded.
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.cpu().half()
+    pipeline.save_pretrained(args.output / "pipeline")
+    loaded = load_pipeline_assets(args.output / "pipeline")
+    samples = base_accuracy(loaded, verifier, images_per_prompt=args.images_per_prompt, seed=args.seed + 4)
+    log = {
+        "wall_seconds": round(time.perf_counter() - started, 1),
+        "samples_judged_by_primary_verifier": samples,
+        "verifiers": verifier_log,
+        "autoencoder_loss_curve": autoencoder_log,
+        "denoiser_loss_curve": denoiser_log,
+    }
+    return loaded, log
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train everything and write it to `--output`."""
+    args = make_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    state = args.output / "pretrain_state"
+    if not args.resume:
+        shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True, exist_ok=True)
+    _, log = pretrain(args, state)
+    (args.output / "training_log.json").write_text(json.dumps({**environment(args), **log}, indent=1) + "\n")
+    shutil.rmtree(state)
+    print(json.dumps(log["samples_judged_by_primary_verifier"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
