@@ -10,7 +10,7 @@ from tests.trainer import runs
 
 @pytest.fixture(scope="session", autouse=True)
 def _modules_out_of_the_collectors_way():
-    """Each training run calls `gc.collect()`, which takes longer than a tiny run while it walks all of torch and TRL."""
+    """Each run calls `gc.collect()`, which takes longer than a tiny run while it walks all of torch and TRL."""
     assert runs.METHODS
     gc.collect()
     gc.freeze()

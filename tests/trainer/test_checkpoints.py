@@ -200,7 +200,8 @@ def test_model_card(method, tmp_path, monkeypatch):
     trainer.create_model_card(dataset_name="someone/some-pairs", tags="extra")
     card = ModelCard.load(tmp_path / "my-model" / "README.md")
     assert card.data.library_name == "diffusers" and card.data.base_model == "someone/some-diffusion"
-    assert {"lora", "trl", "extra", "text-to-image"} <= set(card.data.tags) and card.data.datasets == "someone/some-pairs"
+    assert {"lora", "trl", "extra", "text-to-image"} <= set(card.data.tags)
+    assert card.data.datasets == "someone/some-pairs"
     assert trainer._paper["citation"] in card.text and re.search(r"@\w+\{", card.text)
     assert trainer.method_name in card.text and "load_lora_weights" in card.text
     assert f"beta = {trainer.beta:g}" in card.text

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.runs import DPO, SIPO, collate_first, make_trainer, preference_pairs, trained_weights
+from tests.trainer.runs import DPO, SIPO, collate_first, lora, make_trainer, preference_pairs, trained_weights
 from trl_sipo.trainer.encoding import draw_noise, pair_generators
 
 TIMING = ("runtime", "per_second", "epoch", "preparation_time")
@@ -49,8 +49,6 @@ def test_evaluation_does_not_depend_on_the_batch_size(held_out, tmp_path):
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["", "dropout"])
 def test_evaluation_leaves_no_trace_in_training(dropout, held_out, tmp_path):
     """With dropout, training draws from the global random state, which evaluation must restore."""
-    from tests.trainer.runs import lora
-
     weights = []
     for strategy in ("no", "steps"):
         trainer = make_trainer(
@@ -94,7 +92,12 @@ def test_metrics_by_hand(held_out, tmp_path):
 def test_each_evaluation_dataset_has_its_own_metrics(held_out, tmp_path):
     splits = {"near": held_out, "train": preference_pairs(4, seed=2)}
     trainer = make_trainer(
-        DPO, tmp_path, trainer_options={"eval_dataset": splits}, learning_rate=1e-2, eval_strategy="steps", eval_steps=3
+        DPO,
+        tmp_path,
+        trainer_options={"eval_dataset": splits},
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=3,
     )
     trainer.train()
     metrics = _numbers(trainer.evaluate())
@@ -154,7 +157,8 @@ def test_rows_can_be_given_to_evaluate_and_predict(held_out, tmp_path):
 
 
 def test_a_stream_can_be_evaluated(held_out, tmp_path):
-    trainer = make_trainer(DPO, tmp_path, trainer_options={"eval_dataset": held_out.to_iterable_dataset()}, max_steps=1)
+    stream = held_out.to_iterable_dataset()
+    trainer = make_trainer(DPO, tmp_path, trainer_options={"eval_dataset": stream}, max_steps=1)
     trainer.train()
     first = _numbers(trainer.evaluate())
     assert _numbers(trainer.evaluate()) == first and first["eval_logps/chosen"] < 0

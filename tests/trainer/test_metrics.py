@@ -17,8 +17,8 @@ TRL_KEYS = {
     "rewards/margins", "logps/chosen", "logps/rejected",
 }  # fmt: skip
 OUR_KEYS = {
-    "rewards/saturated_fraction", "sipo/importance_weight", "sipo/weight", "sipo/clip_fraction", "sipo/masked_fraction",
-    "sipo/empty_batches", "drift/chosen_error", "drift/rejected_error",
+    "rewards/saturated_fraction", "sipo/importance_weight", "sipo/weight", "sipo/clip_fraction",
+    "sipo/masked_fraction", "sipo/empty_batches", "drift/chosen_error", "drift/rejected_error",
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_logged_rewards_are_those_of_the_step(tmp_path):
         parts = steps[2 * step : 2 * step + 2]
         for value, policy, reference in ((chosen, "chosen", "ref_chosen"), (rejected, "rejected", "ref_rejected")):
             rewards = torch.cat([300 * (getattr(part, reference) - getattr(part, policy)) / 2 for part in parts])
-            assert value == pytest.approx(float(rewards.mean()), abs=1e-6)
+            assert value == pytest.approx(rewards.mean().item(), abs=1e-6)
     assert logged(trainer, "rewards/chosen")[-1] != 0.0
 
 

@@ -130,7 +130,7 @@ def test_the_reference_is_not_trained_and_takes_no_memory_with_a_lora(tmp_path):
 
 
 def test_the_reference_has_no_dropout(tmp_path):
-    """With dropout switched on, a policy that did not move still differs from its reference; the reference does not."""
+    """Whatever dropout the policy has, its reference says the same each time."""
     pipeline = _with_peft_model(tiny_stable_diffusion())
     pipeline.unet.peft_config["default"].lora_dropout = 0.0
     for module in pipeline.unet.modules():
