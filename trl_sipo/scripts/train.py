@@ -79,7 +79,9 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
     """TRL's parser over data, training and model arguments of `method`, a key of `METHODS`."""
     from trl import TrlParser
 
-    return TrlParser((DataArguments, method_classes(method)[0], ModelArguments), prog=prog or f"trl-sipo {method}")
+    # Without abbreviations: a mistyped option must not be taken for a longer one.
+    arguments = (DataArguments, method_classes(method)[0], ModelArguments)
+    return TrlParser(arguments, prog=prog or f"trl-sipo {method}", allow_abbrev=False)
 
 
 def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArguments]:

@@ -12,8 +12,12 @@ from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 
-# Besides the default, what TRL's own `__post_init__` makes of it: `dataclasses.replace` must give the same again.
-_NEUTRAL_VALUES: dict[str, tuple] = {"loss_type": ("sigmoid",), "pad_to_multiple_of": (None,)}
+# Besides the default, what TRL's own `__post_init__` and the command line's parser make of it.
+_NEUTRAL_VALUES: dict[str, tuple] = {
+    "loss_type": ("sigmoid",),
+    "pad_to_multiple_of": (None,),
+    "include_num_input_tokens_seen": (False,),
+}
 
 # Fields that `DPOConfig` and `TrainingArguments` bring and that mean nothing for a diffusion model, or are not offered
 # yet. Each with the way out. A value other than the default raises: nothing is silently ignored.

@@ -108,7 +108,20 @@ def as_tensors(
     if isinstance(dataset, datasets.IterableDataset):
         return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
     prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed)
+    if prepared.fmt.holds_latents:
+        _check_latents(prepared[0]["chosen_latents"], adapter, name)
     return precompute_latents(prepared, adapter, args, name) if args.precompute_latents else prepared
+
+
+def _check_latents(latents: torch.Tensor, adapter: BackboneAdapter, name: str) -> None:
+    """Raise [`DatasetError`] when latents cannot be those of the backbone's VAE."""
+    expected = adapter.latent_shape(adapter.default_resolution, adapter.default_resolution)
+    if latents.ndim != len(expected) or (not adapter.is_video and latents.shape[0] != expected[0]):
+        raise DatasetError(
+            f"The {name} dataset holds latents of the shape {tuple(latents.shape)}, but those of this model have "
+            f"{expected[0]} channels and {len(expected)} dimensions, such as {expected}. Encode the images with its "
+            "VAE, or give the images."
+        )
 
 
 def precompute_latents(

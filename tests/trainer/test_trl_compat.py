@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private part of TRL and transformers that is relied on. A new release that changes one fails here first."""
+
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+import transformers
+import trl
+from accelerate.state import AcceleratorState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import DPOTrainer
+from trl.models import utils as model_utils
+from trl.trainer import callbacks, utils
+from trl.trainer.base_trainer import _BaseTrainer
+
+import trl_sipo
+from tests.trainer.runs import DPO, METHODS, make_trainer
+from trl_sipo.trainer._trl_compat import ReportableConfig
+from trl_sipo.trainer.base_trainer import DiffusionPreferenceTrainer
+
+PACKAGE = Path(trl_sipo.__file__).parent
+
+# Function -> the parameters by which it is called, or with which it is overridden.
+SIGNATURES = {
+    model_utils.prepare_deepspeed: ("model", "accelerator"),
+    model_utils.prepare_fsdp: ("model", "accelerator"),
+    utils.disable_dropout_in_model: ("model",),
+    utils.use_adapter: ("model", "adapter_name"),
+    utils.get_comet_experiment_url: (),
+    utils.get_trackio_space_url: (),
+    callbacks.SyncRefModelCallback.__init__: ("self", "ref_model", "accelerator"),
+    DPOTrainer._prepare_dataset: ("self", "dataset", "processing_class", "args", "dataset_name"),
+    DPOTrainer._set_signature_columns_if_needed: ("self",),
+    DPOTrainer._compute_loss: ("self", "model", "inputs", "return_outputs"),
+    DPOTrainer.compute_loss: ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    DPOTrainer.prediction_step: ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
+    DPOTrainer.evaluate: ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
+    DPOTrainer.log: ("self", "logs", "start_time"),
+    DPOTrainer._save_checkpoint: ("self", "model", "trial"),
+    _BaseTrainer._send_telemetry: ("self",),
+    _BaseTrainer.create_model_card: ("self", "model_name", "dataset_name", "tags"),
+    transformers.Trainer.evaluation_loop: (
+        "self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
+    ),
+    transformers.Trainer.get_test_dataloader: ("self", "test_dataset"),
+    transformers.Trainer._save: ("self", "output_dir", "state_dict"),
+    transformers.Trainer._load_from_checkpoint: ("self", "resume_from_checkpoint", "model"),
+    transformers.Trainer._load_best_model: ("self",),
+    transformers.Trainer._push_from_checkpoint: ("self", "checkpoint_folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signatures(function):
+    assert tuple(inspect.signature(function).parameters) == SIGNATURES[function]
+
+
+def test_our_overrides_take_what_they_are_called_with():
+    for name, function in vars(DiffusionPreferenceTrainer).items():
+        theirs = getattr(DPOTrainer, name, None)
+        if not inspect.isfunction(function) or theirs is None or name in ("__init__", "evaluation_loop"):
+            continue
+        ours = list(inspect.signature(function).parameters)
+        assert ours == list(inspect.signature(theirs).parameters)[: len(ours)], name
+
+
+def _attributes_of_self(function):
+    """Names read as `self.<name>` in the source of a method."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+
+
+# Methods of TRL that are never called: `precompute_ref_log_probs` is refused, and its loss is not ours.
+NEVER_CALLED = {"_precompute_ref_logps", "compute_ref_log_probs", "_load_precompute_model", "_truncate_inputs"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_what_inherited_methods_read_is_there(method, tmp_path):
+    """`DPOTrainer.__init__` is not called, so whatever its methods read must have been set by ours."""
+    trainer = make_trainer(method, tmp_path)
+    checked = 0
+    for cls in (DPOTrainer, _BaseTrainer):
+        for name, function in vars(cls).items():
+            if not inspect.isfunction(function) or name == "__init__" or name in NEVER_CALLED:
+                continue
+            if getattr(method.trainer_class, name) is not function:
+                continue  # overridden
+            for attribute in _attributes_of_self(function):
+                assert hasattr(trainer, attribute), f"{cls.__name__}.{name} reads self.{attribute}"
+                checked += 1
+    assert checked > 12
+
+
+def test_the_loss_is_not_scaled_twice():
+    assert DPOTrainer.loss_is_scaled_for_ga is False
+    assert "loss_is_scaled_for_ga" in inspect.getsource(transformers.Trainer)
+
+
+def test_names_that_are_called_by_transformers():
+    """The method by which activation checkpointing is switched on, and the one by which a configuration is read."""
+    assert "self.model.activation_checkpointing_enable(" in inspect.getsource(transformers.Trainer)
+    assert "model.config.to_json_string()" in inspect.getsource(TensorBoardCallback)
+    assert PREFIX_CHECKPOINT_DIR == "checkpoint"
+    assert hasattr(AcceleratorState, "deepspeed_plugin")
+
+
+def test_a_reportable_configuration_is_still_the_models(tmp_path):
+    trainer = make_trainer(DPO, tmp_path)
+    config = trainer.adapter.denoiser.config
+    assert isinstance(config, ReportableConfig) and config.cross_attention_dim == config["cross_attention_dim"] == 16
+    assert config.to_dict() == dict(config) and '"cross_attention_dim": 16' in config.to_json_string()
+    trainer.adapter.denoiser.save_config(tmp_path / "saved")
+    assert "to_dict" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_private_parts_are_touched_in_one_file_only():
+    """Elsewhere only what `import trl` offers is used."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for name in names:
+                if name.startswith("trl."):
+                    found.setdefault(path.name, set()).add(name)
+    assert set(found) == {"_trl_compat.py"}
+
+
+def test_the_minor_release_is_the_one_that_was_tested():
+    assert trl.__version__.split(".")[:2] == ["1", "16"]
