@@ -94,6 +94,27 @@ def test_colours_vary_with_the_generator_only_and_within_the_jitter():
     assert 0 < (first - plain).abs().max() <= 0.06 + 1e-6
 
 
+def test_turning_keeps_the_ground_white_and_shrinks():
+    images = fashion.tint(fashion.load_split("generator").images[:200], torch.full((200, 3), 0.2))
+    turned = fashion.turn(images, torch.Generator().manual_seed(0))
+    assert turned.shape == images.shape
+    assert turned.min() >= -1 - 1e-5 and turned.max() <= 1 + 1e-5
+    assert torch.allclose(turned[:, :, 0, 0], torch.ones(200, 3), atol=1e-4)
+    # The garment covers less of the picture, by the square of the mean scale of 0.8.
+    coverage = [(1 - pixels).sum().item() for pixels in (turned, images)]
+    assert coverage[0] / coverage[1] == pytest.approx(0.65, abs=0.06)
+    assert torch.equal(turned, fashion.turn(images, torch.Generator().manual_seed(0)))
+
+
+def test_turning_mirrors_some_photographs_and_not_others():
+    # Left half black: after turning by at most 25 degrees it is the left or the right side that is dark.
+    halves = torch.ones(200, 3, 32, 32)
+    halves[:, :, 8:24, 8:16] = -1
+    turned = fashion.turn(halves, torch.Generator().manual_seed(0))
+    dark_left = turned[:, :, :, :16].sum((1, 2, 3)) < turned[:, :, :, 16:].sum((1, 2, 3))
+    assert 0.35 < dark_left.float().mean() < 0.65
+
+
 def write_idx(path, array):
     header = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes()))

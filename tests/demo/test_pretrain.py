@@ -20,32 +20,25 @@ def run(output, *extra: str) -> None:
     pretrain.main(["--output", str(output), *steps, *threads, *extra])
 
 
-@pytest.fixture
-def few_photographs(monkeypatch):
-    """Ten photographs per class instead of hundreds: the stages are the same, the wait is not."""
-    from trl_sipo.demo import verifier_training
-    from trl_sipo.demo.fashion import FashionSplit, load_split
-
-    def load_few(name: str) -> FashionSplit:
-        split = load_split(name)
-        chosen = torch.arange(0, len(split), len(split) // 80)
-        return FashionSplit(split.images[chosen], split.class_ids[chosen])
-
-    monkeypatch.setattr(pretrain, "load_split", load_few)
-    monkeypatch.setattr(verifier_training, "load_split", load_few)
-
-
 def test_a_handful_of_steps_writes_a_pipeline_judges_and_a_log(few_photographs, tmp_path):
     run(tmp_path, "--steps", "3")
     pipeline = load_pipeline_assets(tmp_path / "pipeline")
     assert sample_images(pipeline, ["a red bag"], seed=0, num_inference_steps=2).shape == (1, 3, 32, 32)
     assert len(load_verifiers(tmp_path / "verifier")) == 2
     log = json.loads((tmp_path / "training_log.json").read_text())
-    assert log["command"].startswith("python -m trl_sipo.demo.pretrain --device cpu")
-    assert log["machine"].endswith("CPU threads")
-    assert set(log["verifiers"]) == {"primary", "second"}
-    assert set(log["samples_judged_by_primary_verifier"]["guidance_1.0"]) == {"class", "colour", "both", "log_prob"}
+    assert log["pipeline"]["command"].startswith("python -m trl_sipo.demo.pretrain --device cpu")
+    assert log["pipeline"]["machine"].startswith("CPU, ")
+    assert {"primary", "second"} <= set(log["verifiers"])
+    assert set(log["samples"]["guidance_1.0"]["second"]) == {"class", "colour", "both", "log_prob"}
     assert not (tmp_path / "pretrain_state").exists()
+
+    before = [judge.class_head.weight.clone() for judge in load_verifiers(tmp_path / "verifier")]
+    run(tmp_path, "--verifiers-only", "--seed", "1")
+    after = [judge.class_head.weight for judge in load_verifiers(tmp_path / "verifier")]
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    renewed = json.loads((tmp_path / "training_log.json").read_text())
+    assert renewed["pipeline"] == log["pipeline"]
+    assert "--verifiers-only" in renewed["verifiers"]["command"]
 
 
 def test_an_interrupted_denoiser_continues_exactly(few_photographs, tmp_path, monkeypatch):
@@ -111,6 +104,8 @@ def test_captions_end_with_the_empty_one():
 
 def test_shipped_log_says_how_the_weights_were_made():
     log = json.loads((ASSETS / "training_log.json").read_text())
-    assert {"command", "machine", "versions", "wall_seconds", "denoiser_loss_curve"} <= set(log)
+    for part in ("pipeline", "verifiers"):
+        assert {"command", "machine", "versions", "wall_seconds"} <= set(log[part])
+    assert log["denoiser_loss_curve"][-1]["loss"] < log["denoiser_loss_curve"][0]["loss"] / 2
     for name in ("primary", "second"):
         assert log["verifiers"][name]["accuracy_on_real_test_photographs"]["reconstructed"]["both"] > 0.85

@@ -8,15 +8,17 @@ confuse them with t-shirts and pullovers), and each photograph is coloured and s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from ..errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SIZE = 32
@@ -132,11 +134,31 @@ def tint(images: torch.Tensor, rgb: torch.Tensor) -> torch.Tensor:
         float32 (N, 3, 32, 32) in [-1, 1].
     """
     margin = (IMAGE_SIZE - RAW_SIZE) // 2
-    grey = torch.nn.functional.pad(images.float() / 255, (margin,) * 4)[:, None]
+    grey = F.pad(images.float() / 255, (margin,) * 4)[:, None]
     opacity = (3 * grey).clamp(max=1)
     shading = 0.55 + 0.45 * grey
     coloured = rgb[:, :, None, None] * shading
     return 2 * (1 - opacity + opacity * coloured) - 1
+
+
+def turn(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Photographs as nobody took them: each mirrored or not, turned by up to 25 degrees, and shrunk to 0.65-0.95.
+
+    Args:
+        pixels: float (N, 3, 32, 32) in [-1, 1] on a white ground.
+
+    Returns:
+        float (N, 3, 32, 32) in [-1, 1] on a white ground.
+    """
+    num_images = len(pixels)
+    angle = math.radians(25) * (2 * torch.rand(num_images, generator=generator) - 1)
+    inverse_scale = 1 / (0.65 + 0.3 * torch.rand(num_images, generator=generator))
+    mirror = 2.0 * torch.randint(2, (num_images,), generator=generator) - 1
+    cos, sin, zero = angle.cos() * inverse_scale, angle.sin() * inverse_scale, torch.zeros(num_images)
+    affine = torch.stack([torch.stack([mirror * cos, -mirror * sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    # Outside the picture sampling gives 0: move white there, and back.
+    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 
 
 def all_prompts() -> list[FashionPrompt]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DatasetError
-from .fashion import ASSETS, ORIGINAL_LABELS, SPLITS, strip_path, write_strip
+from trl_sipo.demo.fashion import ASSETS, ORIGINAL_LABELS, SPLITS, strip_path, write_strip
+from trl_sipo.errors import DatasetError
 
 
 def read_idx(path: Path) -> np.ndarray:

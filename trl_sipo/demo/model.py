@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..errors import BackboneError
-from .fashion import ASSETS, CLASSES, COLOURS, IMAGE_SIZE
+from trl_sipo.demo.fashion import ASSETS, CLASSES, COLOURS, IMAGE_SIZE
+from trl_sipo.errors import BackboneError
 
 PIPELINE_ASSETS = ASSETS / "pipeline"
 LATENT_SIZE = 8

@@ -8,19 +8,17 @@ Both kinds are labelled by the primary verifier, never by hand, and both are `da
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 
 import datasets
 import torch
-import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ..errors import ConfigurationError
-from .fashion import CLASSES, COLOURS, FashionPrompt, colour_values, load_split, tint
-from .sampling import prompt_ids, sample_images
-from .verifier import Verifier
+from trl_sipo.demo.fashion import CLASSES, COLOURS, FashionPrompt, colour_values, load_split, tint, turn
+from trl_sipo.demo.sampling import prompt_ids, sample_images
+from trl_sipo.demo.verifier import Verifier
+from trl_sipo.errors import ConfigurationError
 
 FEATURES = datasets.Features(
     {
@@ -94,35 +92,13 @@ def on_policy_pairs(
     return as_dataset(kept_prompts, images[kept, best[kept]], images[kept, worst[kept]], "on_policy")
 
 
-def render_foreign(images: torch.Tensor, rgb: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Tinted photographs as the base model never saw them: turned, shrunk or grown, on a pale coloured ground.
-
-    Args:
-        images: uint8 (N, 28, 28).
-        rgb: float (N, 3) in [0, 1].
-
-    Returns:
-        float32 (N, 3, 32, 32) in [-1, 1].
-    """
-    num_images = len(images)
-    angle = (2 * torch.rand(num_images, generator=generator) - 1) * math.radians(20)
-    scale = 0.75 + 0.35 * torch.rand(num_images, generator=generator)
-    cos, sin, zero = angle.cos() / scale, angle.sin() / scale, torch.zeros(num_images)
-    affine = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    grid = F.affine_grid(affine, (num_images, 3, 32, 32), align_corners=False)
-    # Sampling outside gives 0: with white moved to 0, that is background.
-    tinted = F.grid_sample(tint(images, rgb) - 1, grid, align_corners=False) + 1
-    ground = 0.82 + 0.12 * torch.rand(num_images, 3, 1, 1, generator=generator)
-    return 2 * ((tinted + 1) / 2 * ground) - 1
-
-
 def off_policy_pairs(
     verifier: Verifier, prompts: Sequence[FashionPrompt], *, pairs_per_prompt: int, seed: int
 ) -> datasets.Dataset:
-    """Pairs of real photographs in a rendering that the base model cannot reproduce.
+    """Pairs of real photographs, turned and mirrored as the base model never draws them.
 
     The chosen photograph shows what the prompt says. The rejected one has the wrong class or the wrong colour, each
-    half of the time. A pair is kept where the verifier gives the chosen one the higher log-probability.
+    half of the time. A pair is kept where the verifier agrees: chosen right in class and colour, rejected not.
     """
     generator = torch.Generator().manual_seed(seed)
     split = load_split("generator")
@@ -136,12 +112,12 @@ def off_policy_pairs(
     def photograph(classes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
         draws = torch.rand(len(classes), generator=generator)
         indices = [by_class[c][int(u * len(by_class[c]))] for c, u in zip(classes.tolist(), draws, strict=True)]
-        return render_foreign(split.images[torch.stack(indices)], colour_values(colours, generator), generator)
+        return turn(tint(split.images[torch.stack(indices)], colour_values(colours, generator)), generator)
 
     chosen = photograph(class_ids, colour_ids)
     rejected = photograph(
         torch.where(wrong_class, other_class, class_ids), torch.where(wrong_class, colour_ids, other_colour)
     )
-    gap = [verifier.scores(images, class_ids, colour_ids)["log_prob"] for images in (chosen, rejected)]
-    kept = (gap[0] > gap[1]).nonzero()[:, 0]
+    right = [verifier.scores(images, class_ids, colour_ids)["both_correct"] for images in (chosen, rejected)]
+    kept = (right[0] & ~right[1]).nonzero()[:, 0]
     return as_dataset([asked[i] for i in kept.tolist()], chosen[kept], rejected[kept], "off_policy")

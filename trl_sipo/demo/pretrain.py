@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the demo's base model from nothing: `python -m trl_sipo.demo.pretrain`.
 
-The stages, each with its own seed: an autoencoder on the generator half of the photographs (`train_autoencoder`), the
-two verifiers on photographs of their own (`train_verifiers`), then denoiser and text encoder together on the latents
-(`train_denoiser`). The result is a `StableDiffusionPipeline` folder, the verifiers' weights and a log.
+The stages, each with its own seed: an autoencoder on the generator half of the photographs (`train_autoencoder`),
+denoiser and text encoder together on its latents (`train_denoiser`), then the two verifiers on photographs of their
+own (`train_verifiers`). The result is a `StableDiffusionPipeline` folder, the verifiers' weights and a log.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import transformers
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from tqdm.auto import tqdm
 
-from .fashion import ASSETS, COLOURS, FashionPrompt, all_prompts, colour_values, load_split, tint
-from .latents import encode
-from .model import build_pipeline, load_pipeline_assets
-from .sampling import prompt_ids, sample_images
-from .verifier import TRAINING_SPLITS, Verifier, save_verifier
-from .verifier_training import accuracies, ceiling, train_verifier
+from trl_sipo.demo.fashion import ASSETS, COLOURS, FashionPrompt, all_prompts, colour_values, load_split, tint
+from trl_sipo.demo.latents import encode
+from trl_sipo.demo.model import build_pipeline, load_pipeline_assets
+from trl_sipo.demo.sampling import prompt_ids, sample_images
+from trl_sipo.demo.verifier import TRAINING_SPLITS, load_verifiers, save_verifier
+from trl_sipo.demo.verifier_training import accuracies, ceiling, train_verifier
 
 KL_WEIGHT = 1e-4
 CAPTION_DROPOUT = 0.1
@@ -239,41 +239,41 @@ def train_denoiser(
     return training.log
 
 
-def train_verifiers(
-    vae: AutoencoderKL, *, num_steps: int, seed: int, device: str, output: Path
-) -> tuple[Verifier, dict[str, dict]]:
-    """Train both judges, write them to `output` and return the primary one and the log entries of both."""
+def train_verifiers(vae: AutoencoderKL, *, num_steps: int, seed: int, device: str, output: Path) -> dict[str, dict]:
+    """Train both judges and write them to `output`; returns the log entry of each."""
     log: dict[str, dict] = {}
-    verifiers = []
     for offset, name in enumerate(TRAINING_SPLITS):
         verifier, curve = train_verifier(name, vae, num_steps=num_steps, seed=seed + 10 * offset, device=device)
         save_verifier(verifier, output)
-        verifiers.append(verifier)
         log[name] = {"training_split": TRAINING_SPLITS[name], "loss_curve": curve}
         log[name]["accuracy_on_real_test_photographs"] = ceiling(verifier, vae, seed=seed + 20, device=device)
-    return verifiers[0], log
+    return log
 
 
-def base_accuracy(
-    pipeline: StableDiffusionPipeline, verifier: Verifier, *, images_per_prompt: int, seed: int
-) -> dict[str, dict[str, float] | float]:
-    """Judge samples of every prompt, at a few guidance scales (1.0: none), with 25 DDIM steps."""
+def judge_samples(output: Path, *, images_per_prompt: int, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Judge samples of every prompt with 25 DDIM steps: guidance scale (1.0 is none) -> judge -> accuracies."""
+    pipeline, verifiers = load_pipeline_assets(output / "pipeline"), load_verifiers(output / "verifier")
     asked = [prompt for prompt in all_prompts() for _ in range(images_per_prompt)]
     texts = [prompt.text for prompt in asked]
     result = {}
     for guidance_scale in (1.0, 2.0):
         images = sample_images(pipeline, texts, seed, num_inference_steps=25, guidance_scale=guidance_scale)
-        result[f"guidance_{guidance_scale}"] = accuracies(verifier, images, *prompt_ids(asked))
+        judged = {verifier.name: accuracies(verifier, images, *prompt_ids(asked)) for verifier in verifiers}
+        result[f"guidance_{guidance_scale}"] = judged
     return result
 
 
 def environment(args: argparse.Namespace) -> dict[str, object]:
     """What made this checkpoint, in words that fit any machine; the command spells out the defaults, without paths."""
-    machine = f"{args.threads} CPU threads" if args.device == "cpu" else f"one {args.device} device"
+    machine = f"CPU, {args.threads} thread(s)" if args.device == "cpu" else f"one {args.device} device"
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    settings = {name: value for name, value in vars(args).items() if name not in ("output", "resume")}
+    switches = ["--verifiers-only"] if args.verifiers_only else []
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("output", "resume", "verifiers_only")
+    }
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    options += switches
     command = shlex.join(["python", "-m", "trl_sipo.demo.pretrain", *options])
     return {"command": command, "machine": machine, "versions": versions}
 
@@ -291,34 +291,35 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
     parser.add_argument("--verifier-steps", type=int, default=1200)
     parser.add_argument("--images-per-prompt", type=int, default=8, help="in the final check of the samples")
+    parser.add_argument(
+        "--verifiers-only", action="store_true", help="keep the pipeline in --output, retrain its judges"
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --output")
     return parser
 
 
-def pretrain(args: argparse.Namespace, state: Path) -> tuple[StableDiffusionPipeline, dict[str, object]]:
-    """Run the three stages; a stage whose result already lies in the folder `state` is not repeated."""
-    started = time.perf_counter()
-    pipeline = build_pipeline(args.seed)
-    autoencoder_file = state / "autoencoder.pt"
-    if autoencoder_file.is_file():
-        saved = torch.load(autoencoder_file, weights_only=True)
-        pipeline.vae.load_state_dict(saved["weights"])
-        pipeline.vae.register_to_config(scaling_factor=saved["scaling_factor"])
-        autoencoder_log = saved["log"]
+def prepare_autoencoder(pipeline: StableDiffusionPipeline, args: argparse.Namespace, state_file: Path) -> list[dict]:
+    """Train the pipeline's autoencoder, or take it from `state_file` where an earlier run left it."""
+    vae = pipeline.vae
+    if state_file.is_file():
+        saved = torch.load(state_file, weights_only=True)
+        vae.load_state_dict(saved["weights"])
+        vae.register_to_config(scaling_factor=saved["scaling_factor"])
+        log = saved["log"]
     else:
-        autoencoder_log = train_autoencoder(
-            pipeline.vae, num_steps=args.autoencoder_steps, batch_size=64, seed=args.seed + 1, device=args.device
+        log = train_autoencoder(
+            vae, num_steps=args.autoencoder_steps, batch_size=64, seed=args.seed + 1, device=args.device
         )
-        saved = {"weights": pipeline.vae.state_dict(), "scaling_factor": pipeline.vae.config.scaling_factor}
-        torch.save({**saved, "log": autoencoder_log}, autoencoder_file)
-    pipeline.vae.to(args.device).eval().requires_grad_(False)
-    verifier, verifier_log = train_verifiers(
-        pipeline.vae,
-        num_steps=args.verifier_steps,
-        seed=args.seed + 2,
-        device=args.device,
-        output=args.output / "verifier",
-    )
+        saved = {"weights": vae.state_dict(), "scaling_factor": vae.config.scaling_factor, "log": log}
+        torch.save(saved, state_file)
+    vae.to(args.device).eval().requires_grad_(False)
+    return log
+
+
+def pretrain_pipeline(args: argparse.Namespace, state: Path) -> dict[str, object]:
+    """Train the pipeline and write it to `<output>/pipeline`; a stage whose result lies in `state` is not repeated."""
+    pipeline = build_pipeline(args.seed)
+    autoencoder_log = prepare_autoencoder(pipeline, args, state / "autoencoder.pt")
     denoiser_log = train_denoiser(
         pipeline,
         num_steps=args.steps,
@@ -328,34 +329,42 @@ def pretrain(args: argparse.Namespace, state: Path) -> tuple[StableDiffusionPipe
         device=args.device,
         state_file=state / "denoiser.pt",
     )
-    # The shipped weights are 16-bit floats: judge what will be loaded.
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.cpu().half()
     pipeline.save_pretrained(args.output / "pipeline")
-    loaded = load_pipeline_assets(args.output / "pipeline")
-    samples = base_accuracy(loaded, verifier, images_per_prompt=args.images_per_prompt, seed=args.seed + 4)
-    log = {
-        "wall_seconds": round(time.perf_counter() - started, 1),
-        "samples_judged_by_primary_verifier": samples,
-        "verifiers": verifier_log,
-        "autoencoder_loss_curve": autoencoder_log,
-        "denoiser_loss_curve": denoiser_log,
-    }
-    return loaded, log
+    return {"autoencoder_loss_curve": autoencoder_log, "denoiser_loss_curve": denoiser_log}
+
+
+def write_log(path: Path, entries: dict[str, object]) -> None:
+    """Write the log as JSON, one entry a line deep enough to be read and compared by eye."""
+    path.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train everything and write it to `--output`."""
     args = make_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    state = args.output / "pretrain_state"
+    state, log_file = args.output / "pretrain_state", args.output / "training_log.json"
     if not args.resume:
         shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
-    _, log = pretrain(args, state)
-    (args.output / "training_log.json").write_text(json.dumps({**environment(args), **log}, indent=1) + "\n")
+    started = time.perf_counter()
+    if args.verifiers_only:
+        log = json.loads(log_file.read_text())
+    else:
+        log = {"pipeline": environment(args), **pretrain_pipeline(args, state)}
+        log["pipeline"]["wall_seconds"] = round(time.perf_counter() - started)
+    # The written weights are 16-bit floats: the judges learn from what will be loaded.
+    vae = load_pipeline_assets(args.output / "pipeline").vae.to(args.device)
+    started = time.perf_counter()
+    verifiers = train_verifiers(
+        vae, num_steps=args.verifier_steps, seed=args.seed + 2, device=args.device, output=args.output / "verifier"
+    )
+    log["verifiers"] = {**environment(args), "wall_seconds": round(time.perf_counter() - started), **verifiers}
+    log["samples"] = judge_samples(args.output, images_per_prompt=args.images_per_prompt, seed=args.seed + 4)
+    write_log(log_file, log)
     shutil.rmtree(state)
-    print(json.dumps(log["samples_judged_by_primary_verifier"], indent=1))
+    print(json.dumps(log["samples"], indent=1))
 
 
 if __name__ == "__main__":

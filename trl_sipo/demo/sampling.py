@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import StableDiffusionPipeline
 
-from .fashion import FashionPrompt
+from trl_sipo.demo.fashion import FashionPrompt
 
 
 def prompt_ids(prompts: Sequence[FashionPrompt]) -> tuple[torch.Tensor, torch.Tensor]:

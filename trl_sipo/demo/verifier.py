@@ -2,10 +2,11 @@
 """Two independent judges of a picture: is it the garment asked for, and in the colour asked for?
 
 Each is trained on photographs that the generator never sees, and that the other judge never sees either, in random
-colours; half of what it sees has gone through the pipeline's autoencoder, so that it judges the garment and not the
-blur. A ninth class, "none of these", is trained on spoiled pictures (double exposures of unlike garments, shuffled
-quarters, noise), so that a model which has come apart cannot score by guessing. The primary judge ranks preference
-pairs and reports results; the second, of another architecture, is there to expose gains that only please the first.
+colours; a third of them are turned and mirrored, as in the off-policy pairs, and half of what it sees has gone through
+the pipeline's autoencoder, so that it judges the garment and neither its pose nor the blur. A ninth class, "none of
+these", is trained on spoiled pictures (double exposures of unlike garments, shuffled quarters, noise), so that a model
+which has come apart cannot score by guessing. The primary judge ranks preference pairs and reports results; the
+second, of another architecture, is there to expose gains that only please the first.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import BackboneError
-from .fashion import ASSETS, CLASSES, COLOURS
+from trl_sipo.demo.fashion import ASSETS, CLASSES, COLOURS
+from trl_sipo.errors import BackboneError
 
 VERIFIER_ASSETS = ASSETS / "verifier"
 NONE_CLASS = len(CLASSES)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError
 
 
 def symmetric_sqrt(matrix: torch.Tensor) -> torch.Tensor:
