@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the demo: one method, one seed, through the same trainers as any other model, measured as it goes."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import PrinterCallback, TrainerCallback
+
+from trl_sipo.data.loading import load_preference_dataset
+from trl_sipo.demo.fashion import FashionPrompt, all_prompts
+from trl_sipo.demo.model import load_pipeline_assets
+from trl_sipo.demo.pairs import prompt_ids, sample_images
+from trl_sipo.demo.settings import ARMS, Arm, DemoSettings
+from trl_sipo.demo.verifier import Verifier, load_verifiers
+from trl_sipo.evaluation.importance_curve import importance_weight_curve
+from trl_sipo.evaluation.metrics import frechet_distance, within_group_diversity
+from trl_sipo.trainer.methods import method_classes
+
+# Seed of the images of every measurement: the same starting noise for every method, seed and step.
+MEASUREMENT_SEED = 1234
+# Timesteps at which w(t) is measured, denser where it moves.
+CURVE_TIMESTEPS = (*range(0, 200, 10), *range(200, 1000, 50))
+CURVE_PAIRS = 32
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """Where a demo keeps its data and its runs."""
+
+    root: Path
+
+    @property
+    def train_pairs(self) -> Path:
+        """Parquet of the training pairs."""
+        return self.root / "data" / "train.parquet"
+
+    @property
+    def held_out_pairs(self) -> Path:
+        """Parquet of the held-out pairs."""
+        return self.root / "data" / "held_out.parquet"
+
+    @property
+    def reference_features(self) -> Path:
+        """Features of real images, for the Frechet distance."""
+        return self.root / "data" / "reference_features.safetensors"
+
+    def run_directory(self, arm_name: str, seed: int) -> Path:
+        """Folder of one run."""
+        return self.root / "runs" / f"{arm_name}-seed{seed}"
+
+
+def measurement_prompts(settings: DemoSettings) -> list[FashionPrompt]:
+    """The prompts whose images are measured: every combination, several times."""
+    return [prompt for prompt in all_prompts() for _ in range(settings.samples_per_prompt)]
+
+
+def measure_images(
+    images: torch.Tensor, prompts: list[FashionPrompt], verifiers: tuple[Verifier, Verifier], reference: torch.Tensor
+) -> dict[str, float]:
+    """Accuracy by both verifiers, Frechet distance and within-class diversity of generated images.
+
+    Args:
+        images: (n, 3, 32, 32) in [-1, 1].
+        prompts: One per image.
+        verifiers: The primary one, which ranked the pairs, and the second, which did not.
+        reference: Features of real images, by the second verifier, (m, features).
+    """
+    primary, second = verifiers
+    ids = prompt_ids(prompts)
+    judged, checked = primary.scores(images, *ids), second.scores(images, *ids)
+    features = second.features(images)
+    return {
+        "class_accuracy": judged["class_correct"].float().mean().item(),
+        "colour_accuracy": judged["colour_correct"].float().mean().item(),
+        "accuracy": judged["both_correct"].float().mean().item(),
+        "second_accuracy": checked["both_correct"].float().mean().item(),
+        "reward": judged["log_prob"].mean().item(),
+        "frechet_distance": frechet_distance(features, reference),
+        "diversity": within_group_diversity(features, ids[0]),
+    }
+
+
+class MeasureCallback(TrainerCallback):
+    """After each evaluation, samples from the policy, measures the images and writes the record."""
+
+    def __init__(self, settings: DemoSettings, files: DemoFiles, report: Callable[[int], None]):
+        self.settings = settings
+        self.report = report
+        self.verifiers = load_verifiers()
+        self.reference = load_file(files.reference_features)["features"]
+        self.prompts = measurement_prompts(settings)
+        self.records: list[dict[str, Any]] = []
+        self.pipeline: StableDiffusionPipeline | None = None
+        self.images = torch.empty(0)
+        self._masked: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Collect the share of masked pairs of the training batches."""
+        if logs and "sipo/masked_fraction" in logs:
+            self._masked.append(logs["sipo/masked_fraction"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Say that a step is done."""
+        self.report(1)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Sample and measure."""
+        self.images = draw(self.pipeline, self.prompts, self.settings)
+        record = {
+            "step": state.global_step,
+            **measure_images(self.images, self.prompts, self.verifiers, self.reference),
+        }
+        for name in (
+            "rewards/accuracies",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margins",
+            "drift/chosen_error",
+        ):
+            record[name.replace("rewards/", "held_out_").replace("drift/", "held_out_")] = metrics[f"eval_{name}"]
+        record["masked_share"] = sum(self._masked) / len(self._masked) if self._masked else 0.0
+        self._masked.clear()
+        self.records.append(record)
+
+
+def draw(pipeline: StableDiffusionPipeline, prompts: list[FashionPrompt], settings: DemoSettings) -> torch.Tensor:
+    """The images of one measurement, (n, 3, 32, 32) in [-1, 1]; the training mode of the denoiser is kept."""
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    try:
+        return sample_images(
+            pipeline,
+            [prompt.text for prompt in prompts],
+            MEASUREMENT_SEED,
+            settings.num_inference_steps,
+            settings.guidance_scale,
+        )
+    finally:
+        pipeline.unet.train(was_training)
+
+
+def make_config(arm: Arm, seed: int, settings: DemoSettings, directory: Path):
+    """The method's configuration for one run."""
+    options = {"importance_steps": settings.importance_steps, **arm.overrides}
+    if arm.method == "poly-dpo":
+        options["poly_alpha"] = settings.poly_alpha
+    return method_classes(arm.method)[0](
+        output_dir=str(directory),
+        beta=settings.best_beta if arm.uses_best_beta else settings.beta,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        eval_on_start=True,
+        save_strategy="no",
+        logging_steps=10,
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        precompute_latents=True,
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def run_arm(
+    arm_name: str, seed: int, settings: DemoSettings, root: str, report: Callable[[int], None] = lambda steps: None
+) -> dict[str, Any]:
+    """Train one arm with one seed and measure it; the result is also written, so that a stopped demo continues.
+
+    Args:
+        report: Called with the number of steps that have been done since the last call.
+
+    Returns:
+        `{"arm", "seed", "records", "curves", "log"}`; see `MeasureCallback` for a record.
+    """
+    arm, files = ARMS[arm_name], DemoFiles(Path(root))
+    directory = files.run_directory(arm_name, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    callback = MeasureCallback(settings, files, report)
+    trainer = method_classes(arm.method)[1](
+        load_pipeline_assets(),
+        args=make_config(arm, seed, settings, directory),
+        train_dataset=load_preference_dataset(str(files.train_pairs)),
+        eval_dataset=load_preference_dataset(str(files.held_out_pairs)),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    callback.pipeline = trainer.adapter.pipeline
+    curves = {"start": weight_curve(trainer)}
+    trainer.train()
+    curves["end"] = weight_curve(trainer)
+    result = {
+        "arm": arm_name,
+        "seed": seed,
+        "records": callback.records,
+        "curves": curves,
+        "log": [row for row in trainer.state.log_history if "rewards/chosen" in row],
+    }
+    save_file({"images": to_bytes(callback.images)}, directory / "images.safetensors")
+    temporary = directory / "result.json.tmp"
+    temporary.write_text(json.dumps(result))
+    os.replace(temporary, directory / "result.json")
+    return result
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def weight_curve(trainer: Any) -> list[float]:
+    """Mean importance weight w(t) of the current policy on held-out chosen images, at `CURVE_TIMESTEPS`."""
+    pairs = trainer.eval_dataset
+    count = min(CURVE_PAIRS, len(pairs))
+    items = [pairs[i * len(pairs) // count] for i in range(count)]
+    latents = torch.stack([item["chosen_latents"] for item in items])
+    return importance_weight_curve(
+        trainer.adapter,
+        trainer.unwrapped_model,
+        latents,
+        [item["prompt"] for item in items],
+        CURVE_TIMESTEPS,
+        num_steps=trainer.args.importance_steps,
+    )

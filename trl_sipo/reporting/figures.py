@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of preference training: w(t), reward dynamics, quality over steps, sample grids.
+
+Needs matplotlib (extra `plots`). Each function takes plain numbers and returns a `matplotlib.figure.Figure`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from trl_sipo.errors import ConfigurationError
+
+# Okabe and Ito's colour-blind-safe palette; line styles repeat the distinction without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method over steps, with one list of values per seed.
+
+    Attributes:
+        label: For the legend.
+        steps: Common to all seeds.
+        values: (seeds, steps).
+    """
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[Sequence[float]]
+
+    @property
+    def centre(self) -> list[float]:
+        """Mean over seeds at each step."""
+        return [mean(column) for column in zip(*self.values, strict=True)]
+
+    @property
+    def low(self) -> list[float]:
+        """Smallest value over seeds at each step."""
+        return [min(column) for column in zip(*self.values, strict=True)]
+
+    @property
+    def high(self) -> list[float]:
+        """Largest value over seeds at each step."""
+        return [max(column) for column in zip(*self.values, strict=True)]
+
+
+def _figure(**options: Any):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError("Figures need matplotlib: `pip install trl-sipo[plots]`.") from error
+    return Figure(layout="constrained", **options)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+
+
+def _clean(axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw(axes, series: Sequence[Series], scale: float = 1.0) -> None:
+    for index, line in enumerate(series):
+        style = _style(index)
+        axes.plot(line.steps, [scale * value for value in line.centre], label=line.label, **style)
+        if len(line.values) > 1:
+            low, high = ([scale * value for value in bound] for bound in (line.low, line.high))
+            axes.fill_between(line.steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def importance_weight_figure(
+    timesteps: Sequence[int], curves: Mapping[str, Sequence[float]], threshold: float | None = 0.9
+):
+    """w(t) against the timestep, one curve per model (Fig. 4 of the SIPO paper); the masked region lies below."""
+    figure = _figure(figsize=(6.4, 3.6))
+    axes = figure.subplots()
+    for index, (label, weights) in enumerate(curves.items()):
+        axes.plot(timesteps, weights, label=label, **_style(index))
+    if threshold is not None:
+        axes.axhspan(0, threshold, color="#999999", alpha=0.15, linewidth=0)
+        axes.text(timesteps[-1], threshold / 2, "masked", ha="right", va="center", color="#555555")
+    axes.set_ylim(0, 1.02)
+    _clean(axes, "Importance weight w(t) on held-out images", "timestep t (0 is clean)", "mean w(t)")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
+    return figure
+
+
+def reward_figure(panels: Mapping[str, tuple[Series, Series]]):
+    """Held-out chosen and rejected rewards over steps, one panel per method (Fig. 2 of the SIPO paper)."""
+    figure = _figure(figsize=(3.0 * len(panels), 3.0))
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, (chosen, rejected)) in zip(row, panels.items(), strict=True):
+        _draw(axes, (chosen, rejected))
+        axes.axhline(0, color="#555555", linewidth=0.8)
+        _clean(axes, label, "step", "reward")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def quality_figure(panels: Mapping[str, Sequence[Series]], columns: int = 3):
+    """Several measures over steps, one panel each, one line per method; the band spans the seeds."""
+    rows = -(-len(panels) // columns)
+    figure = _figure(figsize=(3.6 * columns, 2.9 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (label, series) in zip(grid.flat, panels.items(), strict=False):
+        _draw(axes, series)
+        _clean(axes, label, "step", "")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
+    return figure
+
+
+def sample_grid(
+    columns: Mapping[str, Sequence[Image.Image]], row_labels: Sequence[str], *, cell: int = 96
+) -> Image.Image:
+    """Images side by side: one column per model, one row per prompt, with their names.
+
+    Args:
+        columns: Model name to one image per row.
+        row_labels: The prompts.
+        cell: Side of an image in the grid, in pixels; small images are enlarged without smoothing.
+    """
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=12)
+    left = 10 + max(int(font.getlength(label)) for label in row_labels)
+    top, gap = 34, 6
+    width, height = left + len(columns) * (cell + gap), top + len(row_labels) * (cell + gap)
+    grid = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, label in enumerate(row_labels):
+        draw.text((4, top + row * (cell + gap) + cell // 2 - 8), label, fill="black", font=font)
+    for column, (name, images) in enumerate(columns.items()):
+        x = left + column * (cell + gap)
+        draw.multiline_text((x, 2), _wrapped(name, cell, font), fill="black", font=font, spacing=1)
+        for row, image in enumerate(images):
+            grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (x, top + row * (cell + gap)))
+    return grid
+
+
+def _wrapped(text: str, width: int, font: Any) -> str:
+    """`text` broken into lines that fit `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}".strip()
+        if font.getlength(candidate) <= width or not lines[-1]:
+            lines[-1] = candidate
+        else:
+            lines.append(word)
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo demo`: watch Diffusion-DPO collapse and SIPO hold, or not, on this machine."""
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from trl_sipo.errors import ConfigurationError
+
+
+def make_parser(prog: str = "trl-sipo demo") -> argparse.ArgumentParser:
+    """The command's options; what is not given comes from `trl_sipo.demo.settings`."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train a tiny Stable Diffusion with Diffusion-DPO, DPO-C&M, SIPO and Poly-DPO, and compare them.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="two methods, one seed, under two minutes")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="methods to run; an unknown one lists them all")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="training seeds")
+    parser.add_argument("--beta", type=float, help="the matched beta (Diffusion-DPO convention)")
+    parser.add_argument("--max-steps", type=int, help="training steps of each run")
+    parser.add_argument("--workers", type=int, help="training processes at a time (default: one per CPU, at most 8)")
+    parser.add_argument("--retrain", action="store_true", help="first train the base model and the verifiers anew")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace):
+    """The protocol that the options ask for.
+
+    Raises:
+        ConfigurationError: An option out of range, or an unknown arm.
+    """
+    from dataclasses import replace
+
+    from trl_sipo.demo.settings import FULL, QUICK
+
+    given = {
+        "arms": tuple(arguments.arms) if arguments.arms else None,
+        "seeds": tuple(arguments.seeds) if arguments.seeds else None,
+        "beta": arguments.beta,
+        "max_steps": arguments.max_steps,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return replace(QUICK if arguments.quick else FULL, **chosen)
+
+
+def run(command: str, argv: list[str]) -> None:
+    """Run the demo and say where its results are."""
+    arguments = make_parser().parse_args(argv)
+    settings = settings_from(arguments)
+    workers = arguments.workers if arguments.workers is not None else min(os.cpu_count() or 1, 8)
+    if workers < 1:
+        raise ConfigurationError(f"--workers must be at least 1, got {workers}.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.retrain:
+        from trl_sipo.demo.pretrain import main as pretrain
+
+        pretrain([])
+    from trl_sipo.demo.demo import run_demo
+
+    summary = run_demo(settings, arguments.output, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
+    print()
+    for sentence in summary["verdict"]:
+        print(f"- {sentence}")
+    print(f"\n{summary['seconds']:.0f} s. Open {arguments.output / 'report.html'}; numbers are in summary.json.")
