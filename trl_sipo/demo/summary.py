@@ -105,15 +105,13 @@ def compare(dpo: dict[str, Any], sipo: dict[str, Any]) -> str:
 def compare_with_best(sipo: dict[str, Any], best: dict[str, Any]) -> str:
     """SIPO at the small beta against Diffusion-DPO at a well-chosen one."""
     sipo_final, best_final = sipo["final"], best["final"]
+    numbers = (
+        f"({sipo_final['accuracy']['mean']:.0%} against {best_final['accuracy']['mean']:.0%}, Frechet distance "
+        f"{sipo_final['frechet_distance']['mean']:.0f} against {best_final['frechet_distance']['mean']:.0f})"
+    )
     if best_final["accuracy"]["mean"] >= sipo_final["accuracy"]["mean"]:
         return (
-            "Diffusion-DPO at its best beta does at least as well as SIPO at the small one "
-            f"({best_final['accuracy']['mean']:.0%} against {sipo_final['accuracy']['mean']:.0%}, Frechet distance "
-            f"{best_final['frechet_distance']['mean']:.0f} against {sipo_final['frechet_distance']['mean']:.0f}): what "
-            "SIPO offers here is tolerance of a badly chosen beta, not a better optimum."
+            f"SIPO at the small beta does not end above Diffusion-DPO at its best one {numbers}: what it offers here is "
+            "tolerance of a badly chosen beta, not a better optimum."
         )
-    return (
-        "SIPO at the small beta ends above Diffusion-DPO at its best one "
-        f"({sipo_final['accuracy']['mean']:.0%} against {best_final['accuracy']['mean']:.0%}; Frechet distance "
-        f"{sipo_final['frechet_distance']['mean']:.0f} against {best_final['frechet_distance']['mean']:.0f})."
-    )
+    return f"SIPO at the small beta ends above Diffusion-DPO at its best one {numbers}."
