@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `test_distributed.py` starts in every process: `python distributed_run.py <output> <method> <lora|full> <batch>`."""
+"""What `test_distributed.py` starts in every process: `distributed_run.py <output> <method> <kind> <batch size>`."""
 
 import sys
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 
-from tests.trainer.runs import METHODS, logged, make_trainer, preference_pairs, trained_weights
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.runs import METHODS, logged, lora, make_trainer, preference_pairs, trained_weights
 
 
 def main(output: str, method_name: str, kind: str, batch_size: int) -> None:
     """Train three steps on two passes over 16 pairs, and let the first process write weights and metrics."""
     torch.set_num_threads(1)
     method = next(method for method in METHODS if method.name == method_name)
+    pipeline = tiny_stable_diffusion()
+    if kind == "trained_lora":
+        torch.manual_seed(5)
+        pipeline.unet = get_peft_model(pipeline.unet, lora(target_modules=["to_q", "to_v"], init_lora_weights=False))
     trainer = make_trainer(
         method,
         Path(output),
-        is_lora=kind == "lora",
+        model=pipeline,
+        is_lora=kind == "new_lora",
         pairs=preference_pairs(16, width=64),
         trainer_options={"eval_dataset": preference_pairs(7, seed=5)},
         per_device_train_batch_size=batch_size,

@@ -214,21 +214,28 @@ def test_a_card_does_not_name_a_local_folder(base, tmp_path):
     assert str(tmp_path) not in text and "base_model" not in text and "load_lora_weights" not in text
 
 
+class _Hub:
+    """A hub that looks at what it is given when it is given it."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def __call__(self, **kwargs):
+        return self
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Repo", (), {"repo_id": f"someone/{repo_id}"})()
+
+    def upload_folder(self, folder_path, **kwargs):
+        self.seen.append(self.look(folder_path))
+        return type("Job", (), {"done": lambda self: True, "result": lambda self: None})()
+
+
 @lora_and_full
 def test_what_is_pushed_while_training_holds_the_weights(is_lora, base, tmp_path, monkeypatch):
     """transformers copies files of its own names from a checkpoint into the folder that it pushes; ours differ."""
-    pushed = []
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": f"someone/{repo_id}"})()
-
-        def upload_folder(self, folder_path, **kwargs):
-            model = _load(base, folder_path, is_lora)
-            pushed.append((predict(model), sorted(path.name for path in Path(folder_path).iterdir())))
-            return type("Job", (), {"done": lambda self: True, "result": lambda self: None})()
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    hub = _Hub(lambda folder: (predict(_load(base, folder, is_lora)), {path.name for path in Path(folder).iterdir()}))
+    monkeypatch.setattr("transformers.trainer.hf_api", hub)
     trainer = make_trainer(
         DPO,
         tmp_path / "run",
@@ -240,6 +247,10 @@ def test_what_is_pushed_while_training_holds_the_weights(is_lora, base, tmp_path
         hub_strategy="every_save",
     )
     trainer.train()
-    prediction, names = pushed[0]
+    prediction, names = hub.seen[0]
     assert torch.equal(prediction, predict(trainer.adapter.pipeline))
     assert "README.md" in names and not any(name.startswith(("optimizer", "rng_state")) for name in names)
+
+    trainer.push_to_hub(dataset_name="someone/some-pairs")
+    assert torch.equal(hub.seen[-1][0], predict(trainer.adapter.pipeline))
+    assert "someone/some-pairs" in (tmp_path / "run" / "README.md").read_text()

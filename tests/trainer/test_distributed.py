@@ -19,12 +19,10 @@ def _run(processes, output, *arguments):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    settings = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*launcher, script, str(output), *map(str, arguments)],
-        env=environment,
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
         timeout=500,
@@ -34,13 +32,14 @@ def _run(processes, output, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), [("sipo", "lora"), ("dpo_cm", "full")])
+@pytest.mark.parametrize(("method", "kind"), [("sipo", "new_lora"), ("dpo", "trained_lora"), ("dpo_cm", "full")])
 def test_two_processes_are_one(method, kind, tmp_path):
     one = _run(1, tmp_path / "one", method, kind, 8)
     two = _run(2, tmp_path / "two", method, kind, 4)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert largest_difference(one["weights"], two["weights"]) < 1e-5
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["masked"] == one["masked"]
+    # To the rounding of an error in batches of four and eight, times a beta of up to 5000.
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-3) and two["masked"] == one["masked"]
     # Each of the seven held-out pairs counts once, although they do not divide among the processes.
     for key, value in one["metrics"].items():
         if "rewards" in key or "loss" in key or "sipo" in key:

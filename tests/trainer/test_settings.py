@@ -278,6 +278,13 @@ def test_a_lora_takes_the_conventional_targets(tmp_path):
     assert all(".to_q." in name for name in trained_weights(other))
 
 
+def test_the_lora_of_a_script_for_language_models(tmp_path):
+    """With a task type, under which peft would look for a language model's methods."""
+    trainer = make_trainer(DPO, tmp_path, trainer_options={"peft_config": lora(task_type="CAUSAL_LM")}, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+
+
 def test_the_users_lora_config_is_left_alone(tmp_path):
     config = lora()
     make_trainer(DPO, tmp_path, trainer_options={"peft_config": config})

@@ -73,6 +73,17 @@ def test_grids_show_the_base_beside_the_current_model(kind, tmp_path):
     assert not np.array_equal(right, left) and not np.array_equal(right, later_right)
 
 
+def test_the_base_column_of_a_resumed_run_is_still_the_base(tmp_path):
+    """And not the model that was resumed."""
+    options = {"learning_rate": 1e-1, "save_strategy": "steps", "save_steps": 2, **SAMPLING}
+    make_trainer(DPO, tmp_path / "first", max_steps=2, **options).train()
+    resumed = make_trainer(DPO, tmp_path / "second", max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    first, _ = _columns(tmp_path / "first" / "samples" / "step-000002.png")
+    later, current = _columns(tmp_path / "second" / "samples" / "step-000004.png")
+    assert np.array_equal(first, later) and not np.array_equal(later, current)
+
+
 def test_the_current_column_is_what_the_trained_pipeline_draws(tmp_path):
     trainer = make_trainer(DPO, tmp_path, max_steps=2, learning_rate=1e-1, **SAMPLING)
     trainer.train()

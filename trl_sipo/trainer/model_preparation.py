@@ -245,6 +245,7 @@ def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.deepcopy(peft_config)
     if getattr(peft_config, "target_modules", None) is None:
         peft_config.target_modules = list(adapter.lora_target_modules)
+    peft_config.task_type = None  # scripts for language models set one, whose wrapper calls methods of such models
     adapter.denoiser.requires_grad_(False)
     # autocast_adapter_dtype (peft's default) keeps the LoRA in float32 on a half-precision base.
     denoiser = get_peft_model(adapter.denoiser, peft_config)
