@@ -33,8 +33,9 @@ def make_pairs(
     """Training pairs, or held-out ones over prompts that training does not see; both sources, shuffled."""
     train_prompts, held_out_prompts = split_prompts()
     prompts = held_out_prompts if held_out else train_prompts
-    on_policy = settings.num_held_out if held_out else settings.num_on_policy
-    off_policy = (settings.num_held_out if settings.num_off_policy else 0) if held_out else settings.num_off_policy
+    on_policy, off_policy = settings.num_on_policy, settings.num_off_policy
+    if held_out:
+        on_policy, off_policy = (settings.num_held_out if count else 0 for count in (on_policy, off_policy))
     seed = settings.data_seed + (HELD_OUT_SEED_OFFSET if held_out else 0)
     parts = []
     if on_policy:

@@ -111,7 +111,7 @@ def compare_with_best(sipo: dict[str, Any], best: dict[str, Any]) -> str:
     )
     if best_final["accuracy"]["mean"] >= sipo_final["accuracy"]["mean"]:
         return (
-            f"SIPO at the small beta does not end above Diffusion-DPO at its best one {numbers}: what it offers here is "
-            "tolerance of a badly chosen beta, not a better optimum."
+            f"SIPO at the small beta does not end above Diffusion-DPO at its best one {numbers}: what it offers here "
+            "is tolerance of a badly chosen beta, not a better optimum."
         )
     return f"SIPO at the small beta ends above Diffusion-DPO at its best one {numbers}."

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo as a user runs it: a real process, real training, real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+COMMAND = [sys.executable, "-m", "trl_sipo.cli.main", "demo", "--quick", "--workers", "2", "--max-steps", "6"]
+
+
+def run_demo(output: Path, *options: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*COMMAND, "--output", str(output), *options], capture_output=True, text=True, env=environment, timeout=500
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A demo of six steps, run once."""
+    output = tmp_path_factory.mktemp("demo")
+    process = run_demo(output)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return output, process
+
+
+def test_the_summary_holds_every_measure_of_every_run(finished):
+    output, _ = finished
+    summary = json.loads((output / "summary.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in summary["runs"]] == [("dpo", 0), ("sipo", 0)]
+    for run in summary["runs"]:
+        assert run["steps"][0]["step"] == 0 and run["steps"][-1]["step"] == 6
+        for record in run["steps"]:
+            assert {"accuracy", "second_accuracy", "frechet_distance", "diversity", "masked_share"} <= set(record)
+            assert {"held_out_accuracies", "held_out_chosen", "held_out_rejected"} <= set(record)
+    # Before training every method is the base model, by the same prompts and noise.
+    first = [run["steps"][0] for run in summary["runs"]]
+    assert first[0] == first[1]
+    assert first[0]["accuracy"] == summary["base"]["accuracy"] > 0.7
+    assert first[0]["held_out_accuracies"] == 0.5
+    assert 0.85 < summary["ceiling"]["primary"]["reconstructed"]["both"] <= 1
+    assert summary["base"]["sources"].keys() == {"off_policy", "on_policy"}
+
+
+def test_training_moved_the_model(finished):
+    output, _ = finished
+    for run in json.loads((output / "summary.json").read_text())["runs"]:
+        assert run["steps"][-1]["held_out_chosen"] != 0.0
+
+
+def test_the_report_opens_from_disk_with_all_its_pictures(finished):
+    output, process = finished
+    page = (output / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 4
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for name in ("importance_weight", "rewards", "quality", "samples"):
+        with Image.open(output / "figures" / f"{name}.png") as figure:
+            figure.load()
+            assert min(figure.size) > 200
+    assert "report.html" in process.stdout and "Diffusion-DPO" in process.stdout
+
+
+def test_a_demo_that_is_there_already_is_not_trained_again(finished):
+    output, _ = finished
+    results = sorted(output.glob("runs/*/result.json"))
+    times = [result.stat().st_mtime_ns for result in results]
+    assert len(results) == 2
+    assert run_demo(output).returncode == 0
+    assert [result.stat().st_mtime_ns for result in results] == times
+
+
+def test_a_wrong_arm_is_named_before_anything_is_done(tmp_path):
+    process = run_demo(tmp_path / "out", "--arms", "dpo", "ppo")
+    assert process.returncode == 2
+    assert "ppo" in process.stderr and "sipo" in process.stderr and "Traceback" not in process.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_the_demo_continues_later(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "--max-steps", "2000", "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/*/output.txt")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    time.sleep(1)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
