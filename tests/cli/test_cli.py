@@ -2,6 +2,7 @@
 """The command line: in process for what it says, in a second process for what it does."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -222,6 +223,21 @@ def test_all_weights_and_a_stream(material, tmp_path, capsys):
     assert main(["poly-dpo", "--config", config]) == 0
     assert "Poly-DPO" in capsys.readouterr().out
     assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.cross_attention_dim == 16
+
+
+def test_the_script_for_accelerate(material, tmp_path, monkeypatch, capsys):
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        monkeypatch.delitem(sys.modules, "trl_sipo.scripts.train", raising=False)
+        runpy.run_module("trl_sipo.scripts.train", run_name="__main__")
+
+    run("dpo", "--config", _config(material, tmp_path, max_steps=1))
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    with pytest.raises(SystemExit) as exit_:
+        run("dpo", "--config", _config(material, tmp_path, beta=0.0))
+    assert exit_.value.code == 2 and "beta" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="usage"):
+        run("ppo")
 
 
 def test_help_and_version(capsys):

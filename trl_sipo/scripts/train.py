@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
 from trl_sipo.trainer.methods import METHODS, method_classes
 
 if TYPE_CHECKING:
@@ -219,4 +219,8 @@ def run(command: str, argv: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
         sys.exit(f"usage: python -m trl_sipo.scripts.train {{{','.join(METHODS)}}} --config file.yaml [--overrides]")
-    run(sys.argv[1], sys.argv[2:])
+    try:
+        run(sys.argv[1], sys.argv[2:])
+    except (BackboneError, ConfigurationError, DatasetError) as error:
+        print(f"{sys.argv[1]}: {error}", file=sys.stderr)
+        sys.exit(2)
