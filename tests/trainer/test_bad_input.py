@@ -27,6 +27,7 @@ from tests.trainer.runs import (
 from trl_sipo import load_preference_dataset
 from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
+from trl_sipo.trainer.methods import method_classes
 
 LANGUAGE_MODEL_FIELDS = {
     "loss_type": ["hinge"],
@@ -310,6 +311,22 @@ def test_data_given_to_evaluate(make, tmp_path):
 def test_latents_of_another_model(shape, tmp_path):
     with pytest.raises(DatasetError, match="channels"):
         make_trainer(DPO, tmp_path, pairs=_latents(shape))
+
+
+@pytest.mark.parametrize("options", [{"sample_posterior": True}, {"random_flip": True}, {"center_crop": False}])
+def test_latents_cannot_be_encoded_anew(options, tmp_path):
+    with pytest.raises(ConfigurationError, match=f"{next(iter(options))}=.*latents|latents.*{next(iter(options))}="):
+        make_trainer(DPO, tmp_path, pairs=_latents((4, 8, 8)), **options)
+
+
+def test_a_grid_finer_than_the_schedule(tmp_path):
+    with pytest.raises(ConfigurationError, match="1001"):
+        make_trainer(SIPO, tmp_path, importance_steps=1001)
+
+
+def test_an_unknown_method():
+    with pytest.raises(ConfigurationError, match="poly-dpo"):
+        method_classes("ppo")
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,17 @@ def settings_from(arguments: argparse.Namespace):
 
     from trl_sipo.demo.settings import FULL, QUICK
 
-    given = {
-        "arms": tuple(arguments.arms) if arguments.arms else None,
-        "seeds": tuple(arguments.seeds) if arguments.seeds else None,
-        "beta": arguments.beta,
-        "max_steps": arguments.max_steps,
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return replace(QUICK if arguments.quick else FULL, **chosen)
+    settings = QUICK if arguments.quick else FULL
+    parts = tuple(
+        replace(
+            part,
+            arms=tuple(arguments.arms) if arguments.arms else part.arms,
+            seeds=tuple(arguments.seeds) if arguments.seeds else part.seeds,
+        )
+        for part in settings.parts
+    )
+    given = {"beta": arguments.beta, "max_steps": arguments.max_steps}
+    return replace(settings, parts=parts, **{name: value for name, value in given.items() if value is not None})
 
 
 def run(command: str, argv: list[str]) -> None:
@@ -62,6 +65,8 @@ def run(command: str, argv: list[str]) -> None:
 
     summary = run_demo(settings, arguments.output, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
     print()
-    for sentence in summary["verdict"]:
-        print(f"- {sentence}")
+    for part, sentences in summary["verdict"].items():
+        print(f"{part.replace('_', '-')}:")
+        for sentence in sentences:
+            print(f"- {sentence}")
     print(f"\n{summary['seconds']:.0f} s. Open {arguments.output / 'report.html'}; numbers are in summary.json.")

@@ -161,7 +161,7 @@ def loading_options(training_args: Any, model_args: ModelArguments) -> dict[str,
 def checkpoint_to_resume(training_args: Any) -> str | bool | None:
     """`resume_from_checkpoint` of the arguments, a path; `true` and `latest` mean the last one in `output_dir`."""
     wanted = training_args.resume_from_checkpoint
-    if not isinstance(wanted, str) or wanted.lower() not in ("true", "latest"):
+    if str(wanted).lower() not in ("true", "latest"):
         return wanted
     from transformers.trainer_utils import get_last_checkpoint
 

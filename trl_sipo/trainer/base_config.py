@@ -229,17 +229,21 @@ class DiffusionPreferenceConfig(DPOConfig):
             raise ConfigurationError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")
         if self.num_checked_images < 0:
             raise ConfigurationError(f"`num_checked_images` must be zero or more, got {self.num_checked_images}.")
-        random_parts = {
-            "center_crop=False": not self.center_crop,
-            "random_flip=True": self.random_flip,
-            "sample_posterior=True": self.sample_posterior,
-        }
-        conflicts = [setting for setting, is_set in random_parts.items() if is_set]
+        conflicts = self.random_encoding_settings()
         if self.precompute_latents and conflicts:
             raise ConfigurationError(
                 f"`precompute_latents=True` encodes each image once, which contradicts {', '.join(conflicts)}. Set "
                 "the opposite, or turn `precompute_latents` off."
             )
+
+    def random_encoding_settings(self) -> list[str]:
+        """The settings under which an image has other latents each time, as they are written."""
+        settings = {
+            "center_crop=False": not self.center_crop,
+            "random_flip=True": self.random_flip,
+            "sample_posterior=True": self.sample_posterior,
+        }
+        return [setting for setting, is_set in settings.items() if is_set]
 
     def _check_samples(self) -> None:
         if self.sample_every_steps < 0:

@@ -154,6 +154,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         args, adapter = self.args, self.adapter
         adapter.freeze()
         self._noise_schedule = adapter.noise_schedule
+        # A grid that the schedule does not have is an error now, and not in the first step.
+        self._noise_schedule.previous_level(self._noise_schedule.level_at(torch.zeros(1)), args.importance_steps)
         self.resolution = args.resolution or adapter.default_resolution
         adapter.validate_size(self.resolution, self.resolution)
         latent_shape = adapter.latent_shape(self.resolution, self.resolution)

@@ -109,12 +109,19 @@ def as_tensors(
         return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
     prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed)
     if prepared.fmt.holds_latents:
-        _check_latents(prepared[0]["chosen_latents"], adapter, name)
+        _check_latents(prepared[0]["chosen_latents"], adapter, args, name)
     return precompute_latents(prepared, adapter, args, name) if args.precompute_latents else prepared
 
 
-def _check_latents(latents: torch.Tensor, adapter: BackboneAdapter, name: str) -> None:
-    """Raise [`DatasetError`] when latents cannot be those of the backbone's VAE."""
+def _check_latents(
+    latents: torch.Tensor, adapter: BackboneAdapter, args: DiffusionPreferenceConfig, name: str
+) -> None:
+    """Raise when latents cannot be those of the backbone's VAE, or settings ask for what only images allow."""
+    if args.random_encoding_settings():
+        raise ConfigurationError(
+            f"The {name} dataset holds latents, which cannot be encoded anew: {args.random_encoding_settings()[0]} "
+            "would have no effect. Remove it, or give the images."
+        )
     expected = adapter.latent_shape(adapter.default_resolution, adapter.default_resolution)
     if latents.ndim != len(expected) or (not adapter.is_video and latents.shape[0] != expected[0]):
         raise DatasetError(
