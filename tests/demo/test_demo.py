@@ -35,24 +35,25 @@ def finished(tmp_path_factory):
 def test_the_summary_holds_every_measure_of_every_run(finished):
     output, _ = finished
     summary = json.loads((output / "summary.json").read_text())
-    assert [(run["arm"], run["seed"]) for run in summary["runs"]] == [("dpo", 0), ("sipo", 0)]
-    for run in summary["runs"]:
-        assert run["steps"][0]["step"] == 0 and run["steps"][-1]["step"] == 6
+    part = summary["parts"]["off_policy"]
+    assert [(run["arm"], run["seed"]) for run in part["runs"]] == [("dpo", 0), ("sipo", 0)]
+    for run in part["runs"]:
+        assert [record["step"] for record in run["steps"]] == [0, 6]
         for record in run["steps"]:
             assert {"accuracy", "second_accuracy", "frechet_distance", "diversity", "masked_share"} <= set(record)
             assert {"held_out_accuracies", "held_out_chosen", "held_out_rejected"} <= set(record)
     # Before training every method is the base model, by the same prompts and noise.
-    first = [run["steps"][0] for run in summary["runs"]]
+    first = [run["steps"][0] for run in part["runs"]]
     assert first[0] == first[1]
     assert first[0]["accuracy"] == summary["base"]["accuracy"] > 0.7
     assert first[0]["held_out_accuracies"] == 0.5
     assert 0.85 < summary["ceiling"]["primary"]["reconstructed"]["both"] <= 1
-    assert summary["base"]["sources"].keys() == {"off_policy", "on_policy"}
+    assert 300 < part["num_train_pairs"] <= 384 and part["num_held_out_pairs"] > 0
 
 
 def test_training_moved_the_model(finished):
     output, _ = finished
-    for run in json.loads((output / "summary.json").read_text())["runs"]:
+    for run in json.loads((output / "summary.json").read_text())["parts"]["off_policy"]["runs"]:
         assert run["steps"][-1]["held_out_chosen"] != 0.0
 
 
@@ -62,7 +63,7 @@ def test_the_report_opens_from_disk_with_all_its_pictures(finished):
     assert page.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     for name in ("importance_weight", "rewards", "quality", "samples"):
-        with Image.open(output / "figures" / f"{name}.png") as figure:
+        with Image.open(output / "figures" / f"off_policy_{name}.png") as figure:
             figure.load()
             assert min(figure.size) > 200
     assert "report.html" in process.stdout and "Diffusion-DPO" in process.stdout

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from trl_sipo.demo.settings import FULL, QUICK, DemoSettings
+from trl_sipo.demo.settings import FULL, QUICK, DemoSettings, Part
 from trl_sipo.demo.summary import MEASURES, aggregate, verdict
 from trl_sipo.errors import ConfigurationError
 
@@ -20,7 +20,7 @@ def run(arm: str, seed: int, accuracies: list[float], **last: float) -> dict:
 
 
 def summary_of(runs: list[dict]) -> dict:
-    return {"methods": aggregate(runs, BASE), "base": BASE, "settings": asdict(FULL)}
+    return {"parts": {"off_policy": {"methods": aggregate(runs, BASE)}}, "base": BASE, "settings": asdict(FULL)}
 
 
 def test_aggregate_takes_the_last_step_and_the_spread_over_seeds():
@@ -39,7 +39,7 @@ def test_the_verdict_claims_a_win_only_when_every_pair_of_seeds_shows_it():
         run("sipo", 0, [0.9, 0.7]),
         run("sipo", 1, [0.9, 0.8]),
     ]
-    text = " ".join(verdict(summary_of(apart)))
+    text = " ".join(verdict(summary_of(apart))["off_policy"])
     assert "SIPO ends above Diffusion-DPO in accuracy for every pair of seeds" in text
     assert "every run collapsed" in text and "no run collapsed" in text
 
@@ -49,19 +49,19 @@ def test_the_verdict_claims_a_win_only_when_every_pair_of_seeds_shows_it():
         run("sipo", 0, [0.9, 0.7]),
         run("sipo", 1, [0.9, 0.8]),
     ]
-    text = " ".join(verdict(summary_of(mixed)))
+    text = " ".join(verdict(summary_of(mixed))["off_policy"])
     assert "overlap over the seeds" in text and "1 of 2 runs collapsed" in text
 
     worse = [run("dpo", 0, [0.9, 0.9]), run("sipo", 0, [0.9, 0.3], frechet_distance=40.0)]
-    text = " ".join(verdict(summary_of(worse)))
+    text = " ".join(verdict(summary_of(worse))["off_policy"])
     assert "SIPO ends below Diffusion-DPO" in text and "higher (worse)" in text
 
 
 def test_the_verdict_says_so_when_a_well_chosen_beta_is_as_good():
     runs = [run("sipo", 0, [0.9, 0.7]), run("dpo_best", 0, [0.9, 0.95])]
-    assert "not a better optimum" in verdict(summary_of(runs))[-1]
+    assert "not a better optimum" in verdict(summary_of(runs))["off_policy"][-1]
     runs = [run("sipo", 0, [0.9, 0.97]), run("dpo_best", 0, [0.9, 0.95])]
-    assert "ends above Diffusion-DPO at its best one" in verdict(summary_of(runs))[-1]
+    assert "ends above Diffusion-DPO at its best one" in verdict(summary_of(runs))["off_policy"][-1]
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,20 @@ def test_the_verdict_says_so_when_a_well_chosen_beta_is_as_good():
         ({"arms": ("dpo", "sipoo")}, "sipoo"),
         ({"arms": ()}, "arms"),
         ({"seeds": ()}, "seed"),
-        ({"max_steps": 0}, "max_steps"),
+        ({"source": "elsewhere"}, "elsewhere"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changes, named):
+def test_parts_that_make_no_sense_are_refused(changes, named):
     with pytest.raises(ConfigurationError, match=named):
-        replace(QUICK, **changes)
+        replace(QUICK.parts[0], **changes)
 
 
-def test_both_forms_of_the_demo_share_everything_that_makes_a_run():
-    same = ("beta", "best_beta", "learning_rate", "importance_steps", "guidance_scale", "num_inference_steps")
-    assert all(getattr(FULL, name) == getattr(QUICK, name) for name in same)
-    assert FULL.num_runs == 15 and QUICK.num_runs == 2
-    assert isinstance(FULL, DemoSettings)
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigurationError, match="max_steps=0"):
+        replace(QUICK, max_steps=0)
+
+
+def test_the_quick_demo_is_the_full_one_with_fewer_runs():
+    assert replace(QUICK, parts=FULL.parts) == FULL
+    assert QUICK.num_runs == 2 < FULL.num_runs
+    assert isinstance(FULL, DemoSettings) and all(isinstance(part, Part) for part in FULL.parts)

@@ -37,23 +37,34 @@ class DemoFiles:
     root: Path
 
     @property
-    def train_pairs(self) -> Path:
-        """Parquet of the training pairs."""
-        return self.root / "data" / "train.parquet"
-
-    @property
-    def held_out_pairs(self) -> Path:
-        """Parquet of the held-out pairs."""
-        return self.root / "data" / "held_out.parquet"
-
-    @property
     def reference_features(self) -> Path:
         """Features of real images, for the Frechet distance."""
-        return self.root / "data" / "reference_features.safetensors"
+        return self.root / "reference_features.safetensors"
 
-    def run_directory(self, arm_name: str, seed: int) -> Path:
+    @property
+    def base_images(self) -> Path:
+        """The base model's images of a measurement."""
+        return self.root / "base_images.safetensors"
+
+    def pairs_directory(self, source: str) -> Path:
+        """Folder of the pairs of one source."""
+        return self.root / "pairs" / source
+
+    def train_pairs(self, source: str) -> Path:
+        """Parquet of the training pairs."""
+        return self.pairs_directory(source) / "train.parquet"
+
+    def held_out_pairs(self, source: str) -> Path:
+        """Parquet of the held-out pairs."""
+        return self.pairs_directory(source) / "held_out.parquet"
+
+    def run_directory(self, source: str, arm_name: str, seed: int) -> Path:
         """Folder of one run."""
-        return self.root / "runs" / f"{arm_name}-seed{seed}"
+        return self.root / "runs" / f"{source}-{arm_name}-seed{seed}"
+
+    def result(self, source: str, arm_name: str, seed: int) -> Path:
+        """The record of one finished run."""
+        return self.run_directory(source, arm_name, seed) / "result.json"
 
 
 def measurement_prompts(settings: DemoSettings) -> list[FashionPrompt]:
@@ -176,7 +187,12 @@ def make_config(arm: Arm, seed: int, settings: DemoSettings, directory: Path):
 
 
 def run_arm(
-    arm_name: str, seed: int, settings: DemoSettings, root: str, report: Callable[[int], None] = lambda steps: None
+    source: str,
+    arm_name: str,
+    seed: int,
+    settings: DemoSettings,
+    root: str,
+    report: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
     """Train one arm with one seed and measure it; the result is also written, so that a stopped demo continues.
 
@@ -184,17 +200,17 @@ def run_arm(
         report: Called with the number of steps that have been done since the last call.
 
     Returns:
-        `{"arm", "seed", "records", "curves", "log"}`; see `MeasureCallback` for a record.
+        `{"source", "arm", "seed", "records", "curves", "log"}`; see `MeasureCallback` for a record.
     """
     arm, files = ARMS[arm_name], DemoFiles(Path(root))
-    directory = files.run_directory(arm_name, seed)
+    directory = files.run_directory(source, arm_name, seed)
     directory.mkdir(parents=True, exist_ok=True)
     callback = MeasureCallback(settings, files, report)
     trainer = method_classes(arm.method)[1](
         load_pipeline_assets(),
         args=make_config(arm, seed, settings, directory),
-        train_dataset=load_preference_dataset(str(files.train_pairs)),
-        eval_dataset=load_preference_dataset(str(files.held_out_pairs)),
+        train_dataset=load_preference_dataset(str(files.train_pairs(source))),
+        eval_dataset=load_preference_dataset(str(files.held_out_pairs(source))),
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
@@ -203,6 +219,7 @@ def run_arm(
     trainer.train()
     curves["end"] = weight_curve(trainer)
     result = {
+        "source": source,
         "arm": arm_name,
         "seed": seed,
         "records": callback.records,
@@ -210,10 +227,15 @@ def run_arm(
         "log": [row for row in trainer.state.log_history if "rewards/chosen" in row],
     }
     save_file({"images": to_bytes(callback.images)}, directory / "images.safetensors")
-    temporary = directory / "result.json.tmp"
-    temporary.write_text(json.dumps(result))
-    os.replace(temporary, directory / "result.json")
+    write_json(files.result(source, arm_name, seed), result)
     return result
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is either complete or not there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:

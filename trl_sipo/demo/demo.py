@@ -22,15 +22,16 @@ import datasets
 import diffusers
 import torch
 import transformers
+from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
-from trl_sipo.demo.arm import DemoFiles, run_arm
+from trl_sipo.demo.arm import DemoFiles, run_arm, write_json
 from trl_sipo.demo.fashion import ASSETS
 from trl_sipo.demo.model import load_pipeline_assets
-from trl_sipo.demo.prepare import prepare, settings_digest
+from trl_sipo.demo.prepare import prepare_base, prepare_pairs, settings_digest
 from trl_sipo.demo.report import write_report
-from trl_sipo.demo.settings import ARMS, DemoSettings
-from trl_sipo.demo.summary import aggregate, verdict
+from trl_sipo.demo.settings import DemoSettings
+from trl_sipo.demo.summary import aggregate, records, verdict
 from trl_sipo.demo.verifier import TRAINING_SPLITS, load_verifiers
 
 # How often the progress bar is redrawn while waiting for the workers, in seconds.
@@ -55,9 +56,10 @@ def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str
     hush_libraries()
     files = DemoFiles(output)
     output.mkdir(parents=True, exist_ok=True)
-    base = _base_record(settings, files, workers)
+    base = _prepare(settings, files, workers)
     _run_all(settings, files, workers)
-    results = [json.loads((files.run_directory(*run) / "result.json").read_text()) for run in _runs(settings)]
+    results = [json.loads(files.result(part.source, *run).read_text()) for part in settings.parts for run in part.runs]
+    parts = {part.source: [run for run in results if run["source"] == part.source] for part in settings.parts}
     summary = {
         "command": command,
         "settings": asdict(settings),
@@ -65,42 +67,48 @@ def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str
         "seconds": round(time.perf_counter() - started, 1),
         "ceiling": _ceiling(),
         "base": base,
-        "methods": aggregate(results, base),
-        "runs": [
-            {"method": ARMS[run["arm"]].label, "arm": run["arm"], "seed": run["seed"], "steps": run["records"]}
-            for run in results
-        ],
+        "parts": {
+            source: {
+                "num_train_pairs": read_metadata(files.train_pairs(source)).num_rows,
+                "num_held_out_pairs": read_metadata(files.held_out_pairs(source)).num_rows,
+                "methods": aggregate(runs, base),
+                "runs": records(runs),
+            }
+            for source, runs in parts.items()
+        },
     }
     summary["verdict"] = verdict(summary)
-    _write_json(output / "summary.json", summary)
+    write_json(output / "summary.json", summary)
     print("Drawing the figures and the report")
-    write_report(summary, results, files)
+    write_report(summary, parts, files)
     return summary
 
 
-def _runs(settings: DemoSettings) -> list[tuple[str, int]]:
-    """Arm and seed of every run; seed by seed, so that a demo stopped early has all arms of the first seeds."""
-    return [(arm, seed) for seed in settings.seeds for arm in settings.arms]
-
-
-def _base_record(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str, Any]:
-    path, digest = files.root / "data" / "base.json", settings_digest(settings)
-    if path.is_file():
-        record = json.loads(path.read_text())
-        if record["settings"] == digest:
-            return record
-        print(f"{files.root} holds another demo's results; they are replaced.")
-        for result in files.root.glob("runs/*/result.json"):
+def _prepare(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str, Any]:
+    """The measures of the base; pairs and base are made unless they are there for the same protocol."""
+    path, digest = files.root / "base.json", settings_digest(settings)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    sources = [part.source for part in settings.parts]
+    if record.get("protocol") == digest and all(files.held_out_pairs(source).is_file() for source in sources):
+        return record
+    if record and record["protocol"] != digest:
+        print(f"{files.root} holds the results of another protocol; they are replaced.")
+        for result in [*files.root.glob("runs/*/result.json"), *files.root.glob("pairs/*/*.parquet")]:
             result.unlink()
     torch.set_num_threads(workers)
-    record = prepare(load_pipeline_assets(), load_verifiers(), settings, files, print)
-    record["settings"] = digest
-    _write_json(path, record)
+    pipeline, verifiers = load_pipeline_assets(), load_verifiers()
+    print("Making preference pairs and ranking them by the verifier")
+    for source in sources:
+        prepare_pairs(pipeline, verifiers[0], settings, source, files)
+    print("Measuring the base model")
+    record = {"protocol": digest, **prepare_base(pipeline, verifiers, settings, files)}
+    write_json(path, record)
     return record
 
 
 def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> None:
-    todo = [run for run in _runs(settings) if not (files.run_directory(*run) / "result.json").is_file()]
+    runs = [(part.source, *run) for part in settings.parts for run in part.runs]
+    todo = [run for run in runs if not files.result(*run).is_file()]
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
@@ -114,7 +122,7 @@ def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> None:
             smoothing=0.05,
         )
         try:
-            futures = [pool.submit(_work, arm, seed, settings, str(files.root), steps) for arm, seed in todo]
+            futures = [pool.submit(_work, *run, settings, str(files.root), steps) for run in todo]
             _wait(futures, steps, bar)
         except BaseException:
             # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
@@ -160,13 +168,13 @@ def hush_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def _work(arm: str, seed: int, settings: DemoSettings, root: str, steps: Any) -> None:
+def _work(source: str, arm: str, seed: int, settings: DemoSettings, root: str, steps: Any) -> None:
     report: Callable[[int], None] = steps.put
-    log = DemoFiles(Path(root)).run_directory(arm, seed) / "output.txt"
+    log = DemoFiles(Path(root)).run_directory(source, arm, seed) / "output.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     # What a run prints goes to its folder; on the screen it would break the progress bar.
     with open(log, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
-        run_arm(arm, seed, settings, root, report)
+        run_arm(source, arm, seed, settings, root, report)
 
 
 def _ceiling() -> dict[str, Any]:
@@ -183,9 +191,3 @@ def _environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         **{name: version(name) for name in packages},
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

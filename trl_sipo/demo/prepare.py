@@ -2,7 +2,6 @@
 """The demo's data: preference pairs from the base model and from elsewhere, and the measure of the base itself."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any
@@ -23,36 +22,31 @@ HELD_OUT_SEED_OFFSET = 1000
 
 
 def settings_digest(settings: DemoSettings) -> str:
-    """A short hash of the protocol; results of another protocol are not mixed with it."""
-    return blake2b(json.dumps(asdict(settings), sort_keys=True).encode(), digest_size=6).hexdigest()
+    """A short hash of the protocol, whichever arms and seeds are run; results of another one are not mixed with it."""
+    protocol = {name: value for name, value in asdict(settings).items() if name != "parts"}
+    return blake2b(json.dumps(protocol, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def make_pairs(
-    pipeline: StableDiffusionPipeline, verifier: Verifier, settings: DemoSettings, *, held_out: bool
+    pipeline: StableDiffusionPipeline, verifier: Verifier, settings: DemoSettings, source: str, *, held_out: bool
 ) -> datasets.Dataset:
-    """Training pairs, or held-out ones over prompts that training does not see; both sources, shuffled."""
+    """Training pairs, or held-out ones over prompts that training does not see, shuffled."""
     train_prompts, held_out_prompts = split_prompts()
-    prompts = held_out_prompts if held_out else train_prompts
-    on_policy, off_policy = settings.num_on_policy, settings.num_off_policy
-    if held_out:
-        on_policy, off_policy = (settings.num_held_out if count else 0 for count in (on_policy, off_policy))
+    prompts, count = (held_out_prompts, settings.num_held_out) if held_out else (train_prompts, settings.num_pairs)
     seed = settings.data_seed + (HELD_OUT_SEED_OFFSET if held_out else 0)
-    parts = []
-    if on_policy:
-        sampled = on_policy_pairs(
+    if source == "on_policy":
+        pairs = on_policy_pairs(
             pipeline,
             verifier,
             prompts,
-            groups_per_prompt=_per_prompt(on_policy, prompts),
+            groups_per_prompt=_per_prompt(count, prompts),
             seed=seed,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
         )
-        parts.append(sampled.shuffle(seed=seed).select(range(min(on_policy, len(sampled)))))
-    if off_policy:
-        foreign = off_policy_pairs(verifier, prompts, pairs_per_prompt=_per_prompt(off_policy, prompts), seed=seed)
-        parts.append(foreign.shuffle(seed=seed).select(range(min(off_policy, len(foreign)))))
-    return datasets.concatenate_datasets(parts).shuffle(seed=seed)
+    else:
+        pairs = off_policy_pairs(verifier, prompts, pairs_per_prompt=_per_prompt(count, prompts), seed=seed)
+    return pairs.shuffle(seed=seed).select(range(min(count, len(pairs))))
 
 
 def _per_prompt(count: int, prompts: list[FashionPrompt]) -> int:
@@ -69,29 +63,23 @@ def reference_features(pipeline: StableDiffusionPipeline, second: Verifier, seed
     return second.features(decode(pipeline.vae, encode(pipeline.vae, real)[0]))
 
 
-def prepare(
-    pipeline: StableDiffusionPipeline,
-    verifiers: tuple[Verifier, Verifier],
-    settings: DemoSettings,
-    files: DemoFiles,
-    say: Callable[[str], None],
+def prepare_base(
+    pipeline: StableDiffusionPipeline, verifiers: tuple[Verifier, Verifier], settings: DemoSettings, files: DemoFiles
 ) -> dict[str, Any]:
-    """Write the pairs and the reference features, measure the base; returns the base's record."""
-    files.train_pairs.parent.mkdir(parents=True, exist_ok=True)
-    say("Sampling preference pairs from the base model and ranking them by the verifier")
-    train = make_pairs(pipeline, verifiers[0], settings, held_out=False)
-    held_out = make_pairs(pipeline, verifiers[0], settings, held_out=True)
-    train.to_parquet(files.train_pairs)
-    held_out.to_parquet(files.held_out_pairs)
+    """Write the features of real images and the base's samples; returns the measures of the base."""
+    files.root.mkdir(parents=True, exist_ok=True)
     reference = reference_features(pipeline, verifiers[1])
     save_file({"features": reference.contiguous()}, files.reference_features)
-    say("Measuring the base model")
     prompts = measurement_prompts(settings)
     images = draw(pipeline, prompts, settings)
-    save_file({"images": to_bytes(images)}, files.root / "data" / "base_images.safetensors")
-    return {
-        "num_train_pairs": len(train),
-        "num_held_out_pairs": len(held_out),
-        "sources": {name: train["source"].count(name) for name in sorted(set(train["source"]))},
-        **measure_images(images, prompts, verifiers, reference),
-    }
+    save_file({"images": to_bytes(images)}, files.base_images)
+    return measure_images(images, prompts, verifiers, reference)
+
+
+def prepare_pairs(
+    pipeline: StableDiffusionPipeline, verifier: Verifier, settings: DemoSettings, source: str, files: DemoFiles
+) -> None:
+    """Write the training and held-out pairs of one source as Parquet."""
+    files.pairs_directory(source).mkdir(parents=True, exist_ok=True)
+    for held_out, path in ((False, files.train_pairs(source)), (True, files.held_out_pairs(source))):
+        make_pairs(pipeline, verifier, settings, source, held_out=held_out).to_parquet(path)

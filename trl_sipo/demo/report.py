@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
-from trl_sipo.demo.arm import CURVE_TIMESTEPS, DemoFiles, measurement_prompts
-from trl_sipo.demo.fashion import CLASSES, COLOURS
-from trl_sipo.demo.settings import ARMS, DemoSettings
+from trl_sipo.demo.arm import CURVE_TIMESTEPS, DemoFiles
+from trl_sipo.demo.fashion import CLASSES, COLOURS, all_prompts
+from trl_sipo.demo.settings import ARMS, SOURCES
 from trl_sipo.reporting.figures import (
     Series,
     importance_weight_figure,
@@ -32,24 +32,37 @@ QUALITY_PANELS = {
 MASK_THRESHOLD = 0.9
 
 
-def write_report(summary: dict[str, Any], results: list[dict[str, Any]], files: DemoFiles) -> Path:
-    """Write `figures/*.png` and `report.html`; returns the report's path."""
-    figures = {
-        "importance_weight": png_bytes(importance_weight_figure(CURVE_TIMESTEPS, _curves(results), MASK_THRESHOLD)),
-        "rewards": png_bytes(reward_figure(_reward_panels(results))),
-        "quality": png_bytes(quality_figure(_quality_panels(results))),
-        "samples": png_bytes(_samples(summary, results, files)),
-    }
+Runs = list[dict[str, Any]]
+
+
+def write_report(summary: dict[str, Any], parts: dict[str, Runs], files: DemoFiles) -> Path:
+    """Write `figures/*.png` and `report.html`; returns the report's path.
+
+    Args:
+        summary: As in `summary.json`.
+        parts: The results of each source's runs.
+    """
+    figures = {source: _figures(summary, runs, files) for source, runs in parts.items()}
     folder = files.root / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in figures.items():
-        (folder / f"{name}.png").write_bytes(png)
+    for source, drawn in figures.items():
+        for name, png in drawn.items():
+            (folder / f"{source}_{name}.png").write_bytes(png)
     path = files.root / "report.html"
     path.write_text(_page(summary, figures).render())
     return path
 
 
-def _by_arm(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles) -> dict[str, bytes]:
+    return {
+        "samples": png_bytes(_samples(summary, runs, files)),
+        "quality": png_bytes(quality_figure(_quality_panels(runs))),
+        "rewards": png_bytes(reward_figure(_reward_panels(runs))),
+        "importance_weight": png_bytes(importance_weight_figure(CURVE_TIMESTEPS, _curves(runs), MASK_THRESHOLD)),
+    }
+
+
+def _by_arm(results: Runs) -> dict[str, list[dict[str, Any]]]:
     return {
         arm: [result for result in results if result["arm"] == arm]
         for arm in dict.fromkeys(result["arm"] for result in results)
@@ -61,7 +74,7 @@ def _series(label: str, runs: list[dict[str, Any]], name: str) -> Series:
     return Series(label, steps, [[record[name] for record in run["records"]] for run in runs])
 
 
-def _curves(results: list[dict[str, Any]]) -> dict[str, list[float]]:
+def _curves(results: Runs) -> dict[str, list[float]]:
     curves = {"base model": results[0]["curves"]["start"]}
     for arm, runs in _by_arm(results).items():
         columns = zip(*(run["curves"]["end"] for run in runs), strict=True)
@@ -69,14 +82,14 @@ def _curves(results: list[dict[str, Any]]) -> dict[str, list[float]]:
     return curves
 
 
-def _reward_panels(results: list[dict[str, Any]]) -> dict[str, tuple[Series, Series]]:
+def _reward_panels(results: Runs) -> dict[str, tuple[Series, Series]]:
     return {
         ARMS[arm].label: (_series("chosen", runs, "held_out_chosen"), _series("rejected", runs, "held_out_rejected"))
         for arm, runs in _by_arm(results).items()
     }
 
 
-def _quality_panels(results: list[dict[str, Any]]) -> dict[str, list[Series]]:
+def _quality_panels(results: Runs) -> dict[str, list[Series]]:
     arms = _by_arm(results)
     return {
         title: [_series(ARMS[arm].label, runs, name) for arm, runs in arms.items()]
@@ -84,22 +97,18 @@ def _quality_panels(results: list[dict[str, Any]]) -> dict[str, list[Series]]:
     }
 
 
-def _samples(summary: dict[str, Any], results: list[dict[str, Any]], files: DemoFiles) -> Image.Image:
+def _samples(summary: dict[str, Any], runs: Runs, files: DemoFiles) -> Image.Image:
     """The same prompts and starting noise for the base and each method's first seed."""
-    settings = _settings(summary)
-    prompts = measurement_prompts(settings)
+    samples_per_prompt = summary["settings"]["samples_per_prompt"]
+    prompts = all_prompts()
     # One class and one colour a row: prompts come class by class, each with its colours in turn.
-    chosen = [(row * len(COLOURS) + row) * settings.samples_per_prompt for row in range(len(CLASSES))]
-    columns = {"base": _images(files.root / "data" / "base_images.safetensors", chosen)}
-    for arm, runs in _by_arm(results).items():
-        path = files.run_directory(arm, runs[0]["seed"]) / "images.safetensors"
+    rows = [row * len(COLOURS) + row for row in range(len(CLASSES))]
+    chosen = [row * samples_per_prompt for row in rows]
+    columns = {"base": _images(files.base_images, chosen)}
+    for arm, (first, *_) in _by_arm(runs).items():
+        path = files.run_directory(first["source"], arm, first["seed"]) / "images.safetensors"
         columns[ARMS[arm].label] = _images(path, chosen)
-    return sample_grid(columns, [prompts[index].text for index in chosen])
-
-
-def _settings(summary: dict[str, Any]) -> DemoSettings:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in summary["settings"].items()}
-    return DemoSettings(**values)
+    return sample_grid(columns, [prompts[row].text for row in rows])
 
 
 def _images(path: Path, indices: list[int]) -> list[Image.Image]:
@@ -107,25 +116,34 @@ def _images(path: Path, indices: list[int]) -> list[Image.Image]:
     return [Image.fromarray(images[index].permute(1, 2, 0).numpy()) for index in indices]
 
 
-def _page(summary: dict[str, Any], figures: dict[str, bytes]) -> Page:
+def _page(summary: dict[str, Any], figures: dict[str, dict[str, bytes]]) -> Page:
     page = Page("Diffusion-DPO, DPO-C&M, SIPO and Poly-DPO on a small text-to-image model")
     page.paragraph(
         "A real but tiny Stable Diffusion pipeline draws tinted clothes and shoes from prompts such as 'a red "
         "sneaker'. Each method trains it on the same preference pairs, with the same noise per seed, through the same "
         "trainers as any other model. This page shows what was measured on this machine, and nothing else."
     )
-    for sentence in summary["verdict"]:
+    page.paragraph(" ".join(summary["verdict"]["base"]), "verdict")
+    for source, drawn in figures.items():
+        _add_part(page, summary, source, drawn)
+    page.heading("Protocol")
+    page.paragraph(_how_to_read(summary))
+    page.paragraph(_protocol(summary["settings"]))
+    page.code(json.dumps({"command": summary["command"], **summary["environment"], **summary["settings"]}, indent=1))
+    return page
+
+
+def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[str, bytes]) -> None:
+    """One comparison: sentences, table, pictures."""
+    page.heading(f"{source.replace('_', '-').capitalize()}: {SOURCES[source]}")
+    for sentence in summary["verdict"][source]:
         page.paragraph(sentence, "verdict")
-    page.heading("At the end of training")
-    page.table(*_table(summary))
-    page.paragraph(_how_to_read(summary), "note")
-    page.heading("Samples")
+    page.table(*_table(summary, source))
     page.figure(
         figures["samples"],
         "Same prompts and starting noise in each row; first seed, last step.",
         "Grid of generated images, one column per model",
     )
-    page.heading("Quality over training")
     page.figure(
         figures["quality"],
         "Mean over seeds; the band spans smallest to largest. Accuracy alone can certify a broken model: read it with "
@@ -133,14 +151,12 @@ def _page(summary: dict[str, Any], figures: dict[str, bytes]) -> Page:
         "measurement.",
         "Line charts of accuracy, Frechet distance, diversity, implicit accuracy and masked share over steps",
     )
-    page.heading("Rewards on held-out pairs")
     page.figure(
         figures["rewards"],
-        "beta * (reference error - policy error) / 2. The margin can grow while both rewards fall: the model then "
-        "prefers the chosen image only by getting worse at the rejected one faster.",
+        "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both fall: "
+        "the model then prefers the chosen image only by getting worse at the rejected one faster.",
         "Line charts of chosen and rejected reward over steps, one panel per method",
     )
-    page.heading("Importance weights")
     page.figure(
         figures["importance_weight"],
         f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler. Below "
@@ -148,10 +164,6 @@ def _page(summary: dict[str, Any], figures: dict[str, bytes]) -> Page:
         "and the masked region widens: the mask is a brake.",
         "Line chart of the importance weight against the timestep",
     )
-    page.heading("Protocol")
-    page.paragraph(_protocol(summary))
-    page.code(json.dumps({"command": summary["command"], **summary["environment"], **summary["settings"]}, indent=1))
-    return page
 
 
 def _how_to_read(summary: dict[str, Any]) -> str:
@@ -166,28 +178,25 @@ def _how_to_read(summary: dict[str, Any]) -> str:
     )
 
 
-def _protocol(summary: dict[str, Any]) -> str:
-    settings, base = summary["settings"], summary["base"]
-    sources = ", ".join(f"{count} {name}" for name, count in base["sources"].items())
+def _protocol(settings: dict[str, Any]) -> str:
     return (
-        f"{base['num_train_pairs']} training pairs ({sources}) and {base['num_held_out_pairs']} held-out ones, on "
-        "prompts that training does not see. On-policy pairs are sampled from the base model, off-policy ones are "
-        "real photographs, turned and mirrored. All weights of the denoiser are trained with AdamW at "
-        f"{settings['learning_rate']:g}, {settings['batch_size']} pairs a step, {settings['max_steps']} steps, seeds "
-        f"{', '.join(map(str, settings['seeds']))}. beta is in the Diffusion-DPO convention; {settings['beta']:g} is "
-        f"{settings['beta'] / 1000:g} in the SIPO paper's tables. Learning rate, length and both betas were chosen by "
-        "exploratory sweeps before, which is why the seeds of this run are no independent test."
+        f"At most {settings['num_pairs']} training pairs, and {settings['num_held_out']} held-out ones on prompts "
+        "that training does not see, ranked by the primary verifier. All weights of the denoiser are trained with "
+        f"AdamW at {settings['learning_rate']:g}, {settings['batch_size']} pairs a step, {settings['max_steps']} "
+        f"steps. beta is in the Diffusion-DPO convention; {settings['beta']:g} is {settings['beta'] / 1000:g} in the "
+        "SIPO paper's tables. Learning rate, length, grid and both betas were chosen in exploratory sweeps, so this "
+        "run is a demonstration and no independent test."
     )
 
 
-def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _table(summary: dict[str, Any], source: str) -> tuple[list[str], list[list[str]]]:
     accuracies = ("accuracy", "class_accuracy", "colour_accuracy", "second_accuracy")
     header = ["method", "beta", "accuracy", "class", "colour", "second verifier"]
     header += ["Frechet", "diversity", "implicit accuracy", "masked"]
     base = summary["base"]
     base_cells = [f"{base[name]:.0%}" for name in accuracies]
     rows = [["base model", "", *base_cells, f"{base['frechet_distance']:.0f}", f"{base['diversity']:.2f}", "", ""]]
-    for arm, method in summary["methods"].items():
+    for arm, method in summary["parts"][source]["methods"].items():
         final = method["final"]
         beta = summary["settings"]["best_beta" if ARMS[arm].uses_best_beta else "beta"]
         rows.append(

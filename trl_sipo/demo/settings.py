@@ -38,14 +38,48 @@ ARMS = {
 }
 DEFAULT_ARMS = ("dpo", "dpo_cm", "sipo", "poly_dpo", "dpo_best")
 
+# Where the pairs of a comparison come from.
+SOURCES = {
+    "off_policy": "pairs that the base model could not have drawn: photographs, turned and mirrored",
+    "on_policy": "pairs sampled from the base model itself",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of methods, all on the same pairs.
+
+    Attributes:
+        source: Key of `SOURCES`.
+        arms: Keys of `ARMS`.
+        seeds: Training seeds; per seed every arm sees the same noise.
+    """
+
+    source: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ConfigurationError(f"Unknown source {self.source!r}; known are {', '.join(SOURCES)}.")
+        unknown = [name for name in self.arms if name not in ARMS]
+        if unknown or not self.arms:
+            raise ConfigurationError(f"Unknown arms {unknown}; known arms are {', '.join(ARMS)}.")
+        if not self.seeds:
+            raise ConfigurationError("At least one seed is needed.")
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Arm and seed of every run; seed by seed, so that a demo stopped early has all arms of the first seeds."""
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
 
 @dataclass(frozen=True)
 class DemoSettings:
     """The protocol of one demo.
 
     Attributes:
-        arms: Keys of `ARMS`.
-        seeds: Training seeds; every arm sees the same pairs and, per seed, the same noise.
+        parts: The comparisons.
         max_steps: Optimiser steps of each run.
         eval_every: Steps between two measurements; the first is taken before training.
         batch_size: Pairs per step.
@@ -54,45 +88,39 @@ class DemoSettings:
         best_beta: The beta of the arm `dpo_best`.
         importance_steps: Steps of the grid on which importance weights are defined; that of the demo's sampler.
         poly_alpha: Of the Poly-DPO arm.
-        num_on_policy, num_off_policy: Training pairs sampled from the base, and made from photographs it cannot draw.
-        num_held_out: Held-out pairs of each source, over prompts that training does not see.
+        num_pairs, num_held_out: Training pairs, and held-out pairs over prompts that training does not see.
         samples_per_prompt: Images per prompt in a measurement.
-        num_inference_steps, guidance_scale: Sampler of the measurements.
+        num_inference_steps, guidance_scale: Sampler of the pairs and the measurements; a scale of 1 is no guidance.
         data_seed: Seed of the pairs.
     """
 
-    arms: tuple[str, ...] = DEFAULT_ARMS
-    seeds: tuple[int, ...] = (0, 1, 2)
-    max_steps: int = 400
-    eval_every: int = 100
+    parts: tuple[Part, ...]
+    max_steps: int = 300
+    eval_every: int = 75
     batch_size: int = 16
-    learning_rate: float = 3e-4
-    beta: float = 20.0
+    learning_rate: float = 5e-5
+    beta: float = 2.0
     best_beta: float = 2000.0
-    importance_steps: int = 20
+    importance_steps: int = 10
     poly_alpha: float = 2.0
-    num_on_policy: int = 512
-    num_off_policy: int = 0
-    num_held_out: int = 64
-    samples_per_prompt: int = 4
-    num_inference_steps: int = 20
+    num_pairs: int = 384
+    num_held_out: int = 48
+    samples_per_prompt: int = 3
+    num_inference_steps: int = 10
     guidance_scale: float = 1.0
     data_seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.arms if name not in ARMS]
-        if unknown or not self.arms:
-            raise ConfigurationError(f"Unknown arms {unknown}; known are {', '.join(ARMS)}.")
-        if not self.seeds:
-            raise ConfigurationError("At least one seed is needed.")
         if self.max_steps < 1 or self.eval_every < 1:
             raise ConfigurationError(f"max_steps={self.max_steps} and eval_every={self.eval_every} must be positive.")
 
     @property
     def num_runs(self) -> int:
-        """Arms times seeds."""
-        return len(self.arms) * len(self.seeds)
+        """Over all parts."""
+        return sum(len(part.runs) for part in self.parts)
 
 
-FULL = DemoSettings()
-QUICK = replace(FULL, arms=("dpo", "sipo"), seeds=(0,), num_on_policy=256, num_held_out=32, samples_per_prompt=2)
+FULL = DemoSettings(
+    (Part("off_policy", DEFAULT_ARMS, (0, 1, 2)), Part("on_policy", ("dpo", "sipo", "dpo_best"), (0, 1)))
+)
+QUICK = replace(FULL, parts=(Part("off_policy", ("dpo", "sipo"), (0,)),))

@@ -45,16 +45,31 @@ def aggregate(results: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, 
     return methods
 
 
-def verdict(summary: dict[str, Any]) -> list[str]:
-    """What was measured, in sentences that hold for these numbers and no others."""
-    methods, base = summary["methods"], summary["base"]
-    sentences = [
+def records(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every run's measurements, for the summary."""
+    return [
+        {"method": ARMS[run["arm"]].label, "arm": run["arm"], "seed": run["seed"], "steps": run["records"]}
+        for run in results
+    ]
+
+
+def verdict(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """What was measured, in sentences that hold for these numbers and no others: of the base, and of each part."""
+    base = summary["base"]
+    base_sentence = (
         f"The base model draws what the prompt says in {base['accuracy']:.0%} of its images (Frechet distance "
         f"{base['frechet_distance']:.0f}, diversity {base['diversity']:.2f})."
-    ]
+    )
+    parts = {source: part_verdict(part["methods"], summary["settings"]) for source, part in summary["parts"].items()}
+    return {"base": [base_sentence], **parts}
+
+
+def part_verdict(methods: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The sentences of one comparison."""
+    sentences = []
     for arm, method in methods.items():
         final = method["final"]
-        beta = summary["settings"]["best_beta" if ARMS[arm].uses_best_beta else "beta"]
+        beta = settings["best_beta" if ARMS[arm].uses_best_beta else "beta"]
         sentences.append(
             f"{ARMS[arm].label} at beta {beta:g} ends at {final['accuracy']['mean']:.0%} "
             f"({_range(final['accuracy'])}), {_fate(method)}, with a Frechet distance of "
