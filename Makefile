@@ -28,7 +28,7 @@ demo: .venv/stamp-demo
 # One thread each, so that the workers do not fight over the cores.
 test: .venv/stamp-test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	    $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # `make -k check` goes on after a failure.
 check: lint contracts types
