@@ -25,7 +25,8 @@ def test_trls_script_with_the_class_exchanged(method, is_lora, tmp_path, monkeyp
         "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_strategy steps --eval_steps 1 "
         "--no_remove_unused_columns --use_cpu --eval_noise_levels 2"
     ).split()
-    arguments = parser.parse_args_and_config([*argv, *(["--use_peft", "--lora_r", "4", "--lora_alpha", "8"] * is_lora)])
+    argv += ["--use_peft", "--lora_r", "4", "--lora_alpha", "8"] * is_lora
+    arguments = parser.parse_args_and_config(argv)
     monkeypatch.setattr(trl, "DPOTrainer", method.trainer_class)
 
     trl.scripts.dpo.main(*arguments)

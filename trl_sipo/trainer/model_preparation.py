@@ -179,7 +179,7 @@ def _load(
 def _loading_options(
     args: DiffusionPreferenceConfig, peft_config: PeftConfig | None, quantization_config: Any
 ) -> dict[str, Any]:
-    options = dict(args.model_init_kwargs or {})
+    options = {name: value for name, value in (args.model_init_kwargs or {}).items() if value is not None}
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     if quantization_config is not None:
