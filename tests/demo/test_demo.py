@@ -4,14 +4,21 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from trl_sipo.demo.arm import DemoFiles
+from trl_sipo.demo.prepare import protocol_digest
+from trl_sipo.demo.settings import FULL, QUICK
+from trl_sipo.scripts.demo import retrain
 
 COMMAND = [sys.executable, "-m", "trl_sipo.cli.main", "demo", "--quick", "--workers", "2", "--max-steps", "6"]
 
@@ -104,3 +111,23 @@ def test_ctrl_c_ends_all_processes_and_the_demo_continues_later(tmp_path):
     time.sleep(1)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_another_base_model_is_another_protocol(tmp_path):
+    shipped = DemoFiles(tmp_path)
+    other = DemoFiles(tmp_path, base=tmp_path / "base")
+    shutil.copytree(shipped.base_pipeline, other.base_pipeline)
+    shutil.copytree(shipped.verifiers, other.verifiers)
+    assert protocol_digest(QUICK, other) == protocol_digest(QUICK, shipped) == protocol_digest(FULL, shipped)
+    assert protocol_digest(replace(QUICK, beta=3.0), shipped) != protocol_digest(QUICK, shipped)
+    weights = next(other.base_pipeline.glob("unet/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x3c\x00\x3c")
+    assert protocol_digest(QUICK, other) != protocol_digest(QUICK, shipped)
+
+
+def test_a_base_that_was_retrained_is_not_trained_again(tmp_path):
+    files = DemoFiles(tmp_path, base=tmp_path / "base")
+    files.base.mkdir()
+    files.training_log.write_text("{}")
+    assert retrain(files.base, threads=1) == files.base
+    assert list(files.base.iterdir()) == [files.training_log]

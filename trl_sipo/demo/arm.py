@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_sipo.data.loading import load_preference_dataset
-from trl_sipo.demo.fashion import FashionPrompt, all_prompts
+from trl_sipo.demo.fashion import ASSETS, FashionPrompt, all_prompts
 from trl_sipo.demo.model import load_pipeline_assets
 from trl_sipo.demo.pairs import prompt_ids, sample_images
 from trl_sipo.demo.settings import ARMS, Arm, DemoSettings
@@ -32,9 +32,30 @@ CURVE_PAIRS = 32
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Where a demo keeps its data and its runs."""
+    """Where a demo keeps its data and its runs, and where its base model is.
+
+    Attributes:
+        root: The demo's own folder.
+        base: Folder with `pipeline/`, `verifier/` and `training_log.json`: the shipped one, or one made by `pretrain`.
+    """
 
     root: Path
+    base: Path = ASSETS
+
+    @property
+    def base_pipeline(self) -> Path:
+        """The base model, a saved pipeline."""
+        return self.base / "pipeline"
+
+    @property
+    def verifiers(self) -> Path:
+        """Folder of the two verifiers' weights."""
+        return self.base / "verifier"
+
+    @property
+    def training_log(self) -> Path:
+        """How base and verifiers were trained, and the verifiers' accuracies on real images."""
+        return self.base / "training_log.json"
 
     @property
     def reference_features(self) -> Path:
@@ -104,7 +125,7 @@ class MeasureCallback(TrainerCallback):
     def __init__(self, settings: DemoSettings, files: DemoFiles, report: Callable[[int], None]):
         self.settings = settings
         self.report = report
-        self.verifiers = load_verifiers()
+        self.verifiers = load_verifiers(files.verifiers)
         self.reference = load_file(files.reference_features)["features"]
         self.prompts = measurement_prompts(settings)
         self.records: list[dict[str, Any]] = []
@@ -191,7 +212,7 @@ def run_arm(
     arm_name: str,
     seed: int,
     settings: DemoSettings,
-    root: str,
+    files: DemoFiles,
     report: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
     """Train one arm with one seed and measure it; the result is also written, so that a stopped demo continues.
@@ -202,12 +223,12 @@ def run_arm(
     Returns:
         `{"source", "arm", "seed", "records", "curves", "log"}`; see `MeasureCallback` for a record.
     """
-    arm, files = ARMS[arm_name], DemoFiles(Path(root))
+    arm = ARMS[arm_name]
     directory = files.run_directory(source, arm_name, seed)
     directory.mkdir(parents=True, exist_ok=True)
     callback = MeasureCallback(settings, files, report)
     trainer = method_classes(arm.method)[1](
-        load_pipeline_assets(),
+        load_pipeline_assets(files.base_pipeline),
         args=make_config(arm, seed, settings, directory),
         train_dataset=load_preference_dataset(str(files.train_pairs(source))),
         eval_dataset=load_preference_dataset(str(files.held_out_pairs(source))),

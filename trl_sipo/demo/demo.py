@@ -15,7 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,9 +25,8 @@ from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
 from trl_sipo.demo.arm import DemoFiles, run_arm, write_json
-from trl_sipo.demo.fashion import ASSETS
 from trl_sipo.demo.model import load_pipeline_assets
-from trl_sipo.demo.prepare import prepare_base, prepare_pairs, settings_digest
+from trl_sipo.demo.prepare import prepare_base, prepare_pairs, protocol_digest
 from trl_sipo.demo.report import write_report
 from trl_sipo.demo.settings import DemoSettings
 from trl_sipo.demo.summary import aggregate, records, verdict
@@ -38,14 +36,14 @@ from trl_sipo.demo.verifier import TRAINING_SPLITS, load_verifiers
 POLL_SECONDS = 0.3
 
 
-def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str) -> dict[str, Any]:
-    """Run the demo and write `summary.json`, the figures and `report.html` into `output`.
+def run_demo(settings: DemoSettings, files: DemoFiles, *, workers: int, command: str) -> dict[str, Any]:
+    """Run the demo and write `summary.json`, the figures and `report.html` into its folder.
 
     Runs that are already there for the same settings are kept, so that a demo that was stopped continues.
 
     Args:
         settings: The protocol.
-        output: Folder; made if it is missing.
+        files: The demo's folder (made if it is missing) and its base model.
         workers: Training processes at a time, one thread each.
         command: The command line, for the record.
 
@@ -54,8 +52,7 @@ def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str
     """
     started = time.perf_counter()
     hush_libraries()
-    files = DemoFiles(output)
-    output.mkdir(parents=True, exist_ok=True)
+    files.root.mkdir(parents=True, exist_ok=True)
     base = _prepare(settings, files, workers)
     _run_all(settings, files, workers)
     results = [json.loads(files.result(part.source, *run).read_text()) for part in settings.parts for run in part.runs]
@@ -65,7 +62,7 @@ def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str
         "settings": asdict(settings),
         "environment": _environment(),
         "seconds": round(time.perf_counter() - started, 1),
-        "ceiling": _ceiling(),
+        "ceiling": _ceiling(files),
         "base": base,
         "parts": {
             source: {
@@ -78,7 +75,7 @@ def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str
         },
     }
     summary["verdict"] = verdict(summary)
-    write_json(output / "summary.json", summary)
+    write_json(files.root / "summary.json", summary)
     print("Drawing the figures and the report")
     write_report(summary, parts, files)
     return summary
@@ -86,7 +83,7 @@ def run_demo(settings: DemoSettings, output: Path, *, workers: int, command: str
 
 def _prepare(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str, Any]:
     """The measures of the base; pairs and base are made unless they are there for the same protocol."""
-    path, digest = files.root / "base.json", settings_digest(settings)
+    path, digest = files.root / "base.json", protocol_digest(settings, files)
     record = json.loads(path.read_text()) if path.is_file() else {}
     sources = [part.source for part in settings.parts]
     if record.get("protocol") == digest and all(files.held_out_pairs(source).is_file() for source in sources):
@@ -96,7 +93,7 @@ def _prepare(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str
         for result in [*files.root.glob("runs/*/result.json"), *files.root.glob("pairs/*/*.parquet")]:
             result.unlink()
     torch.set_num_threads(workers)
-    pipeline, verifiers = load_pipeline_assets(), load_verifiers()
+    pipeline, verifiers = load_pipeline_assets(files.base_pipeline), load_verifiers(files.verifiers)
     print("Making preference pairs and ranking them by the verifier")
     for source in sources:
         prepare_pairs(pipeline, verifiers[0], settings, source, files)
@@ -122,7 +119,7 @@ def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> None:
             smoothing=0.05,
         )
         try:
-            futures = [pool.submit(_work, *run, settings, str(files.root), steps) for run in todo]
+            futures = [pool.submit(_work, *run, settings, files, steps) for run in todo]
             _wait(futures, steps, bar)
         except BaseException:
             # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
@@ -168,18 +165,18 @@ def hush_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def _work(source: str, arm: str, seed: int, settings: DemoSettings, root: str, steps: Any) -> None:
+def _work(source: str, arm: str, seed: int, settings: DemoSettings, files: DemoFiles, steps: Any) -> None:
     report: Callable[[int], None] = steps.put
-    log = DemoFiles(Path(root)).run_directory(source, arm, seed) / "output.txt"
+    log = files.run_directory(source, arm, seed) / "output.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     # What a run prints goes to its folder; on the screen it would break the progress bar.
     with open(log, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
-        run_arm(source, arm, seed, settings, root, report)
+        run_arm(source, arm, seed, settings, files, report)
 
 
-def _ceiling() -> dict[str, Any]:
+def _ceiling(files: DemoFiles) -> dict[str, Any]:
     """The verifiers' own accuracies on real test images, as they are and after the autoencoder."""
-    log = json.loads((ASSETS / "training_log.json").read_text())
+    log = json.loads(files.training_log.read_text())
     return {name: log["verifiers"][name]["accuracy_on_real_test_photographs"] for name in TRAINING_SPLITS}
 
 

@@ -21,10 +21,16 @@ from trl_sipo.demo.verifier import Verifier
 HELD_OUT_SEED_OFFSET = 1000
 
 
-def settings_digest(settings: DemoSettings) -> str:
-    """A short hash of the protocol, whichever arms and seeds are run; results of another one are not mixed with it."""
+def protocol_digest(settings: DemoSettings, files: DemoFiles) -> str:
+    """A short hash of the protocol and the base model, whichever arms and seeds are run.
+
+    Results of another one are not mixed with it.
+    """
     protocol = {name: value for name, value in asdict(settings).items() if name != "parts"}
-    return blake2b(json.dumps(protocol, sort_keys=True).encode(), digest_size=6).hexdigest()
+    digest = blake2b(json.dumps(protocol, sort_keys=True).encode(), digest_size=6)
+    for weights in sorted(files.base.glob("*/**/*.safetensors")):
+        digest.update(weights.read_bytes())
+    return digest.hexdigest()
 
 
 def make_pairs(

@@ -49,6 +49,15 @@ def settings_from(arguments: argparse.Namespace):
     return replace(settings, parts=parts, **{name: value for name, value in given.items() if value is not None})
 
 
+def retrain(folder: Path, threads: int) -> Path:
+    """Train base and verifiers into `folder`, unless they are there; an interrupted training continues."""
+    if not (folder / "training_log.json").is_file():
+        from trl_sipo.demo.pretrain import main as pretrain
+
+        pretrain(["--output", str(folder), "--threads", str(threads), "--resume"])
+    return folder
+
+
 def run(command: str, argv: list[str]) -> None:
     """Run the demo and say where its results are."""
     arguments = make_parser().parse_args(argv)
@@ -57,13 +66,13 @@ def run(command: str, argv: list[str]) -> None:
     if workers < 1:
         raise ConfigurationError(f"--workers must be at least 1, got {workers}.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if arguments.retrain:
-        from trl_sipo.demo.pretrain import main as pretrain
-
-        pretrain([])
+    from trl_sipo.demo.arm import DemoFiles
     from trl_sipo.demo.demo import run_demo
 
-    summary = run_demo(settings, arguments.output, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
+    files = DemoFiles(arguments.output)
+    if arguments.retrain:
+        files = DemoFiles(arguments.output, base=retrain(arguments.output / "base", workers))
+    summary = run_demo(settings, files, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
     print()
     for part, sentences in summary["verdict"].items():
         print(f"{part.replace('_', '-')}:")
