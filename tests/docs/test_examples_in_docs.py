@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples of the documentation run."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from tests.docs.pages import SOURCE, blocks
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.runs import Method, changed, logged, make_trainer, preference_pairs, trained_weights
+from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.errors import ConfigurationError
+
+
+def _run(page: str, number: int, **replacements: str) -> dict[str, Any]:
+    """The names that a page's Python block defines; `replacements` are made in its text and must all occur."""
+    code = blocks(SOURCE / page, "python")[number].code
+    for old, new in replacements.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, Any] = {"__name__": "documentation"}
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def ipo():
+    """The objective of add_an_objective.md, as a method of the trainers' tests."""
+    names = _run("add_an_objective.md", 0)
+    return Method("ipo", names["DiffusionIPOTrainer"], names["DiffusionIPOConfig"])
+
+
+def test_the_example_objective_trains(ipo, tmp_path, capsys):
+    trainer = make_trainer(ipo, tmp_path, margin=0.7)
+    before = trained_weights(trainer)
+    trainer.train()
+    assert "Diffusion-IPO on" in capsys.readouterr().out
+    loss = logged(trainer, "loss")
+    assert loss[0] == pytest.approx(0.7**2)  # a fresh model has a logit of 0
+    assert loss[1] != loss[0] and changed(before, trained_weights(trainer))
+    trainer.create_model_card()
+    assert "2310.12036" in (tmp_path / "README.md").read_text()
+
+
+def test_the_example_objective_by_hand(ipo, tmp_path):
+    trainer = make_trainer(ipo, tmp_path)
+    logit = torch.tensor([0.0, 0.5, 2.0, float("inf")], requires_grad=True)
+    keep = torch.tensor([True, True, True, False])
+    loss = trainer.compute_pair_loss(logit, torch.ones(4), keep)
+    loss.sum().backward()
+    assert loss.tolist() == [0.25, 0.0, 2.25, 0.0]
+    assert logit.grad.tolist() == [-1.0, 0.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("options", [{"margin": 0.0}, {"label_smoothing": 0.1}], ids=str)
+def test_the_example_objective_refuses_what_it_would_ignore(options, ipo, tmp_path):
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        make_trainer(ipo, tmp_path, **options)
+
+
+def test_the_example_hook(tmp_path):
+    from tests.trainer.runs import SIPO
+
+    band = _run("add_an_objective.md", 2)["BandTrainer"]
+    trainer = make_trainer(SIPO, tmp_path, trainer_class=band)
+    weights = torch.tensor([0.5, 0.9, 0.95, 0.9995])
+    assert trainer.mask_timesteps(weights.log() + 1e-6).tolist() == [False, True, True, False]
+
+
+def test_the_example_adapter_is_complete():
+    adapter = _run("add_a_backbone.md", 0)["MyAdapter"]
+    assert issubclass(adapter, BackboneAdapter) and not adapter.__abstractmethods__
+    facts = ("pipeline_class_name", "denoiser_name", "frozen_names", "lora_target_modules", "input_layer_name")
+    assert all(getattr(adapter, fact) for fact in facts)
+
+
+def test_the_importance_curve_of_the_documentation(tmp_path, capsys):
+    tiny_stable_diffusion().save_pretrained(tmp_path / "base")
+    preference_pairs(8).to_parquet(tmp_path / "pairs.parquet")
+    names = _run(
+        "sipo.md",
+        0,
+        **{
+            '"stable-diffusion-v1-5/stable-diffusion-v1-5"': repr(str(tmp_path / "base")),
+            '"your/preferences"': repr(str(tmp_path / "pairs.parquet")),
+            "PairedTransform(512)": "PairedTransform(32)",
+        },
+    )
+    printed = re.findall(r"^(\d+) steps: masked \[(.*)\]$", capsys.readouterr().out, re.M)
+    fine, coarse = (set(timesteps.split(", ")) for _, timesteps in printed)
+    assert [steps for steps, _ in printed] == ["50", "25"] and fine < coarse  # a coarser grid masks more
+    assert len(names["weights"]) == 50 and names["weights"][0] == 0.0
