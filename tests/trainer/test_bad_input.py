@@ -89,6 +89,8 @@ BAD_SETTINGS = {
     "mask_threshold_zero": (SIPO, {"mask_threshold": 0.0}, "mask=False"),
     "mask_contradiction": (SIPO, {"mask": False, "mask_threshold": 0.5}, "contradicts"),
     "objective": (SIPO, {"objective": "dpo"}, "dpo_cm"),
+    "weight_grad_of_a_constant": (SIPO, {"weight_grad": False, "reweight": False}, "reweight"),
+    "weight_grad_of_dpo_cm": (SIPO, {"weight_grad": False, "objective": "dpo_cm"}, "dpo_cm"),
     "beta_convention": (DPO, {"beta_convention": "paper"}, "sipo_paper"),
     "label_smoothing": (DPO, {"label_smoothing": 0.5}, "label_smoothing"),
     "sft_weight": (DPO, {"sft_weight": -1.0}, "sft_weight"),

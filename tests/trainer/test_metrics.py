@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from tests.trainer.runs import DPO, METHODS, SIPO, logged, make_trainer
-from trl_sipo.trainer.callbacks import DRIFT_WINDOW, DivergenceWarningCallback
+from trl_sipo.trainer.callbacks import DRIFT_WINDOW, MASKED_WINDOW, DivergenceWarningCallback
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
 TRL_KEYS = {
@@ -128,7 +128,7 @@ RISING = [{"drift/chosen_error": 0.02 * step} for step in range(1, 2 * DRIFT_WIN
     ("rows", "advice"),
     [
         (RISING, "raise `beta`"),
-        ([{"sipo/masked_fraction": 1.0}] * 3, "mask_threshold"),
+        ([{"sipo/masked_fraction": 1.0}] * MASKED_WINDOW, "mask_threshold"),
         ([{"rewards/saturated_fraction": 0.8}] * 3, "Lower `beta`"),
         ([{"sipo/empty_batches": 2.0}] * 3, "batch size"),
     ],
@@ -148,8 +148,10 @@ def test_warns_once_with_advice(rows, advice, caplog):
         [{"drift/chosen_error": 0.0001 * step} for step in range(12)],
         [{"sipo/masked_fraction": 0.9, "rewards/saturated_fraction": 0.3, "sipo/empty_batches": 0}] * 9,
         [{"eval_drift/chosen_error": 9.0}],
+        # With one pair a step and a log a step, this is chance.
+        [{"sipo/masked_fraction": share} for share in (1.0, 0.0, 1.0, 1.0, 0.0, 1.0)],
     ],
-    ids=["up_and_down", "tiny", "healthy", "evaluation"],
+    ids=["up_and_down", "tiny", "healthy", "evaluation", "masked_now_and_then"],
 )
 def test_does_not_warn_without_reason(rows, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_sipo"):

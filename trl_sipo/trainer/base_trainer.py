@@ -283,8 +283,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return loss.mean(), statistics
 
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair): comparable between "
-        "calls."""
+        """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
         count = self.args.eval_noise_levels
         per_level = []

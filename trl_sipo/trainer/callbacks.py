@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 # Consecutive logs over which the winner's error must rise before a warning, and the rise that is worth one.
 DRIFT_WINDOW = 5
 DRIFT_RISE = 0.05
-# Share of masked pairs, and of saturated logits, above which training has all but stopped.
+# Share of masked pairs, and of saturated logits, above which training has all but stopped; and the consecutive logs
+# that must show the masked share, since a single small batch is masked altogether by chance.
 MASKED_SHARE = 0.99
+MASKED_WINDOW = 3
 SATURATED_SHARE = 0.5
 
 
@@ -54,6 +56,7 @@ class DivergenceWarningCallback(TrainerCallback):
 
     def __init__(self):
         self._drift: deque[float] = deque(maxlen=DRIFT_WINDOW)
+        self._masked_logs = 0
         self._warned: set[str] = set()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -72,10 +75,11 @@ class DivergenceWarningCallback(TrainerCallback):
                 "Lower the learning rate, raise `beta`, stop earlier, or add `sft_weight`; SIPO and DPO-C&M mask such "
                 "pairs.",
             )
-        if logs.get("sipo/masked_fraction", 0.0) >= MASKED_SHARE:
+        self._masked_logs = self._masked_logs + 1 if logs.get("sipo/masked_fraction", 0.0) >= MASKED_SHARE else 0
+        if self._masked_logs >= MASKED_WINDOW:
             self._warn_once(
                 "masked",
-                f"Step {state.global_step}: {logs['sipo/masked_fraction']:.0%} of the pairs are masked, so training "
+                f"Step {state.global_step}: for {MASKED_WINDOW} logs nearly all pairs have been masked, so training "
                 "has all but stopped: a flat curve does not mean that it has converged. The policy has left the data: "
                 "go back to an earlier checkpoint, lower the learning rate or raise `beta`; a lower `mask_threshold` "
                 "lets more pairs in.",

@@ -67,4 +67,9 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
             raise ConfigurationError(
                 f"`mask=False` contradicts `mask_threshold={self.mask_threshold}`: remove one of the two."
             )
+        if not self.weight_grad and (not self.reweight or self.objective == "dpo_cm"):
+            cause = "objective='dpo_cm'" if self.objective == "dpo_cm" else "reweight=False"
+            raise ConfigurationError(
+                f"`weight_grad=False` has no effect with `{cause}`, whose weight carries no gradient: leave it out."
+            )
         super().__post_init__()

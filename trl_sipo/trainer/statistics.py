@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is logged about a batch of pairs. The names are TRL's where TRL has one; ours are under `sipo/` and "
-"`drift/`."""
+"""What is logged about a batch of pairs. Names are TRL's where TRL has one; ours are under `sipo/` and `drift/`."""
 
 import math
 from dataclasses import dataclass
