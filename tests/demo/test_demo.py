@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from trl_sipo.demo.arm import DemoFiles
+from trl_sipo.demo.demo import run_demo as run_in_process
 from trl_sipo.demo.prepare import protocol_digest
 from trl_sipo.demo.settings import FULL, QUICK
+from trl_sipo.errors import ConfigurationError
 from trl_sipo.scripts.demo import retrain
 
 COMMAND = [sys.executable, "-m", "trl_sipo.cli.main", "demo", "--quick", "--workers", "2", "--max-steps", "6"]
@@ -73,7 +75,7 @@ def test_the_report_opens_from_disk_with_all_its_pictures(finished):
         with Image.open(output / "figures" / f"off_policy_{name}.png") as figure:
             figure.load()
             assert min(figure.size) > 200
-    assert "report.html" in process.stdout and "Diffusion-DPO" in process.stdout
+    assert "report.html" in process.stdout and "Diffusion-DPO" in process.stdout and "Ceiling" in process.stdout
 
 
 def test_a_demo_that_is_there_already_is_not_trained_again(finished):
@@ -81,7 +83,8 @@ def test_a_demo_that_is_there_already_is_not_trained_again(finished):
     results = sorted(output.glob("runs/*/result.json"))
     times = [result.stat().st_mtime_ns for result in results]
     assert len(results) == 2
-    assert run_demo(output).returncode == 0
+    again = run_demo(output)
+    assert again.returncode == 0 and "2 runs were there already" in again.stdout
     assert [result.stat().st_mtime_ns for result in results] == times
 
 
@@ -89,6 +92,13 @@ def test_a_wrong_arm_is_named_before_anything_is_done(tmp_path):
     process = run_demo(tmp_path / "out", "--arms", "dpo", "ppo")
     assert process.returncode == 2
     assert "ppo" in process.stderr and "sipo" in process.stderr and "Traceback" not in process.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigurationError, match="plots"):
+        run_in_process(QUICK, DemoFiles(tmp_path / "out"), workers=1, command="demo")
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ from trl_sipo.demo.settings import FULL, QUICK, DemoSettings, Part
 from trl_sipo.demo.summary import MEASURES, aggregate, verdict
 from trl_sipo.errors import ConfigurationError
 
+CEILING = {"primary": {kind: {"class": 0.94, "colour": 1.0, "both": 0.93} for kind in ("real", "reconstructed")}}
 BASE = {"accuracy": 0.9, "frechet_distance": 10.0, "diversity": 0.8}
 
 
@@ -20,7 +21,12 @@ def run(arm: str, seed: int, accuracies: list[float], **last: float) -> dict:
 
 
 def summary_of(runs: list[dict]) -> dict:
-    return {"parts": {"off_policy": {"methods": aggregate(runs, BASE)}}, "base": BASE, "settings": asdict(FULL)}
+    return {
+        "ceiling": CEILING,
+        "parts": {"off_policy": {"methods": aggregate(runs, BASE)}},
+        "base": BASE,
+        "settings": asdict(FULL),
+    }
 
 
 def test_aggregate_takes_the_last_step_and_the_spread_over_seeds():
@@ -32,36 +38,36 @@ def test_aggregate_takes_the_last_step_and_the_spread_over_seeds():
     assert methods["dpo"]["num_collapsed"] == 1
 
 
-def test_the_verdict_claims_a_win_only_when_every_pair_of_seeds_shows_it():
-    apart = [
-        run("dpo", 0, [0.9, 0.1]),
-        run("dpo", 1, [0.9, 0.2]),
-        run("sipo", 0, [0.9, 0.7]),
-        run("sipo", 1, [0.9, 0.8]),
-    ]
-    text = " ".join(verdict(summary_of(apart))["off_policy"])
-    assert "SIPO ends above Diffusion-DPO in accuracy for every pair of seeds" in text
+def sentences_of(runs: list[dict]) -> str:
+    return " ".join(verdict(summary_of(runs))["off_policy"])
+
+
+def test_the_verdict_claims_a_difference_only_when_every_pair_of_seeds_shows_it():
+    dpo = [run("dpo", 0, [0.9, 0.1], frechet_distance=400.0), run("dpo", 1, [0.9, 0.2], frechet_distance=300.0)]
+    sipo = [run("sipo", 0, [0.9, 0.7], frechet_distance=40.0), run("sipo", 1, [0.9, 0.8], frechet_distance=30.0)]
+    text = sentences_of(dpo + sipo)
+    assert "SIPO at beta 2 against Diffusion-DPO at the same beta, over all of 2 seeds" in text
+    assert "Accuracy higher (75% against 15%)" in text
+    assert "Frechet distance lower (better) (35 against 350)" in text
+    assert "Diversity not clearly different" in text
     assert "every run collapsed" in text and "no run collapsed" in text
 
-    mixed = [
-        run("dpo", 0, [0.9, 0.1]),
-        run("dpo", 1, [0.9, 0.9]),
-        run("sipo", 0, [0.9, 0.7]),
-        run("sipo", 1, [0.9, 0.8]),
-    ]
-    text = " ".join(verdict(summary_of(mixed))["off_policy"])
-    assert "overlap over the seeds" in text and "1 of 2 runs collapsed" in text
+    text = sentences_of([run("dpo", 0, [0.9, 0.1]), run("dpo", 1, [0.9, 0.75]), *sipo])
+    assert "Accuracy not clearly different" in text and "1 of 2 runs collapsed" in text
 
-    worse = [run("dpo", 0, [0.9, 0.9]), run("sipo", 0, [0.9, 0.3], frechet_distance=40.0)]
-    text = " ".join(verdict(summary_of(worse))["off_policy"])
-    assert "SIPO ends below Diffusion-DPO" in text and "higher (worse)" in text
+    text = sentences_of([run("dpo", 0, [0.9, 0.9]), run("sipo", 0, [0.9, 0.3], frechet_distance=40.0)])
+    assert "Accuracy lower" in text and "Frechet distance higher (worse)" in text
+    assert "one seed each, so chance is not excluded" in text
 
 
-def test_the_verdict_says_so_when_a_well_chosen_beta_is_as_good():
-    runs = [run("sipo", 0, [0.9, 0.7]), run("dpo_best", 0, [0.9, 0.95])]
-    assert "not a better optimum" in verdict(summary_of(runs))["off_policy"][-1]
-    runs = [run("sipo", 0, [0.9, 0.97]), run("dpo_best", 0, [0.9, 0.95])]
-    assert "ends above Diffusion-DPO at its best one" in verdict(summary_of(runs))["off_policy"][-1]
+def test_the_verdict_sets_sipo_against_a_well_chosen_beta():
+    text = sentences_of([run("sipo", 0, [0.9, 0.7]), run("dpo_best", 0, [0.9, 0.95])])
+    assert "SIPO at beta 2 against Diffusion-DPO at beta 2000" in text and "Accuracy lower (70% against 95%)" in text
+
+
+def test_the_ceiling_is_said_with_class_and_colour_apart():
+    text = " ".join(verdict(summary_of([run("dpo", 0, [0.9, 0.9])]))["base"])
+    assert "93% of real test photographs (class 94%, colour 100%)" in text
 
 
 @pytest.mark.parametrize(
@@ -85,5 +91,5 @@ def test_settings_that_make_no_sense_are_refused():
 
 def test_the_quick_demo_is_the_full_one_with_fewer_runs():
     assert replace(QUICK, parts=FULL.parts) == FULL
-    assert QUICK.num_runs == 2 < FULL.num_runs
+    assert [len(part.runs) for part in QUICK.parts] == [2]
     assert isinstance(FULL, DemoSettings) and all(isinstance(part, Part) for part in FULL.parts)

@@ -31,6 +31,7 @@ from trl_sipo.demo.report import write_report
 from trl_sipo.demo.settings import DemoSettings
 from trl_sipo.demo.summary import aggregate, records, verdict
 from trl_sipo.demo.verifier import TRAINING_SPLITS, load_verifiers
+from trl_sipo.reporting.figures import check_plotting
 
 # How often the progress bar is redrawn while waiting for the workers, in seconds.
 POLL_SECONDS = 0.3
@@ -51,17 +52,20 @@ def run_demo(settings: DemoSettings, files: DemoFiles, *, workers: int, command:
         The summary, as written.
     """
     started = time.perf_counter()
+    check_plotting()
     hush_libraries()
     files.root.mkdir(parents=True, exist_ok=True)
     base = _prepare(settings, files, workers)
-    _run_all(settings, files, workers)
+    num_kept = _run_all(settings, files, workers)
     results = [json.loads(files.result(part.source, *run).read_text()) for part in settings.parts for run in part.runs]
     parts = {part.source: [run for run in results if run["source"] == part.source] for part in settings.parts}
     summary = {
         "command": command,
         "settings": asdict(settings),
         "environment": _environment(),
+        # Of this call; runs that were there already took theirs before.
         "seconds": round(time.perf_counter() - started, 1),
+        "num_runs_kept": num_kept,
         "ceiling": _ceiling(files),
         "base": base,
         "parts": {
@@ -103,11 +107,12 @@ def _prepare(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str
     return record
 
 
-def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> None:
+def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> int:
+    """Train what is not there yet; returns the number of runs that were."""
     runs = [(part.source, *run) for part in settings.parts for run in part.runs]
     todo = [run for run in runs if not files.result(*run).is_file()]
     if not todo:
-        return
+        return len(runs)
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         steps = manager.Queue()
@@ -129,6 +134,7 @@ def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> None:
         finally:
             bar.close()
             pool.shutdown(wait=False, cancel_futures=True)
+    return len(runs) - len(todo)
 
 
 def _wait(futures: list[Future], steps: Any, bar: tqdm) -> None:

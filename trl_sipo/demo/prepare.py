@@ -2,6 +2,7 @@
 """The demo's data: preference pairs from the base model and from elsewhere, and the measure of the base itself."""
 
 import json
+import os
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any
@@ -88,4 +89,6 @@ def prepare_pairs(
     """Write the training and held-out pairs of one source as Parquet."""
     files.pairs_directory(source).mkdir(parents=True, exist_ok=True)
     for held_out, path in ((False, files.train_pairs(source)), (True, files.held_out_pairs(source))):
-        make_pairs(pipeline, verifier, settings, source, held_out=held_out).to_parquet(path)
+        temporary = path.with_suffix(".part")
+        make_pairs(pipeline, verifier, settings, source, held_out=held_out).to_parquet(temporary)
+        os.replace(temporary, path)

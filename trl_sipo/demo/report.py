@@ -123,11 +123,12 @@ def _page(summary: dict[str, Any], figures: dict[str, dict[str, bytes]]) -> Page
         "sneaker'. Each method trains it on the same preference pairs, with the same noise per seed, through the same "
         "trainers as any other model. This page shows what was measured on this machine, and nothing else."
     )
-    page.paragraph(" ".join(summary["verdict"]["base"]), "verdict")
+    for sentence in summary["verdict"]["base"]:
+        page.paragraph(sentence, "verdict")
     for source, drawn in figures.items():
         _add_part(page, summary, source, drawn)
     page.heading("Protocol")
-    page.paragraph(_how_to_read(summary))
+    page.paragraph(HOW_TO_READ)
     page.paragraph(_protocol(summary["settings"]))
     page.code(json.dumps({"command": summary["command"], **summary["environment"], **summary["settings"]}, indent=1))
     return page
@@ -166,16 +167,12 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     )
 
 
-def _how_to_read(summary: dict[str, Any]) -> str:
-    ceiling = summary["ceiling"]["primary"]["reconstructed"]["both"]
-    return (
-        "Accuracy: share of images in which a verifier, trained on photographs that the model never saw, finds both "
-        "class and colour. On real test photographs seen through the same autoencoder it finds them in "
-        f"{ceiling:.0%} of cases: that is the ceiling of honest images, and a higher value means that images please "
-        "the verifier. The second verifier did not rank the pairs. Frechet distance: to real test photographs, in the "
-        "second verifier's features. Diversity: standard deviation of these features within a class. Brackets: "
-        "smallest and largest value over seeds."
-    )
+HOW_TO_READ = (
+    "Accuracy: share of images in which a verifier, trained on photographs that the model never saw, finds both "
+    "class and colour. The second verifier did not rank the pairs. Frechet distance: to real test photographs, in "
+    "the second verifier's features. Diversity: standard deviation of these features within a class. Brackets: "
+    "smallest and largest value over seeds."
+)
 
 
 def _protocol(settings: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ class Arm:
 
     Attributes:
         label: For tables and figures.
-        method: Key of `trl_sipo.scripts.train.METHODS`.
+        method: Key of `trl_sipo.trainer.methods.METHODS`.
         overrides: Fields of the method's configuration.
         uses_best_beta: Whether it runs at the demo's best beta instead of the small one.
     """
@@ -105,7 +105,7 @@ class DemoSettings:
     poly_alpha: float = 2.0
     num_pairs: int = 384
     num_held_out: int = 48
-    samples_per_prompt: int = 3
+    samples_per_prompt: int = 2
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     data_seed: int = 0
@@ -113,11 +113,6 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.eval_every < 1:
             raise ConfigurationError(f"max_steps={self.max_steps} and eval_every={self.eval_every} must be positive.")
-
-    @property
-    def num_runs(self) -> int:
-        """Over all parts."""
-        return sum(len(part.runs) for part in self.parts)
 
 
 FULL = DemoSettings(

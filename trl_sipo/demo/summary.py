@@ -56,12 +56,17 @@ def records(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def verdict(summary: dict[str, Any]) -> dict[str, list[str]]:
     """What was measured, in sentences that hold for these numbers and no others: of the base, and of each part."""
     base = summary["base"]
-    base_sentence = (
+    ceiling = summary["ceiling"]["primary"]
+    base_sentences = [
         f"The base model draws what the prompt says in {base['accuracy']:.0%} of its images (Frechet distance "
-        f"{base['frechet_distance']:.0f}, diversity {base['diversity']:.2f})."
-    )
+        f"{base['frechet_distance']:.0f}, diversity {base['diversity']:.2f}).",
+        f"Ceiling: the verifier finds class and colour in {ceiling['real']['both']:.0%} of real test photographs "
+        f"(class {ceiling['real']['class']:.0%}, colour {ceiling['real']['colour']:.0%}), and in "
+        f"{ceiling['reconstructed']['both']:.0%} of them after the autoencoder. More than that means images that "
+        "please the verifier.",
+    ]
     parts = {source: part_verdict(part["methods"], summary["settings"]) for source, part in summary["parts"].items()}
-    return {"base": [base_sentence], **parts}
+    return {"base": base_sentences, **parts}
 
 
 def part_verdict(methods: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -76,10 +81,13 @@ def part_verdict(methods: dict[str, Any], settings: dict[str, Any]) -> list[str]
             f"{final['frechet_distance']['mean']:.0f} and a diversity of {final['diversity']['mean']:.2f}"
             + (f"; {final['masked_share']['mean']:.0%} of its last pairs were masked." if _masks(arm) else ".")
         )
+    small, best = f"at beta {settings['beta']:g}", f"at beta {settings['best_beta']:g}"
     if {"dpo", "sipo"} <= set(methods):
-        sentences.append(compare(methods["dpo"], methods["sipo"]))
+        names = (f"SIPO {small}", "Diffusion-DPO at the same beta")
+        sentences.append(compare(methods["sipo"], methods["dpo"], *names))
     if {"sipo", "dpo_best"} <= set(methods):
-        sentences.append(compare_with_best(methods["sipo"], methods["dpo_best"]))
+        names = (f"SIPO {small}", f"Diffusion-DPO {best}")
+        sentences.append(compare(methods["sipo"], methods["dpo_best"], *names))
     return sentences
 
 
@@ -100,33 +108,27 @@ def _fate(method: dict[str, Any]) -> str:
     return "every run collapsed" if collapsed == seeds else f"{collapsed} of {seeds} runs collapsed"
 
 
-def compare(dpo: dict[str, Any], sipo: dict[str, Any]) -> str:
-    """SIPO against Diffusion-DPO at the same beta: only what every seed shows is claimed."""
-    dpo_accuracy, sipo_accuracy = dpo["final"]["accuracy"], sipo["final"]["accuracy"]
-    if sipo_accuracy["min"] > dpo_accuracy["max"]:
-        better = "At this beta SIPO ends above Diffusion-DPO in accuracy for every pair of seeds."
-    elif sipo_accuracy["max"] < dpo_accuracy["min"]:
-        better = "At this beta SIPO ends below Diffusion-DPO in accuracy for every pair of seeds."
-    else:
-        better = "At this beta the accuracies of SIPO and Diffusion-DPO overlap over the seeds."
-    quality = sipo["final"]["frechet_distance"]["mean"] < dpo["final"]["frechet_distance"]["mean"]
-    variety = sipo["final"]["diversity"]["mean"] >= dpo["final"]["diversity"]["mean"]
-    return (
-        f"{better} Its Frechet distance is {'lower (better)' if quality else 'higher (worse)'} and its diversity "
-        f"{'at least as high' if variety else 'lower'}."
-    )
+def order(values: dict[str, Any], others: dict[str, Any]) -> int:
+    """1 if every seed of `values` is above every seed of `others`, -1 if below, 0 if they overlap."""
+    if values["min"] > others["max"]:
+        return 1
+    return -1 if values["max"] < others["min"] else 0
 
 
-def compare_with_best(sipo: dict[str, Any], best: dict[str, Any]) -> str:
-    """SIPO at the small beta against Diffusion-DPO at a well-chosen one."""
-    sipo_final, best_final = sipo["final"], best["final"]
-    numbers = (
-        f"({sipo_final['accuracy']['mean']:.0%} against {best_final['accuracy']['mean']:.0%}, Frechet distance "
-        f"{sipo_final['frechet_distance']['mean']:.0f} against {best_final['frechet_distance']['mean']:.0f})"
-    )
-    if best_final["accuracy"]["mean"] >= sipo_final["accuracy"]["mean"]:
-        return (
-            f"SIPO at the small beta does not end above Diffusion-DPO at its best one {numbers}: what it offers here "
-            "is tolerance of a badly chosen beta, not a better optimum."
-        )
-    return f"SIPO at the small beta ends above Diffusion-DPO at its best one {numbers}."
+def compare(method: dict[str, Any], other: dict[str, Any], name: str, other_name: str) -> str:
+    """`method` against `other` in accuracy, Frechet distance and diversity: only what every seed shows is claimed."""
+    final, others = method["final"], other["final"]
+    words = {
+        "accuracy": {1: "higher", -1: "lower"},
+        "frechet_distance": {1: "higher (worse)", -1: "lower (better)"},
+        "diversity": {1: "higher", -1: "lower"},
+    }
+    clauses = []
+    for measure, direction in words.items():
+        digits = {"accuracy": ".0%", "frechet_distance": ".0f", "diversity": ".2f"}[measure]
+        claim = direction.get(order(final[measure], others[measure]), "not clearly different")
+        numbers = f"{final[measure]['mean']:{digits}} against {others[measure]['mean']:{digits}}"
+        clauses.append(f"{measure.replace('_', ' ').capitalize()} {claim} ({numbers})")
+    num_seeds = min(method["num_seeds"], other["num_seeds"])
+    basis = "one seed each, so chance is not excluded" if num_seeds == 1 else f"over all of {num_seeds} seeds"
+    return f"{name} against {other_name}, {basis}: {'; '.join(clauses)}."

@@ -48,11 +48,18 @@ class Series:
         return [max(column) for column in zip(*self.values, strict=True)]
 
 
-def _figure(**options: Any):
+def check_plotting() -> None:
+    """Raise [`ConfigurationError`] when matplotlib is not installed; call it before long work that ends in figures."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ConfigurationError("Figures need matplotlib: `pip install trl-sipo[plots]`.") from error
+
+
+def _figure(**options: Any):
+    check_plotting()
+    from matplotlib.figure import Figure
+
     return Figure(layout="constrained", **options)
 
 
@@ -81,7 +88,7 @@ def importance_weight_figure(
     timesteps: Sequence[int], curves: Mapping[str, Sequence[float]], threshold: float | None = 0.9
 ):
     """w(t) against the timestep, one curve per model (Fig. 4 of the SIPO paper); the masked region lies below."""
-    figure = _figure(figsize=(6.4, 3.6))
+    figure = _figure(figsize=(8.2, 3.6))
     axes = figure.subplots()
     for index, (label, weights) in enumerate(curves.items()):
         axes.plot(timesteps, weights, label=label, **_style(index))
@@ -90,7 +97,7 @@ def importance_weight_figure(
         axes.text(timesteps[-1], threshold / 2, "masked", ha="right", va="center", color="#555555")
     axes.set_ylim(0, 1.02)
     _clean(axes, "Importance weight w(t) on held-out images", "timestep t (0 is clean)", "mean w(t)")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

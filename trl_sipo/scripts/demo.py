@@ -66,6 +66,8 @@ def run(command: str, argv: list[str]) -> None:
     if workers < 1:
         raise ConfigurationError(f"--workers must be at least 1, got {workers}.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Inherited by the training processes: what transformers says while it is imported would break the progress bar.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from trl_sipo.demo.arm import DemoFiles
     from trl_sipo.demo.demo import run_demo
 
@@ -78,4 +80,5 @@ def run(command: str, argv: list[str]) -> None:
         print(f"{part.replace('_', '-')}:")
         for sentence in sentences:
             print(f"- {sentence}")
-    print(f"\n{summary['seconds']:.0f} s. Open {arguments.output / 'report.html'}; numbers are in summary.json.")
+    kept = f" ({summary['num_runs_kept']} runs were there already)" if summary["num_runs_kept"] else ""
+    print(f"\n{summary['seconds']:.0f} s{kept}. Open {arguments.output / 'report.html'}; numbers are in summary.json.")
