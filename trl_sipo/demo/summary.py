@@ -76,7 +76,7 @@ def part_verdict(methods: dict[str, Any], settings: dict[str, Any]) -> list[str]
         final = method["final"]
         beta = settings["best_beta" if ARMS[arm].uses_best_beta else "beta"]
         sentences.append(
-            f"{ARMS[arm].label} at beta {beta:g} ends at {final['accuracy']['mean']:.0%} "
+            f"{ARMS[arm].label} (beta {beta:g}) ends at {final['accuracy']['mean']:.0%} "
             f"({_range(final['accuracy'])}), {_fate(method)}, with a Frechet distance of "
             f"{final['frechet_distance']['mean']:.0f} and a diversity of {final['diversity']['mean']:.2f}"
             + (f"; {final['masked_share']['mean']:.0%} of its last pairs were masked." if _masks(arm) else ".")
