@@ -115,7 +115,5 @@ class DemoSettings:
             raise ConfigurationError(f"max_steps={self.max_steps} and eval_every={self.eval_every} must be positive.")
 
 
-FULL = DemoSettings(
-    (Part("off_policy", DEFAULT_ARMS, (0, 1, 2)), Part("on_policy", ("dpo", "sipo", "dpo_best"), (0, 1)))
-)
+FULL = DemoSettings((Part("off_policy", DEFAULT_ARMS, (0, 1, 2)), Part("on_policy", ("dpo", "sipo"), (0, 1))))
 QUICK = replace(FULL, parts=(Part("off_policy", ("dpo", "sipo"), (0,)),))
