@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`evaluate()`: the same numbers whenever it is called, whatever the batches, and without a trace in training."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import DPO, SIPO, collate_first, lora, make_trainer, preference_pairs, trained_weights
 from trl_sipo.trainer.encoding import draw_noise, pair_generators
 
@@ -164,9 +167,19 @@ def test_a_stream_can_be_evaluated(held_out, tmp_path):
     assert _numbers(trainer.evaluate()) == first and first["eval_logps/chosen"] < 0
 
 
-def test_evaluation_before_training(held_out, tmp_path):
-    metrics = make_trainer(DPO, tmp_path, trainer_options={"eval_dataset": held_out}).evaluate()
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "full", "given"])
+def test_evaluation_before_training(kind, bf16, held_out, tmp_path):
+    """An untrained policy is its reference, to the bit, whatever the precision; and training may follow."""
+    options = {"eval_dataset": held_out}
+    if kind == "given":
+        options["ref_model"] = tiny_stable_diffusion()
+    trainer = make_trainer(DPO, tmp_path, is_lora=kind == "lora", bf16=bf16, trainer_options=options, max_steps=1)
+    metrics = trainer.evaluate()
     assert metrics["eval_rewards/accuracies"] == 0.5 and metrics["eval_rewards/margins"] == 0.0
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics["eval_drift/chosen_error"] == 0.0
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer.evaluate()["eval_rewards/margins"] != 0.0
 
 
 def test_training_and_evaluation_never_share_noise(tmp_path):

@@ -240,9 +240,16 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         noisy_latents = level.add_noise(latents, noise)
         target = prediction_target(latents, noise, level, self.adapter.prediction_type)
         conditioning = pairs.pair_conditioning
-        with torch.no_grad(), self.reference.active(self.model, self.unwrapped_model) as ref_model:
+        # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
+        # each, since a cast of a weight that is cached without a gradient must not reach the policy.
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),
+            self.reference.active(self.model, self.unwrapped_model) as ref_model,
+        ):
             ref_prediction = self.adapter.forward(ref_model, noisy_latents, level, conditioning)
-        prediction = self.adapter.forward(model, noisy_latents, level, conditioning)
+        with self.accelerator.autocast():
+            prediction = self.adapter.forward(model, noisy_latents, level, conditioning)
         ref_chosen, ref_rejected = prediction_error(ref_prediction, target).chunk(2)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
