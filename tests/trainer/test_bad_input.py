@@ -54,7 +54,38 @@ LANGUAGE_MODEL_FIELDS = {
     "dataset_num_proc": 2,
     "bf16_full_eval": True,
     "fp16_full_eval": True,
+    "use_cache": True,
+    "average_tokens_across_devices": False,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size",
+    "label_names": ["label"],
+    "include_for_metrics": ["inputs"],
+    "do_predict": True,
 }
+
+# What remains of `TrainingArguments`: transformers' Trainer acts on it, whatever the model is.
+USED_BY_TRANSFORMERS = set(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+    activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+    torch_compile_backend torch_compile_mode torch_empty_cache_steps auto_find_batch_size logging_strategy
+    logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
+    eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps batch_eval_metrics save_only_model save_strategy save_steps
+    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+    accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    fsdp fsdp_config deepspeed debug skip_memory_metrics resume_from_checkpoint local_rank
+    """.split()
+)
+# Nothing is removed from our datasets, and who calls `train()` trains: either value promises what is done anyway.
+EITHER_VALUE_IS_TRUE = {"remove_unused_columns", "do_train"}
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODEL_FIELDS)
@@ -65,14 +96,27 @@ def test_language_model_fields_are_refused(name, tmp_path):
 
 
 def test_every_field_of_trl_is_used_or_refused():
-    """A field that TRL adds to its DPOConfig must be placed in one of the two."""
+    """A field that TRL or transformers adds must be placed in one of these."""
     assert LANGUAGE_MODEL_FIELDS.keys() == REJECTED_FIELDS.keys()
     ours = {
-        "learning_rate", "model_init_kwargs", "trust_remote_code", "disable_dropout", "label_smoothing", "beta",
-        "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+        "model_init_kwargs", "trust_remote_code", "disable_dropout", "label_smoothing", "beta", "sync_ref_model",
+        "ref_model_mixup_alpha", "ref_model_sync_steps", "do_eval",
     }  # fmt: skip
-    assert set(DPOConfig.__annotations__) <= ours | REJECTED_FIELDS.keys()
-    assert {f.name for f in dataclasses.fields(DPOConfig)} >= REJECTED_FIELDS.keys()
+    groups = (ours, USED_BY_TRANSFORMERS, EITHER_VALUE_IS_TRUE, set(REJECTED_FIELDS))
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(DPOConfig))
+
+
+@pytest.mark.parametrize("options", [{"train_sampling_strategy": "sequential"}, {"do_train": True}])
+def test_values_that_do_act_are_taken(options, tmp_path):
+    make_config(DPO, tmp_path, **options)
+
+
+@pytest.mark.parametrize("method", [DPO, SIPO, POLY_DPO], ids=lambda method: method.name)
+def test_a_convention_needs_a_beta(method, tmp_path):
+    """It would otherwise be applied to a default that is in another convention."""
+    with pytest.raises(ConfigurationError, match="`beta_convention='sipo_paper'` needs a `beta`"):
+        make_config(method, tmp_path, beta_convention="sipo_paper")
 
 
 BAD_SETTINGS = {
@@ -99,6 +143,11 @@ BAD_SETTINGS = {
     "timestep_range_length": (DPO, {"timestep_range": [0.1]}, "timestep_range"),
     "timestep_range_outside": (DPO, {"timestep_range": [0.0, 1.5]}, "timestep_range"),
     "logit_std": (DPO, {"timestep_sampling": "logit_normal", "logit_std": 0.0}, "logit_std"),
+    "logit_std_infinite": (DPO, {"timestep_sampling": "logit_normal", "logit_std": float("inf")}, "logit_std"),
+    "logit_mean_nan": (DPO, {"timestep_sampling": "logit_normal", "logit_mean": float("nan")}, "logit_mean"),
+    "do_eval_alone": (DPO, {"do_eval": True}, "eval_strategy"),
+    "sync_steps_alone": (DPO, {"ref_model_sync_steps": 5}, "ref_model_sync_steps=5` only acts with `sync_ref_model"),
+    "mixup_alone": (DPO, {"ref_model_mixup_alpha": 0.2}, "ref_model_mixup_alpha=0.2` only acts with `sync_ref_model"),
     "logit_without_sampling": (DPO, {"logit_mean": 1.0}, "logit_normal"),
     "importance_steps": (SIPO, {"importance_steps": 0}, "importance_steps"),
     "eval_noise_levels": (DPO, {"eval_noise_levels": 0}, "eval_noise_levels"),

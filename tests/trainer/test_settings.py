@@ -348,7 +348,7 @@ def test_the_prompt_cache_is_bounded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", [DPO, SIPO, POLY_DPO], ids=lambda method: method.name)
 def test_a_configuration_can_be_changed_and_copied(method, tmp_path):
     """`dataclasses.replace` runs all checks again, on values that TRL has rewritten."""
-    config = make_config(method, tmp_path)
+    config = make_config(method, tmp_path, eval_strategy="steps", eval_steps=5)
     other = dataclasses.replace(config, beta=123.0)
     assert other.beta == 123.0 and other.loss_type == config.loss_type and config.beta != 123.0
     assert method.config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init})
@@ -356,6 +356,14 @@ def test_a_configuration_can_be_changed_and_copied(method, tmp_path):
 
 def test_one_prompt_may_be_given_as_a_string(tmp_path):
     assert make_config(DPO, tmp_path, sample_prompts="a red cat").sample_prompts == ["a red cat"]
+
+
+def test_beta_survives_a_copy(tmp_path):
+    """With its convention, and where it was not given."""
+    config = make_config(SIPO, tmp_path, beta=2.0, beta_convention="sipo_paper")
+    copy = dataclasses.replace(config, seed=3)
+    assert (copy.beta, copy.beta_convention) == (2.0, "sipo_paper")
+    assert dataclasses.replace(make_config(SIPO, tmp_path), seed=3).beta == 1000.0
 
 
 def test_published_defaults(tmp_path):

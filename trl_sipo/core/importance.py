@@ -28,7 +28,7 @@ def check_mask_threshold(mask_threshold: float) -> None:
     if not 0 <= mask_threshold < 1:
         raise ConfigurationError(
             f"mask_threshold={mask_threshold} must lie in [0, 1): it is the importance weight below which a timestep "
-            "is dropped. 0.0 switches the mask off; None means 1 - clip_range."
+            "is dropped. The usual value is 1 - clip_range."
         )
 
 

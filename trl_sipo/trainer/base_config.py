@@ -3,11 +3,13 @@
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
-from trl_sipo.core.beta import BETA_CONVENTIONS
+from trl_sipo.core.beta import BETA_CONVENTIONS, check_beta
+from trl_sipo.core.objectives._preference_nll import check_label_smoothing
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
@@ -17,6 +19,7 @@ _NEUTRAL_VALUES: dict[str, tuple] = {
     "loss_type": ("sigmoid",),
     "pad_to_multiple_of": (None,),
     "include_num_input_tokens_seen": (False,),
+    "train_sampling_strategy": ("sequential",),
 }
 
 # Fields that `DPOConfig` and `TrainingArguments` bring and that mean nothing for a diffusion model, or are not offered
@@ -48,6 +51,15 @@ REJECTED_FIELDS = {
     "bf16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
     "fp16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
     "label_smoothing_factor": "use `label_smoothing`, the probability that a preference label is flipped",
+    "use_cache": "it caches the keys and values of a language model's tokens",
+    "average_tokens_across_devices": "it counts tokens",
+    "train_sampling_strategy": "pairs of images have no length to group by: use 'random' or 'sequential'",
+    "length_column_name": "pairs of images have no length",
+    "label_names": "which image is preferred is read from the columns of the dataset; `compute_metrics` is given the "
+    "chosen and rejected rewards, with labels 0",
+    "include_for_metrics": "`compute_metrics` is given the chosen and rejected rewards, with labels 0; to look at "
+    "more, override `prediction_step`",
+    "do_predict": "call `predict()`",
 }
 
 
@@ -67,9 +79,11 @@ class DiffusionPreferenceConfig(DPOConfig):
         beta: Strength of the pull to the reference, in the Diffusion-DPO convention (Wallace et al. 2024):
             `logit = beta * (chosen_logratio - rejected_logratio)` with
             `logratio = (reference error - policy error) / 2` and the error a mean over latent dimensions. Larger means
-            closer to the reference. 5000 is the published value for Stable Diffusion.
+            closer to the reference. `None` takes the method's default: 5000, the published value for Stable Diffusion,
+            in Diffusion-DPO, 1000 in SIPO and Poly-DPO.
         beta_convention: The convention in which `beta` is given; one of `trl_sipo.core.beta.BETA_CONVENTIONS`.
-            Converted once, and printed at the start of the run.
+            Converted once, and printed at the start of the run. Any but the default needs a `beta`, since the defaults
+            are in the Diffusion-DPO convention.
         label_smoothing: Probability in [0, 0.5) that a preference label is flipped (conservative DPO).
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`.
@@ -97,12 +111,15 @@ class DiffusionPreferenceConfig(DPOConfig):
         sample_seed: Seed of the grids; the same for every grid and for the base model beside it.
     """
 
+    default_beta: ClassVar[float] = 5000.0
+    """The method's `beta` where none is given, in the Diffusion-DPO convention."""
+
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
-    beta: float = field(
-        default=5000.0,
+    beta: float | None = field(
+        default=None,
         metadata={
             "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent "
-            "dimensions). Larger stays closer to the reference."
+            "dimensions). Larger stays closer to the reference. 5000 if not given; 1000 in SIPO and Poly-DPO."
         },
     )
     beta_convention: str = field(
@@ -165,6 +182,7 @@ class DiffusionPreferenceConfig(DPOConfig):
         reject_language_model_fields(self)
         if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
             self.sample_prompts = [self.sample_prompts]
+        self._check_beta()
         self._check_objective()
         self._check_noise()
         self._check_data()
@@ -179,23 +197,33 @@ class DiffusionPreferenceConfig(DPOConfig):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
 
-    def _check_objective(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ConfigurationError(
-                f"`beta` must be positive and finite, got {self.beta}. The Diffusion-DPO value for Stable Diffusion "
-                "is 5000."
-            )
+    def _check_beta(self) -> None:
         if self.beta_convention not in BETA_CONVENTIONS:
             raise ConfigurationError(
                 f"Unknown `beta_convention` {self.beta_convention!r}; known are {sorted(BETA_CONVENTIONS)}."
             )
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ConfigurationError(
-                f"`label_smoothing` is the probability of a flipped label and must lie in [0, 0.5), got "
-                f"{self.label_smoothing}."
-            )
+        if self.beta is None:
+            if self.beta_convention != "diffusion_dpo":
+                raise ConfigurationError(
+                    f"`beta_convention={self.beta_convention!r}` needs a `beta` in that convention: the default, "
+                    f"{self.default_beta:g}, is in the Diffusion-DPO convention. Give `beta`, or remove "
+                    "`beta_convention`."
+                )
+            self.beta = self.default_beta
+        check_beta(self.beta)
+
+    def _check_objective(self) -> None:
+        check_label_smoothing(self.label_smoothing)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ConfigurationError(f"`sft_weight` must be zero or positive, got {self.sft_weight}.")
+        if not self.sync_ref_model:
+            for config_field in fields(self):
+                value, default = getattr(self, config_field.name), _default_of(config_field)
+                if config_field.name in ("ref_model_sync_steps", "ref_model_mixup_alpha") and value != default:
+                    raise ConfigurationError(
+                        f"`{config_field.name}={value}` only acts with `sync_ref_model=True`, which moves the "
+                        f"reference while training. Set it, or remove `{config_field.name}`."
+                    )
 
     def _check_noise(self) -> None:
         if self.timestep_sampling not in TIME_SAMPLERS:
@@ -208,8 +236,10 @@ class DiffusionPreferenceConfig(DPOConfig):
                 "`timestep_range` must be two increasing fractions of the schedule within [0, 1], such as [0.06, "
                 f"1.0]; got {self.timestep_range}."
             )
-        if self.logit_std <= 0:
-            raise ConfigurationError(f"`logit_std` must be positive, got {self.logit_std}.")
+        if not math.isfinite(self.logit_mean):
+            raise ConfigurationError(f"`logit_mean` must be finite, got {self.logit_mean}.")
+        if not (math.isfinite(self.logit_std) and self.logit_std > 0):
+            raise ConfigurationError(f"`logit_std` must be positive and finite, got {self.logit_std}.")
         if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
             raise ConfigurationError(
                 f"`logit_mean={self.logit_mean}` and `logit_std={self.logit_std}` only act with "
@@ -219,6 +249,11 @@ class DiffusionPreferenceConfig(DPOConfig):
             raise ConfigurationError(f"`importance_steps` must be at least 1, got {self.importance_steps}.")
         if self.eval_noise_levels < 1:
             raise ConfigurationError(f"`eval_noise_levels` must be at least 1, got {self.eval_noise_levels}.")
+        if self.do_eval and self.eval_strategy == "no":  # transformers itself sets it beside an `eval_strategy`
+            raise ConfigurationError(
+                "`do_eval=True` evaluates nothing by itself. Set `eval_strategy` to evaluate during training, or call "
+                "`evaluate()`; otherwise remove `do_eval`."
+            )
 
     def _check_data(self) -> None:
         if not 0.0 <= self.caption_dropout < 1.0:

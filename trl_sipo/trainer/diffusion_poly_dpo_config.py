@@ -2,19 +2,10 @@
 """Configuration of Poly-DPO."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.core.objectives._preference_nll import check_alpha
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-
-
-def check_poly_alpha(poly_alpha: float) -> None:
-    """Raise [`ConfigurationError`] for a polynomial coefficient that turns the gradient round."""
-    if not -1.0 <= poly_alpha < float("inf"):
-        raise ConfigurationError(
-            f"`poly_alpha` must be at least -1, got {poly_alpha}: below -1 the gradient changes its sign where the "
-            "model is confident. Use a positive value for noisy labels, a negative one for over-simple data, 0 for "
-            "Diffusion-DPO."
-        )
 
 
 @dataclass
@@ -27,17 +18,12 @@ class DiffusionPolyDPOConfig(DiffusionPreferenceConfig):
             fresh model the gradient is (2 + alpha) / 2 times that of Diffusion-DPO.
     """
 
-    beta: float = field(
-        default=1000.0,
-        metadata={
-            "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent "
-            "dimensions). Larger stays closer to the reference."
-        },
-    )
+    default_beta: ClassVar[float] = 1000.0
+
     poly_alpha: float = field(
         default=8.0, metadata={"help": "Coefficient of the polynomial term, at least -1; positive for noisy labels."}
     )
 
     def __post_init__(self):
-        check_poly_alpha(self.poly_alpha)
+        check_alpha(self.poly_alpha, name="poly_alpha")
         super().__post_init__()

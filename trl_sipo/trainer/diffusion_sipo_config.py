@@ -2,10 +2,12 @@
 """Configuration of SIPO and of its simpler form DPO-C&M."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from trl_sipo.core.importance import check_clip_range, check_mask_threshold
+from trl_sipo.core.objectives._preference_nll import check_alpha
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-from trl_sipo.trainer.diffusion_poly_dpo_config import check_poly_alpha
 
 SIPO_OBJECTIVES = ("sipo", "dpo_cm")
 
@@ -27,13 +29,8 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
         poly_alpha: Coefficient of Poly-DPO's polynomial term, at least -1; 0 turns it off.
     """
 
-    beta: float = field(
-        default=1000.0,
-        metadata={
-            "help": "Pull to the reference, in the Diffusion-DPO convention (with the 1/2, mean over latent "
-            "dimensions). Larger stays closer to the reference."
-        },
-    )
+    default_beta: ClassVar[float] = 1000.0
+
     objective: str = field(
         default="sipo", metadata={"help": "Which form to train.", "choices": list(SIPO_OBJECTIVES)}
     )
@@ -50,19 +47,14 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
     poly_alpha: float = field(default=0.0, metadata={"help": "Coefficient of Poly-DPO's term, at least -1; 0 is off."})
 
     def __post_init__(self):
-        check_poly_alpha(self.poly_alpha)
+        check_alpha(self.poly_alpha, name="poly_alpha")
         if self.objective not in SIPO_OBJECTIVES:
             raise ConfigurationError(f"Unknown `objective` {self.objective!r}; known are {list(SIPO_OBJECTIVES)}.")
-        if not 0.0 < self.clip_range < 1.0:
-            raise ConfigurationError(
-                f"`clip_range` must lie within (0, 1), got {self.clip_range}. The paper uses 0.1; to leave the weight "
-                "at 1 set `reweight=False`."
-            )
-        if self.mask_threshold is not None and not 0.0 < self.mask_threshold < 1.0:
-            raise ConfigurationError(
-                f"`mask_threshold` must lie within (0, 1), got {self.mask_threshold}. To mask nothing set "
-                "`mask=False`."
-            )
+        check_clip_range(self.clip_range)
+        if self.mask_threshold == 0:
+            raise ConfigurationError("`mask_threshold=0` masks nothing. To mask nothing set `mask=False`.")
+        if self.mask_threshold is not None:
+            check_mask_threshold(self.mask_threshold)
         if not self.mask and self.mask_threshold is not None:
             raise ConfigurationError(
                 f"`mask=False` contradicts `mask_threshold={self.mask_threshold}`: remove one of the two."

@@ -9,17 +9,28 @@ from trl_sipo.core.precision import widen
 from trl_sipo.errors import ConfigurationError
 
 
-def check_loss_settings(alpha: float, label_smoothing: float) -> None:
-    """Raise ConfigurationError unless -1 <= alpha < inf and 0 <= label_smoothing < 0.5."""
+def check_alpha(alpha: float, *, name: str = "alpha") -> None:
+    """Raise ConfigurationError, which calls the setting `name`, unless -1 <= alpha < inf."""
     if not -1 <= alpha < float("inf"):
         raise ConfigurationError(
-            f"alpha={alpha} must be finite and at least -1: below -1 the polynomial term turns the gradient against "
-            "the chosen sample. 0 is plain DPO."
+            f"{name}={alpha} must be finite and at least -1: below -1 the polynomial term turns the gradient against "
+            "the chosen sample. Positive values are for noisy labels, negative ones for over-simple data, 0 is plain "
+            "DPO."
         )
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raise ConfigurationError unless 0 <= label_smoothing < 0.5."""
     if not 0 <= label_smoothing < 0.5:
         raise ConfigurationError(
             f"label_smoothing={label_smoothing} must lie in [0, 0.5): it is the share of labels taken to be flipped."
         )
+
+
+def check_loss_settings(alpha: float, label_smoothing: float) -> None:
+    """Raise ConfigurationError unless -1 <= alpha < inf and 0 <= label_smoothing < 0.5."""
+    check_alpha(alpha)
+    check_label_smoothing(label_smoothing)
 
 
 def preference_logit(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: float) -> Tensor:
