@@ -12,3 +12,7 @@ class DatasetError(ValueError):
 
 class BackboneError(ValueError):
     """The model is of a kind that no adapter knows, or its configuration is not supported."""
+
+
+class NumericalError(RuntimeError):
+    """A computation gave NaN or infinity. Unlike the others it comes while training: the model or a pair is at fault."""

@@ -33,7 +33,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status (2 for a mistake of the user's)."""
+    """Run a command; returns the exit status (2 for an error that a line of text explains)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sipo: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
+    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
 
     try:
         import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
-    except (BackboneError, ConfigurationError, DatasetError) as error:
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
         print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -50,10 +50,10 @@ from trl_sipo.trainer.checkpointing import (
 )
 from trl_sipo.trainer.encoding import EncodedPairs, PairEncoder, check_inputs, draw_noise, pair_generators
 from trl_sipo.trainer.model_card import save_model_card
-from trl_sipo.trainer.model_preparation import check_model_arguments, load_policy
-from trl_sipo.trainer.preference_data import as_tensors, check_dataset
+from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
+from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.reference import make_reference
-from trl_sipo.trainer.statistics import PairErrors, pair_statistics
+from trl_sipo.trainer.statistics import PairErrors, not_finite, pair_statistics
 
 # First word of the key of every per-pair generator, so that training and evaluation never share a draw.
 TRAIN_STREAM, EVAL_STREAM = 0, 1
@@ -109,12 +109,14 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         # The data is looked at before the model is loaded: both can take long, and bad data is the likelier mistake.
         train_dataset = check_dataset(train_dataset, args, "train")
-        eval_dataset = self._for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
+        eval_dataset = for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
 
         # Else accelerate would join and cut the batches of a stream itself, which it cannot do with lists of prompts.
         args.accelerator_config.dispatch_batches = False
         # Else the order of the data would hang on the global random state when training starts.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        # Else transformers would log a loss of NaN as the mean of the losses before it.
+        args.logging_nan_inf_filter = False
         set_seed(args.seed)  # LoRA weights are drawn at random
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(
@@ -136,14 +138,14 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             args=args,
             data_collator=data_collator or DataCollatorForDiffusionPreference(),
             train_dataset=as_tensors(train_dataset, self.adapter, args, self.resolution, "train", is_training=True),
-            eval_dataset=self._for_each_split(
+            eval_dataset=for_each_split(
                 eval_dataset, lambda split, name: as_tensors(split, self.adapter, args, self.resolution, name)
             ),
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_engine()
+        check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted)
         self.ref_model = getattr(self.reference, "ref_model", None)
         self._add_callbacks()
@@ -286,7 +288,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         errors = self.pair_errors(model, pairs, level, torch.cat([chosen_noise, rejected_noise]))
         loss, statistics = self.pair_loss(errors, level)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
-        self._record_training(statistics)
+        self._record_training(statistics, inputs["pair_index"], level)
         return loss.mean(), statistics
 
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -303,18 +305,28 @@ class DiffusionPreferenceTrainer(DPOTrainer):
                 self.pair_errors(model, pairs, level, torch.cat([noise, noise])), level
             )
             per_level.append({"loss": loss.detach(), **statistics})
-            for name in ("rewards/accuracies", "rewards/margins"):
-                self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name]})
+            names = ("rewards/accuracies", "rewards/margins")
+            recorded = self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
+            if not all(map(math.isfinite, recorded[f"rewards/margins/time_{time:.2f}"])):
+                self._raise_not_finite("Evaluation", inputs["pair_index"], level, statistics)
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         self._record_evaluation(mean)
         return mean["loss"].mean(), mean
 
     # ---------------------------------------------------------------------------------------------- bookkeeping
 
-    def _record_training(self, statistics: dict[str, torch.Tensor]) -> None:
-        """Append the global batch's means, with one gather and one transfer for all of them."""
+    def _record_training(
+        self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor, level: NoiseLevel
+    ) -> None:
+        """Append the global batch's means, with one gather and one transfer for all of them.
+
+        Raises:
+            NumericalError: An error of policy or reference is not finite; else it would pass for a masked pair.
+        """
         gathered = self.accelerator.gather(torch.stack(list(statistics.values()), dim=1))
         means = dict(zip(statistics, gathered.mean(0).tolist(), strict=True))
+        if not math.isfinite(means["rewards/margins"]):
+            self._raise_not_finite(f"Step {self.state.global_step + 1}", pair_index, level, statistics)
         for name, value in means.items():
             self._metrics["train"][name].append(value)
         self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
@@ -323,11 +335,19 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             self._masked_in_step.clear()
         self._metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
 
-    def _record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
+    def _raise_not_finite(self, where: str, pair_index: torch.Tensor, level: NoiseLevel, statistics: dict) -> None:
+        """Every process comes here, since each saw the same gathered values, and names the pairs of all of them."""
+        margins = statistics["rewards/margins"]
+        parts = [pair_index.to(margins.device), level.timestep.to(margins.device), margins]
+        raise not_finite(where, *(self.accelerator.gather(part) for part in parts))
+
+    def _record_evaluation(self, statistics: dict[str, torch.Tensor]) -> dict[str, list[float]]:
         """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
         gathered = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1))
-        for name, column in zip(statistics, gathered.T.tolist(), strict=True):
+        columns = dict(zip(statistics, gathered.T.tolist(), strict=True))
+        for name, column in columns.items():
             self._metrics["eval"][name].extend(column)
+        return columns
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of one evaluation batch; rewards (batch, 2) and labels 0 when `compute_metrics` wants them."""
@@ -379,14 +399,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             )
         return args
 
-    def _check_engine(self) -> None:
-        deepspeed = self.accelerator.state.deepspeed_plugin
-        if self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
-            raise ConfigurationError(
-                "FSDP and DeepSpeed ZeRO-3 shard the weights, and saving sharded weights in diffusers' format is not "
-                "supported yet. Use plain data parallelism (`accelerate launch --multi_gpu`) or ZeRO-2."
-            )
-
     def _add_callbacks(self) -> None:
         self.add_callback(EpochCallback(self))
         self.add_callback(DivergenceWarningCallback())
@@ -400,14 +412,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         """Nothing is sent anywhere."""
 
     # ------------------------------------------------------------------------------------------------- the data
-
-    @staticmethod
-    def _for_each_split(dataset, function: Callable[[Any, str], Any]):
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {name: function(split, name) for name, split in dataset.items()}
-        return function(dataset, "eval")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the noise, the crops and the flips of this epoch."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the datasets that a user hands to a trainer to datasets of tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -43,6 +44,15 @@ class LatentPairs(torch.utils.data.Dataset):
 
 
 PREPARED = (PreferenceDataset, StreamingPreferenceDataset, LatentPairs)
+
+
+def for_each_split(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
+    """`function(split, name)` of an evaluation dataset, called "eval", or of each of a dict of them; `None` stays."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: function(split, name) for name, split in dataset.items()}
+    return function(dataset, "eval")
 
 
 def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> Any:

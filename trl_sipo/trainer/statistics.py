@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_sipo.errors import NumericalError
+
+# Pairs that an error names.
+_NAMED_PAIRS = 8
+
 # |logit| beyond which the gradient of the log-sigmoid is below one percent of its largest value, on the winning side.
 SATURATED_LOGIT = math.log(99.0)
 
@@ -70,3 +75,24 @@ def pair_statistics(
         "drift/rejected_error": errors.rejected / errors.ref_rejected - 1,
     }
     return {name: value.detach().float() for name, value in statistics.items()}
+
+
+def not_finite(where: str, pair_index: torch.Tensor, timestep: torch.Tensor, margins: torch.Tensor) -> NumericalError:
+    """The error to raise when a margin, and so a prediction error of policy or reference, is NaN or infinite.
+
+    Args:
+        where: The step, or the evaluation, as a sentence begins.
+        pair_index, timestep, margins: Of all pairs of the batch, (batch,).
+    """
+    bad = ~torch.isfinite(margins)
+    named = [
+        f"{pair} (timestep {time:g})"
+        for pair, time in zip(pair_index[bad].tolist()[:_NAMED_PAIRS], timestep[bad].tolist(), strict=False)
+    ]
+    more = f" and {int(bad.sum()) - _NAMED_PAIRS} more" if bad.sum() > _NAMED_PAIRS else ""
+    return NumericalError(
+        f"{where}: the prediction error of policy or reference is not finite for {int(bad.sum())} of {len(bad)} pairs: "
+        f"pair_index {', '.join(named)}{more}. If the run was healthy until here, the policy has diverged: lower "
+        "`learning_rate`, or go back to an earlier checkpoint. With `fp16=True` activations overflow: use `bf16=True`. "
+        "If it is always the same few pairs, look at their images or latents."
+    )
