@@ -3,6 +3,7 @@
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_sipo_trains_in_a_process_of_its_own(material, tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("SIPO on StableDiffusion", "beta = 100 ", "[0.06, 1.0]", "eval_rewards/margins", "Model saved"):
         assert part in done.stdout, part
+    assert "torchvision" not in done.stderr
     assert "2/2" in done.stderr  # the progress bar, and the command line over the file
 
     base, trained = (DiffusionPipeline.from_pretrained(material / "base") for _ in range(2))
@@ -130,6 +132,11 @@ MISTAKES = {
     "lora_without_peft": ({"use_peft": False}, [], "use_peft"),
     "no_checkpoint": ({"resume_from_checkpoint": True}, [], "no checkpoint"),
     "no_last_checkpoint": ({}, ["--resume_from_checkpoint", "latest"], "no checkpoint"),
+    "checkpoint_not_there": ({"resume_from_checkpoint": "./checkpoint-5"}, [], "./checkpoint-5"),
+    "lora_r": ({}, ["--lora_r", "0"], "`lora_r` must be at least 1, got 0"),
+    "lora_alpha": ({"lora_alpha": -1}, [], "`lora_alpha` must be at least 1, got -1"),
+    "lora_dropout": ({"lora_dropout": 1.0}, [], "`lora_dropout`"),
+    "unknown_tracker": ({"report_to": "wandbb"}, [], "Unknown tracker 'wandbb'"),
     "dtype": ({"dtype": "int8"}, [], "int8"),
     "half_precision_full": ({"use_peft": False, "lora_r": 8, "dtype": "bfloat16"}, [], "float32"),
     "resolution": ({"resolution": 33}, [], "multiple"),
@@ -145,6 +152,14 @@ def test_mistakes_of_the_user_exit_with_2(case, material, tmp_path, capsys):
     assert code == 2 and "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("trl-sipo sipo: ")]
     assert message in errors[errors.index(line) :]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio", "mlflow"])
+def test_a_tracker_whose_package_is_missing(tracker, material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{tracker}_available", lambda: False)
+    assert main(["dpo", "--config", _config(material, tmp_path), "--report_to", tracker]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors and f"pip install {tracker}" in errors.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +229,24 @@ def test_continuing_from_the_last_checkpoint(material, tmp_path):
     training.resume_from_checkpoint, training.output_dir = "true", str(tmp_path / "elsewhere")
     with pytest.raises(ConfigurationError):
         checkpoint_to_resume(training)
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 10, "log_hi'], ids=["missing", "cut_off"])
+def test_a_checkpoint_that_was_not_finished_is_passed_over(state, material, tmp_path, capsys):
+    """Killed while saving: transformers writes trainer_state.json last."""
+    argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=1)]
+    assert main(["dpo", *argv, "--max_steps", "1"]) == 0
+    unfinished = tmp_path / "out" / "checkpoint-10"  # after checkpoint-1 as a number, and as a word before checkpoint-2
+    shutil.copytree(tmp_path / "out" / "checkpoint-1", unfinished)
+    (unfinished / "trainer_state.json").unlink()
+    if state is not None:
+        (unfinished / "trainer_state.json").write_text(state)
+    capsys.readouterr()
+    assert main(["dpo", *argv, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert f"Skipped {unfinished}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert main(["dpo", *argv, "--max_steps", "2", "--resume_from_checkpoint", str(unfinished)]) == 2
+    assert "trainer_state.json" in capsys.readouterr().err
 
 
 def test_all_weights_and_a_stream(material, tmp_path, capsys):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-sipo <command>`. Only the chosen command's module is imported, so that `--help` answers at once."""
 
+import logging
+import os
 import sys
 from importlib import import_module
 
-# Command -> (module with `run(argv, prog)`, one line of help).
+# Command -> (module with `run(command, argv)`, one line of help).
 COMMANDS = {
     "dpo": ("trl_sipo.scripts.train", "train with Diffusion-DPO"),
     "sipo": ("trl_sipo.scripts.train", "train with SIPO or DPO-C&M"),
@@ -46,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sipo: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        # On import it warns that image processors do without torchvision, which is of no consequence here.
+        logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
 
     try:

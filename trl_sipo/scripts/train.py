@@ -4,9 +4,12 @@
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
 
+import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
@@ -99,6 +102,7 @@ def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArgume
     if not model_args.model_name_or_path:
         raise ConfigurationError("`model_name_or_path` is required: a hub id or a local path of a diffusers pipeline.")
     _check_lora_arguments(model_args)
+    _check_trackers(training_args.report_to)
     return data_args, training_args, model_args
 
 
@@ -118,6 +122,13 @@ def _check_config_file(path: str | None = None) -> None:
 
 def _check_lora_arguments(model_args: ModelArguments) -> None:
     if model_args.use_peft:
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(model_args, name) < 1:
+                raise ConfigurationError(f"`{name}` must be at least 1, got {getattr(model_args, name)}.")
+        if not 0.0 <= model_args.lora_dropout < 1.0:
+            raise ConfigurationError(
+                f"`lora_dropout` is a probability and must lie in [0, 1), got {model_args.lora_dropout}."
+            )
         return
     for setting in fields(ModelArguments):
         if "lora" in setting.name or setting.name == "use_dora":
@@ -127,6 +138,28 @@ def _check_lora_arguments(model_args: ModelArguments) -> None:
                     f"`{setting.name}={value!r}` without `use_peft`: all weights would be trained. Set `use_peft` to "
                     f"true to train a LoRA, or remove `{setting.name}`."
                 )
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Before data and weights are read: transformers looks for a tracker's package only when training starts."""
+    if not names:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    # transformers does not say of these two whether they are there.
+    installed = {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ConfigurationError(f"Unknown tracker {name!r} in `report_to`; known are {known}, and none.")
+        if name not in installed:
+            raise ConfigurationError(
+                f"`report_to` names {name!r}, whose package is not installed: install it (`pip install {name}`), or "
+                "set `report_to` to none."
+            )
 
 
 def lora_config(model_args: ModelArguments):
@@ -158,21 +191,43 @@ def loading_options(training_args: Any, model_args: ModelArguments) -> dict[str,
     return options
 
 
-def checkpoint_to_resume(training_args: Any) -> str | bool | None:
-    """`resume_from_checkpoint` of the arguments, a path; `true` and `latest` mean the last one in `output_dir`."""
-    wanted = training_args.resume_from_checkpoint
-    if str(wanted).lower() not in ("true", "latest"):
-        return wanted
-    from transformers.trainer_utils import get_last_checkpoint
+def checkpoint_to_resume(training_args: Any) -> str | None:
+    """`resume_from_checkpoint` of the arguments: a path, or `true` or `latest` for the last one in `output_dir`.
 
-    is_folder = os.path.isdir(training_args.output_dir)
-    last = get_last_checkpoint(training_args.output_dir) if is_folder else None
-    if last is None:
-        raise ConfigurationError(
-            f"`resume_from_checkpoint={wanted}`, but {training_args.output_dir!r} holds no checkpoint to continue "
-            "from."
-        )
-    return last
+    A checkpoint whose writing was interrupted is passed over, and named.
+
+    Raises:
+        ConfigurationError: There is no complete checkpoint.
+    """
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() not in ("true", "latest"):
+        if not is_complete_checkpoint(Path(wanted)):
+            raise ConfigurationError(
+                f"`resume_from_checkpoint={wanted}` is no complete checkpoint: it has no readable trainer_state.json, "
+                "which is written last. Give another, or `latest`."
+            )
+        return wanted
+    folders = Path(training_args.output_dir).glob("checkpoint-*")
+    numbered = [(int(match[1]), folder) for folder in folders if (match := re.search(r"-(\d+)$", folder.name))]
+    for _, folder in sorted(numbered, reverse=True):
+        if is_complete_checkpoint(folder):
+            return str(folder)
+        if training_args.process_index == 0:
+            print(f"Skipped {folder}: it has no readable trainer_state.json, so writing it was interrupted.")
+    raise ConfigurationError(
+        f"`resume_from_checkpoint={wanted}`, but {training_args.output_dir!r} holds no checkpoint to continue from."
+    )
+
+
+def is_complete_checkpoint(folder: Path) -> bool:
+    """Whether transformers came to the last file that it writes into a checkpoint, and to its end."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def main(method: str, data_args: DataArguments, training_args: Any, model_args: ModelArguments) -> None:
