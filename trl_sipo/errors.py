@@ -15,4 +15,4 @@ class BackboneError(ValueError):
 
 
 class NumericalError(RuntimeError):
-    """A computation gave NaN or infinity. Unlike the others it comes while training: the model or a pair is at fault."""
+    """A computation gave NaN or infinity. It comes while running: the model or a pair is at fault."""

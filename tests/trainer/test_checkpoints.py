@@ -118,6 +118,41 @@ def test_resuming_is_exact(case, is_lora, saved_at, base, tmp_path):
     assert logged(resumed, "rewards/chosen") == logged(whole, "rewards/chosen")  # against the same reference
 
 
+STREAMS = {
+    "plain": (8, {}),
+    "remainder": (7, {"per_device_train_batch_size": 2}),
+    "accumulation": (9, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "workers": (8, {"dataloader_num_workers": 2, "per_device_train_batch_size": 2}),
+    "shuffled": (8, {"per_device_train_batch_size": 2}),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+@pytest.mark.parametrize("saved_at", [3, 5])
+def test_resuming_a_stream_is_exact(case, saved_at, base, tmp_path):
+    """In the first pass or a later one, in the middle of it or where it ends."""
+    count, options = STREAMS[case]
+    stream = preference_pairs(count, width=64).to_iterable_dataset(num_shards=2 if case == "workers" else 1)
+    if case == "shuffled":
+        stream = stream.shuffle(seed=3, buffer_size=4)
+    options = {"model": base, "pairs": stream, "max_steps": 7, "random_flip": True, "center_crop": False, **options}
+    whole = make_trainer(SIPO, tmp_path / "whole", save_strategy="steps", save_steps=saved_at, **options)
+    whole.train()
+    resumed = make_trainer(SIPO, tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved_at}"))
+    assert resumed.state.global_step == 7 and len(logged(resumed, "loss")) == 7
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert not changed(trained_weights(whole), trained_weights(resumed))
+
+
+def test_a_stream_whose_position_is_not_known_warns(base, tmp_path, caplog):
+    options = {"model": base, "pairs": preference_pairs(8).to_iterable_dataset(), "max_steps": 2}
+    make_trainer(DPO, tmp_path, save_strategy="steps", save_steps=1, **options).train()
+    (tmp_path / "checkpoint-1" / "stream_position.json").unlink()
+    make_trainer(DPO, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [record for record in caplog.records if "where it was in the stream" in record.getMessage()]
+
+
 def test_resuming_finds_the_last_checkpoint(base, tmp_path):
     options = {"model": base, "save_strategy": "steps", "save_steps": 1}
     make_trainer(DPO, tmp_path / "run", max_steps=2, **options).train()

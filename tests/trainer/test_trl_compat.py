@@ -49,6 +49,9 @@ SIGNATURES = {
     transformers.Trainer.get_test_dataloader: ("self", "test_dataset"),
     transformers.Trainer._save: ("self", "output_dir", "state_dict"),
     transformers.Trainer._load_from_checkpoint: ("self", "resume_from_checkpoint", "model"),
+    transformers.Trainer._init_training_state: (
+        "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
+    ),
     transformers.Trainer._load_best_model: ("self",),
     transformers.Trainer._push_from_checkpoint: ("self", "checkpoint_folder"),
 }  # fmt: skip

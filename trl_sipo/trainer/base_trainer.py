@@ -37,6 +37,7 @@ from trl_sipo.core.parameterization import prediction_error, prediction_target
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
+from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOTrainer, SyncRefModelCallback, disable_dropout_in_model, init_trainer
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
@@ -45,6 +46,7 @@ from trl_sipo.trainer.checkpointing import (
     ReferenceCheckpointCallback,
     copy_weights,
     load_reference,
+    load_stream_position,
     load_weights,
     save_weights,
 )
@@ -71,7 +73,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         args: The method's configuration.
         data_collator: Replaces [`~trl_sipo.data.collator.DataCollatorForDiffusionPreference`].
         train_dataset: `datasets.Dataset` or `IterableDataset` with `prompt`, `chosen`, `rejected` (images), or the
-            columns of Pick-a-Pic.
+            columns of Pick-a-Pic. A stream is resumed where it was, which means reading it up to there.
         eval_dataset: Held-out pairs, one dataset or a dict of them.
         processing_class: Replaces the pipeline's `tokenizer`.
         compute_metrics: Called with predictions `(n, 2)`, the chosen and rejected rewards, and labels 0 (the index of
@@ -400,7 +402,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return args
 
     def _add_callbacks(self) -> None:
-        self.add_callback(EpochCallback(self))
+        self._epoch_callback = EpochCallback(self)
+        self.add_callback(self._epoch_callback)
         self.add_callback(DivergenceWarningCallback())
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
@@ -454,6 +457,26 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         load_weights(self.adapter, self.unwrapped_model, resume_from_checkpoint)
         if self.args.sync_ref_model:
             load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether the training data is a stream, of which only a counter knows how far it was read."""
+        return isinstance(self.train_dataset, StreamingPreferenceDataset)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """Epochs and batches to skip. Transformers takes `max_steps` for one epoch of a stream, and skips wrongly."""
+        start = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        is_resumed_stream = resume_from_checkpoint is not None and self.reads_stream
+        position = load_stream_position(resume_from_checkpoint) if is_resumed_stream else None
+        self._epoch_callback.start_at(position)
+        if position is None:
+            return start
+        steps = 0 if self.args.ignore_data_skip else position.steps
+        return position.epoch, steps * self.args.gradient_accumulation_steps
 
     def _load_best_model(self) -> None:
         load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)

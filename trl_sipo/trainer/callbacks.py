@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_sipo.trainer.checkpointing import StreamPosition, save_stream_position
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ class EpochCallback(TrainerCallback):
     """Tells the trainer which epoch begins, on which the noise of a pair and its crop and flip depend.
 
     `state.epoch` alone will not do: of a stream it is a guess, and accelerate passes the epoch on to a dataset only
-    when its sampler does not take it.
+    when its sampler does not take it. For the same reason every checkpoint gets a file that says where a stream is.
 
     Args:
         trainer: A diffusion preference trainer.
@@ -36,15 +39,37 @@ class EpochCallback(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self._epoch: int | None = None
+        self._steps = 0
+        self._start: StreamPosition | None = None
+
+    def start_at(self, position: StreamPosition | None) -> None:
+        """Where the next run begins; `None` leaves it to the state, which knows for a dataset of known length."""
+        self._start = position
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A new or a resumed run: where it is, the state knows."""
+        """A new or a resumed run."""
         self._epoch = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Count."""
-        self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
+        self._steps = 0
+        if self._epoch is not None:
+            self._epoch += 1
+        elif self._start is not None:
+            self._epoch, self._steps = self._start.epoch, self._start.steps
+        else:
+            self._epoch = int(state.epoch or 0)
         self.trainer.set_epoch(self._epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count the optimiser steps of this pass."""
+        self._steps += 1
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the position of a stream into the checkpoint that was just saved."""
+        if args.should_save and self.trainer.reads_stream:
+            checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            save_stream_position(StreamPosition(self._epoch, self._steps), checkpoint)
 
 
 class DivergenceWarningCallback(TrainerCallback):

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds besides the trainer's own state: a LoRA, or a whole pipeline, and a moving reference."""
 
+import json
+import logging
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
+
 REFERENCE_FOLDER = "reference"
+STREAM_POSITION_FILE = "stream_position.json"
 # Files by which a run continues; they are no part of the model.
 _TRAINER_STATE = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin",
-    REFERENCE_FOLDER, "README.md",
+    REFERENCE_FOLDER, STREAM_POSITION_FILE, "README.md",
 )  # fmt: skip
 
 
@@ -60,6 +66,38 @@ def copy_weights(checkpoint: str, output_dir: str) -> None:
     """Copy the model's files out of a checkpoint, so that the folder above it can be pushed as a model."""
     ignored = shutil.ignore_patterns(*_TRAINER_STATE)
     shutil.copytree(checkpoint, output_dir, ignore=ignored, dirs_exist_ok=True)
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a run is in a stream.
+
+    Attributes:
+        epoch: Passes that have ended.
+        steps: Optimiser steps of the pass that has begun.
+    """
+
+    epoch: int
+    steps: int
+
+
+def save_stream_position(position: StreamPosition, checkpoint: Path) -> None:
+    """Write the position into a checkpoint."""
+    if checkpoint.is_dir():
+        (checkpoint / STREAM_POSITION_FILE).write_text(json.dumps(asdict(position)), encoding="utf-8")
+
+
+def load_stream_position(checkpoint: str) -> StreamPosition | None:
+    """The position that a checkpoint holds; warns, and gives `None`, when it has none."""
+    file = Path(checkpoint, STREAM_POSITION_FILE)
+    if file.is_file():
+        return StreamPosition(**json.loads(file.read_text(encoding="utf-8")))
+    logger.warning(
+        "The checkpoint %s does not say where it was in the stream: rows are skipped as in a first pass, so the order "
+        "of the data and the noise differ from those of a run that was never interrupted.",
+        checkpoint,
+    )
+    return None
 
 
 class ReferenceCheckpointCallback(TrainerCallback):

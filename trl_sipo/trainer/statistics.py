@@ -89,10 +89,11 @@ def not_finite(where: str, pair_index: torch.Tensor, timestep: torch.Tensor, mar
         f"{pair} (timestep {time:g})"
         for pair, time in zip(pair_index[bad].tolist()[:_NAMED_PAIRS], timestep[bad].tolist(), strict=False)
     ]
-    more = f" and {int(bad.sum()) - _NAMED_PAIRS} more" if bad.sum() > _NAMED_PAIRS else ""
+    count = int(bad.sum())
+    more = f" and {count - _NAMED_PAIRS} more" if count > _NAMED_PAIRS else ""
     return NumericalError(
-        f"{where}: the prediction error of policy or reference is not finite for {int(bad.sum())} of {len(bad)} pairs: "
+        f"{where}: the prediction error of policy or reference is not finite for {count} of {len(bad)} pairs: "
         f"pair_index {', '.join(named)}{more}. If the run was healthy until here, the policy has diverged: lower "
-        "`learning_rate`, or go back to an earlier checkpoint. With `fp16=True` activations overflow: use `bf16=True`. "
-        "If it is always the same few pairs, look at their images or latents."
+        "`learning_rate`, or go back to an earlier checkpoint. With `fp16=True` activations overflow: use "
+        "`bf16=True`. If it is always the same few pairs, look at their images or latents."
     )
