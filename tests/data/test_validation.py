@@ -103,6 +103,62 @@ def test_the_sample_is_evenly_spaced(num_checked, rows):
     assert [row for row in range(21) if f"row {row}," in message] == rows[:5]
 
 
+def test_every_image_of_a_small_set_is_decoded():
+    dataset = replaced(raw(300), "chosen", {157: encoded(picture(0))[:60]})
+    with pytest.raises(DatasetError, match="row 157, the chosen image: the image does not open"):
+        check_preference_dataset(dataset)
+
+
+def _as_images(dataset: Dataset) -> Dataset:
+    return dataset.cast_column("chosen", Image()).cast_column("rejected", Image())
+
+
+@pytest.mark.parametrize("prepare", [lambda dataset: dataset, _as_images], ids=["bytes", "images"])
+@pytest.mark.parametrize(("value", "message"), [(b"", r"is empty \(0 bytes\)"), (None, r"is missing \(null\)")])
+def test_images_of_all_pairs_are_there(prepare, value, message):
+    dataset = prepare(replaced(raw(12), "rejected", {7: value}))
+    with pytest.raises(DatasetError, match=f"row 7, column 'rejected': the image {message}"):
+        check_preference_dataset(dataset, num_checked_images=1)
+    with pytest.raises(DatasetError, match="row 2, column 'rejected'"):  # its place among the rows that were selected
+        check_preference_dataset(dataset.select([3, 9, 7, 1]), num_checked_images=1)
+    assert check_preference_dataset(dataset.select([9, 3, 11]), num_checked_images=1)["num_pairs"] == 3
+
+
+def test_images_of_rows_that_are_no_pairs_need_not_be_there():
+    assert check_preference_dataset(replaced(pick_a_pic(), "jpg_0", {2: b"", 3: None}), num_checked_images=1)
+
+
+def test_files_of_all_pairs_are_not_empty(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "empty.png").touch()
+    paths = [str(tmp_path / "0.png")] * 9
+    dataset = Dataset.from_dict({"prompt": ["p"] * 9, "chosen": paths, "rejected": paths})
+    dataset = replaced(dataset, "chosen", {5: str(tmp_path / "empty.png")})
+    for rows in (dataset, _as_images(dataset)):
+        with pytest.raises(DatasetError, match=r"row 5, column 'chosen': the file '.*empty.png' is empty"):
+            check_preference_dataset(rows, num_checked_images=1)
+
+
+@pytest.mark.parametrize(("count", "is_shown"), [(4, False), (6, True)])
+def test_a_long_check_shows_its_progress(count, is_shown, monkeypatch, capsys):
+    monkeypatch.setattr("trl_sipo.data.validation._NUM_SILENT", 5)
+    check_preference_dataset(raw(count))
+    assert ("Checking images" in capsys.readouterr().err) is is_shown
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_swapped_pairs_of_named_columns_are_warned_about(as_stream, caplog):
+    """A label of one's own (a class, a score) would turn the preference round without a word."""
+    dataset = raw(4).add_column("label", [0, 1, 0, 1])
+    check_preference_dataset(dataset.to_iterable_dataset() if as_stream else dataset)
+    (record,) = caplog.records
+    assert "In 2 of 4 pairs" in record.getMessage() and "dataset.remove_columns('label')" in record.getMessage()
+    caplog.clear()
+    check_preference_dataset(raw(4).add_column("label", [1, 1, 1, 1]))
+    check_preference_dataset(pick_a_pic())  # where the label says which is which
+    assert not caplog.records
+
+
 def test_num_checked_images():
     assert check_preference_dataset(raw(5), num_checked_images=0)["num_checked"] == 0
     with pytest.raises(DatasetError, match="must not be negative"):
@@ -116,8 +172,8 @@ def test_paths_of_all_rows_must_exist(tmp_path):
     dataset = Dataset.from_dict({"prompt": ["p"] * 50, "chosen": [str(tmp_path / "0.png")] * 50, "rejected": paths})
     with pytest.raises(DatasetError, match="row 31, column 'rejected': there is no file .*gone.png"):
         check_preference_dataset(dataset, num_checked_images=1)
-    with pytest.raises(DatasetError, match="row 31, the rejected image: there is no file"):
-        check_preference_dataset(dataset.cast_column("rejected", Image()))
+    with pytest.raises(DatasetError, match="row 31, column 'rejected': there is no file .*gone.png"):
+        check_preference_dataset(dataset.cast_column("rejected", Image()), num_checked_images=1)
 
 
 @pytest.mark.parametrize(
