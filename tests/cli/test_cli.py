@@ -236,7 +236,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(state, material, tmp_
     """Killed while saving: transformers writes trainer_state.json last."""
     argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=1)]
     assert main(["dpo", *argv, "--max_steps", "1"]) == 0
-    unfinished = tmp_path / "out" / "checkpoint-10"  # after checkpoint-1 as a number, and as a word before checkpoint-2
+    unfinished = tmp_path / "out" / "checkpoint-10"  # by number the last, by name not
     shutil.copytree(tmp_path / "out" / "checkpoint-1", unfinished)
     (unfinished / "trainer_state.json").unlink()
     if state is not None:
