@@ -195,3 +195,11 @@ def test_to_moves_coefficients_and_refuses_to_narrow_them():
 def test_a_level_cannot_be_changed():
     with pytest.raises(AttributeError):
         SD15.level(torch.tensor([1])).timestep = torch.tensor([2])
+
+
+def test_vp_previous_level_never_asks_the_device():
+    """On the meta device nothing can be read back: the level before is looked up where the level is."""
+    level = SD15.level(torch.tensor([5, 999])).to("meta")
+    previous = SD15.previous_level(level)
+    assert {previous.alpha_t.device.type, previous.timestep.device.type} == {"meta"}
+    assert previous.alpha_t.shape == (2,) and previous.alpha_t.dtype == torch.float32

@@ -126,6 +126,12 @@ class VPSchedule:
             )
         self.alphas_cumprod = table
         self.dtype = dtype
+        # The clean end, then the table. 1 - alphas_cumprod cancels near the clean end, hence float64 until here. Each
+        # device gets a copy when it first needs one, so that a lookup in the training step does not wait for it.
+        with_clean_end = torch.cat([torch.ones(1, dtype=torch.float64), table])
+        self._coefficients: dict[torch.device, tuple[Tensor, ...]] = {
+            torch.device("cpu"): (with_clean_end.sqrt().to(dtype), (1 - with_clean_end).sqrt().to(dtype))
+        }
 
     @property
     def num_train_timesteps(self) -> int:
@@ -143,7 +149,7 @@ class VPSchedule:
         # A negative index would silently read the noisy end of the table.
         if on_cpu.numel() and (int(on_cpu.min()) < 0 or int(on_cpu.max()) > last):
             raise ConfigurationError(f"timesteps {on_cpu.tolist()} must lie in 0..{last}, the range of the schedule.")
-        return self._level_from_table(on_cpu, timesteps)
+        return self._level_from_table(timesteps)
 
     def level_at(self, time: Tensor) -> NoiseLevel:
         """The level of timestep `floor(time * T)` for `time` `(batch,)` in [0, 1); 1 itself gives the last step."""
@@ -160,17 +166,17 @@ class VPSchedule:
         """
         _check_num_steps(num_steps, self.num_train_timesteps)
         stride = self.num_train_timesteps // num_steps
-        previous = self._level_from_table((level.timestep.cpu() - stride).clamp(min=-1), level.timestep)
+        previous = self._level_from_table((level.timestep - stride).clamp(min=-1))
         return previous.to(dtype=level.alpha_t.dtype)
 
-    def _level_from_table(self, timesteps: Tensor, like: Tensor) -> NoiseLevel:
-        """Levels of CPU `timesteps`, where -1 is the clean end, on the device of `like`."""
-        alphas_cumprod = torch.where(timesteps < 0, 1.0, self.alphas_cumprod[timesteps.clamp(min=0)])
-        # 1 - alphas_cumprod cancels near the clean end, hence float64 until here.
-        alpha_t, sigma_t = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        return NoiseLevel(
-            alpha_t.to(self.dtype).to(like.device), sigma_t.to(self.dtype).to(like.device), timesteps.to(like.device)
-        )
+    def _level_from_table(self, timesteps: Tensor) -> NoiseLevel:
+        """Levels of `timesteps` `(batch,)`, where -1 is the clean end, looked up on their device."""
+        if timesteps.device not in self._coefficients:
+            self._coefficients[timesteps.device] = tuple(
+                table.to(timesteps.device) for table in self._coefficients[torch.device("cpu")]
+            )
+        alpha_t, sigma_t = (table[timesteps + 1] for table in self._coefficients[timesteps.device])
+        return NoiseLevel(alpha_t, sigma_t, timesteps)
 
 
 class FlowSchedule:
