@@ -172,3 +172,17 @@ def test_a_run_whose_pairs_are_all_masked_warns_and_moves_nothing(tmp_path, capl
     assert logged(trainer, "sipo/empty_batches") == [1, 2, 3] and logged(trainer, "loss") == [0.0] * 3
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("trl_sipo")]
     assert len(messages) == 2 and any("masked" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "batch_size", "warns"), [("stratified", 1, 1), ("stratified", 2, 0), ("uniform", 1, 0)]
+)
+def test_stratified_sampling_of_single_pairs_is_warned_of(sampling, batch_size, warns, tmp_path, caplog):
+    make_trainer(DPO, tmp_path, timestep_sampling=sampling, per_device_train_batch_size=batch_size)
+    assert sum("plain uniform" in record.getMessage() for record in caplog.records) == warns
+
+
+def test_the_clip_fraction_counts_with_the_methods_range(tmp_path):
+    """Without clipping, with the paper's range."""
+    ranges = {method.name: make_trainer(method, tmp_path).clip_range for method in METHODS}
+    assert ranges == {"dpo": 0.1, "sipo": 0.1, "dpo_cm": 0.2, "poly_dpo": 0.1}

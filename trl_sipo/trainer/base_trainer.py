@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
@@ -46,12 +46,18 @@ from trl_sipo.trainer.checkpointing import (
     ReferenceCheckpointCallback,
     copy_weights,
     load_reference,
-    load_stream_position,
     load_weights,
     save_weights,
 )
-from trl_sipo.trainer.encoding import EncodedPairs, PairEncoder, check_inputs, draw_noise, pair_generators
-from trl_sipo.trainer.model_card import save_model_card
+from trl_sipo.trainer.encoding import (
+    EncodedPairs,
+    PairEncoder,
+    check_inputs,
+    draw_noise,
+    pair_generators,
+    time_sampler_options,
+)
+from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.reference import make_reference
@@ -91,6 +97,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     _tag_names = ["trl", "trl-sipo", "diffusers", "text-to-image"]
     config_class: type[DiffusionPreferenceConfig]
+    # What `sipo/clip_fraction` counts with where nothing is clipped: the range of the SIPO paper.
+    clip_range: float = 0.1
 
     def __init__(
         self,
@@ -164,9 +172,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         adapter.validate_size(self.resolution, self.resolution)
         latent_shape = adapter.latent_shape(self.resolution, self.resolution)
         self.beta = to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=math.prod(latent_shape))
-        self._time_sampler_options = (
-            {"mean": args.logit_mean, "std": args.logit_std} if args.timestep_sampling == "logit_normal" else {}
-        )
+        self._time_sampler_options = time_sampler_options(args)
         self._encoder = PairEncoder(
             adapter, sample_posterior=args.sample_posterior, caption_dropout=args.caption_dropout
         )
@@ -178,7 +184,10 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     # ------------------------------------------------------------------------------------------------ the hooks
 
     def sample_noise_levels(self, generators: list[torch.Generator]) -> NoiseLevel:
-        """Draw one noise level per pair, each from the pair's own generator ("stratified" uses the first for all).
+        """Draw one noise level per pair, each from the pair's own generator.
+
+        "stratified" is the one sampler that depends on the batch: it spreads the levels of a micro-batch evenly, from
+        the generator of its first pair, so that batch size, accumulation and processes change the levels.
 
         Args:
             generators: One CPU generator per pair.
@@ -186,14 +195,13 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         Returns:
             Levels of shape (batch,) on the training device.
         """
-        sampler = TIME_SAMPLERS[self.args.timestep_sampling]
+        sampler, options = TIME_SAMPLERS[self.args.timestep_sampling], self._time_sampler_options
         if self.args.timestep_sampling == "stratified":
             time = sampler(len(generators), generator=generators[0])
         else:
-            draws = [sampler(1, generator=generator, **self._time_sampler_options) for generator in generators]
-            time = torch.cat(draws)
+            time = torch.cat([sampler(1, generator=generator, **options) for generator in generators])
         low, high = self.args.timestep_range
-        # The schedule's table is on the CPU: moving the level, not the time, spares a wait for the device.
+        # The time is drawn on the CPU and the level made there: a level on the device costs a copy, but no way back.
         return self._noise_schedule.level_at(low + (high - low) * time).to(self.accelerator.device)
 
     def compute_importance_weights(
@@ -266,10 +274,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         loss = self.compute_pair_loss(logit, weight, keep)
         if self.args.sft_weight:
             loss = loss + self.args.sft_weight * errors.chosen
-        clip_range = getattr(self.args, "clip_range", 0.1)
-        return loss, pair_statistics(
-            errors, logit, log_weight, weight, keep, beta=self.beta, clip_range=clip_range
-        )
+        options = {"beta": self.beta, "clip_range": self.clip_range}
+        return loss, pair_statistics(errors, logit, log_weight, weight, keep, **options)
 
     def _compute_loss(self, model, inputs, return_outputs=False):
         check_inputs(inputs)
@@ -303,9 +309,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
             level = self._noise_schedule.level_at(torch.full((len(generators),), time)).to(self.accelerator.device)
             noise = draw_noise(pairs.chosen_latents, generators)
-            loss, statistics = self.pair_loss(
-                self.pair_errors(model, pairs, level, torch.cat([noise, noise])), level
-            )
+            errors = self.pair_errors(model, pairs, level, torch.cat([noise, noise]))
+            loss, statistics = self.pair_loss(errors, level)
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")
             recorded = self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
@@ -470,9 +475,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         start = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        is_resumed_stream = resume_from_checkpoint is not None and self.reads_stream
-        position = load_stream_position(resume_from_checkpoint) if is_resumed_stream else None
-        self._epoch_callback.start_at(position)
+        position = self._epoch_callback.start_from(resume_from_checkpoint)
         if position is None:
             return start
         steps = 0 if self.args.ignore_data_skip else position.steps
@@ -491,21 +494,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the model card into the output directory (main process only)."""
-        if not self.is_world_process_zero():
-            return
-        base_model = self.adapter.pipeline.config.get("_name_or_path")
-        grids = sorted(Path(self.args.output_dir, "samples").glob("step-*.png"))
-        save_model_card(
-            self.args.output_dir,
-            model_name=model_name or Path(self.args.output_dir).name,
-            base_model=None if not base_model or os.path.isdir(base_model) else base_model,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            method=self.method_name,
-            paper=self._paper,
-            beta_description=describe_beta(self.beta),
-            pipeline_class=type(self.adapter.pipeline).__name__,
-            is_lora=isinstance(self.unwrapped_model, PeftModel),
-            prompt=(self.args.sample_prompts or [None])[0],
-            sample_grid=f"samples/{grids[-1].name}" if grids else None,
-        )
+        if self.is_world_process_zero():
+            tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+            save_run_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, paper=self._paper)

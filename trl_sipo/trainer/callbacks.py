@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_sipo.trainer.checkpointing import StreamPosition, save_stream_position
+from trl_sipo.trainer.checkpointing import StreamPosition, load_stream_position, save_stream_position
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,14 @@ class EpochCallback(TrainerCallback):
         self._steps = 0
         self._start: StreamPosition | None = None
 
-    def start_at(self, position: StreamPosition | None) -> None:
-        """Where the next run begins; `None` leaves it to the state, which knows for a dataset of known length."""
-        self._start = position
+    def start_from(self, checkpoint: str | None) -> StreamPosition | None:
+        """Prepare for a run that resumes from `checkpoint`, or a new one; returns where in a stream it begins.
+
+        `None` leaves it to the state, which knows where a dataset of known length is.
+        """
+        is_resumed_stream = checkpoint is not None and self.trainer.reads_stream
+        self._start = load_stream_position(checkpoint) if is_resumed_stream else None
+        return self._start
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A new or a resumed run."""

@@ -46,12 +46,17 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
         """"SIPO" or "DPO-C&M"."""
         return "SIPO" if self.args.objective == "sipo" else "DPO-C&M"
 
+    @property
+    def clip_range(self) -> float:
+        """Of the configuration."""
+        return self.args.clip_range
+
     def clip_importance_weights(self, pair_log_weight: torch.Tensor) -> torch.Tensor:
         """SIPO: clip(1 / w); DPO-C&M: clip(w); 1 without `reweight`. Clipped in the log domain; (batch,)."""
         if not self.args.reweight:
             return torch.ones_like(pair_log_weight)
         _, sign = _OBJECTIVES[self.args.objective]
-        weight = clip_log_weight(sign * pair_log_weight, self.args.clip_range).exp()
+        weight = clip_log_weight(sign * pair_log_weight, self.clip_range).exp()
         return weight if self.args.weight_grad else weight.detach()
 
     def mask_timesteps(self, pair_log_weight: torch.Tensor) -> torch.Tensor:
@@ -59,7 +64,7 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
         if not self.args.mask:
             return super().mask_timesteps(pair_log_weight)
         threshold = self.args.mask_threshold
-        return timestep_mask(pair_log_weight, 1 - self.args.clip_range if threshold is None else threshold)
+        return timestep_mask(pair_log_weight, 1 - self.clip_range if threshold is None else threshold)
 
     def compute_pair_loss(self, logit: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """The masked and weighted objective; a pair that is not kept has zero loss and zero gradient; (batch,)."""

@@ -3,9 +3,11 @@
 
 All randomness of a pair (noise level, noise, caption dropout, VAE sample) comes from a generator of its own, keyed by
 (seed, epoch, pair index). The draw of a pair therefore does not depend on its neighbours in the batch, on the batch
-size, or on the number of processes.
+size, or on the number of processes. One setting is the exception: `timestep_sampling="stratified"` spreads the levels
+of a micro-batch, so they depend on which pairs it holds.
 """
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -14,6 +16,9 @@ import torch
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.seeding import mix_seed
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 # Embeddings kept per process. A Stable Diffusion 1.5 prompt takes 0.24 MB in float32, so this is about 250 MB.
 PROMPT_CACHE_SIZE = 1024
@@ -42,6 +47,18 @@ class EncodedPairs:
     def pair_conditioning(self) -> dict[str, torch.Tensor]:
         """The conditioning repeated for [chosen; rejected]."""
         return {name: torch.cat([value, value]) for name, value in self.conditioning.items()}
+
+
+def time_sampler_options(args: DiffusionPreferenceConfig) -> dict[str, float]:
+    """Options of the sampler of noise levels; warns of one that has no effect."""
+    if args.timestep_sampling == "stratified" and args.per_device_train_batch_size == 1:
+        logger.warning(
+            "`timestep_sampling='stratified'` spreads the noise levels of a batch on one device, which has one "
+            "pair (`per_device_train_batch_size=1`): the levels are plain uniform ones. Raise the batch size, in "
+            "place of `gradient_accumulation_steps` if need be, or set `timestep_sampling='uniform'`."
+        )
+    is_logit_normal = args.timestep_sampling == "logit_normal"
+    return {"mean": args.logit_mean, "std": args.logit_std} if is_logit_normal else {}
 
 
 def pair_generators(pair_index: torch.Tensor, *key: int) -> list[torch.Generator]:

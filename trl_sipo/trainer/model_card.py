@@ -1,16 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card written beside every checkpoint."""
 
+import os
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 
 from trl_sipo import __version__
+from trl_sipo.core.beta import describe_beta
 from trl_sipo.trainer._trl_compat import get_comet_experiment_url, get_trackio_space_url
 
 _REPORTED_PACKAGES = ("trl", "diffusers", "transformers", "peft", "torch", "datasets")
+
+
+def save_run_card(
+    trainer: Any, *, model_name: str | None, dataset_name: str | None, tags: list[str], paper: dict[str, str]
+) -> None:
+    """The model card of a trainer's run, in its output directory, with its last sample grid.
+
+    Args:
+        trainer: A diffusion preference trainer.
+        model_name: By default the name of the output directory.
+        paper: `title`, `citation`, and optionally `id` (arXiv) of the method.
+    """
+    args, pipeline = trainer.args, trainer.adapter.pipeline
+    base_model = pipeline.config.get("_name_or_path")
+    grids = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
+    save_model_card(
+        args.output_dir,
+        model_name=model_name or Path(args.output_dir).name,
+        base_model=None if not base_model or os.path.isdir(base_model) else base_model,
+        dataset_name=dataset_name,
+        tags=tags,
+        method=trainer.method_name,
+        paper=paper,
+        beta_description=describe_beta(trainer.beta),
+        pipeline_class=type(pipeline).__name__,
+        is_lora=isinstance(trainer.unwrapped_model, PeftModel),
+        prompt=(args.sample_prompts or [None])[0],
+        sample_grid=f"samples/{grids[-1].name}" if grids else None,
+    )
 
 
 def save_model_card(
