@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from peft import PeftModel, get_peft_model
 
 from tests.tiny_models import tiny_stable_diffusion
@@ -18,6 +19,7 @@ from tests.trainer.runs import (
     snapshot,
     trained_weights,
 )
+from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.encoding import pair_generators
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -192,3 +194,29 @@ def test_generators_are_of_the_pair_alone():
         for indices in ([3, 5, 3], [5])
     ]
     assert draws[0][0] == draws[0][2] and draws[0][1] == draws[1][0] != draws[0][0]
+
+
+OTHER_PROCESSES = {
+    "prediction_type": ({"prediction_type": "v_prediction"}, "v_prediction.*epsilon"),
+    "schedule": ({"beta_end": 0.02}, "noise schedule"),
+    "zero_terminal_snr": ({"rescale_betas_zero_snr": True}, "noise schedule"),
+    "length": ({"num_train_timesteps": 500}, "noise schedule"),
+}
+
+
+@pytest.mark.parametrize("by_path", [False, True], ids=["pipeline", "path"])
+@pytest.mark.parametrize("case", OTHER_PROCESSES)
+def test_a_reference_of_another_diffusion_process_is_an_error(case, by_path, tmp_path):
+    options, message = OTHER_PROCESSES[case]
+    other = tiny_stable_diffusion()
+    other.scheduler = DDIMScheduler.from_config(other.scheduler.config, **options)
+    other.save_pretrained(tmp_path / "other")
+    given = tmp_path / "other" if by_path else other
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(DPO, tmp_path / "run", is_lora=False, trainer_options={"ref_model": given})
+
+
+def test_a_reference_with_another_sampler_of_the_same_process_is_fine(tmp_path):
+    other = tiny_stable_diffusion()
+    other.scheduler = DDIMScheduler.from_config(other.scheduler.config)
+    make_trainer(DPO, tmp_path, is_lora=False, trainer_options={"ref_model": other})

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.adapters.wrappers import unwrap_denoiser
+from trl_sipo.core.noise_schedule import FlowSchedule, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
 from trl_sipo.trainer._trl_compat import make_checkpointable, make_config_reportable
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
@@ -275,16 +276,46 @@ def check_engine(accelerator: Accelerator, *, is_fsdp_enabled: bool) -> None:
         )
 
 
-def load_reference_denoiser(ref_model: Any, denoiser: torch.nn.Module) -> torch.nn.Module:
+def _check_same_process(ref_adapter: BackboneAdapter, adapter: BackboneAdapter) -> None:
+    if ref_adapter.prediction_type != adapter.prediction_type:
+        raise ConfigurationError(
+            f"The pipeline of `ref_model` predicts {ref_adapter.prediction_type!r} and the policy "
+            f"{adapter.prediction_type!r}, so their errors cannot be compared. Use a reference of the same prediction "
+            "type, or correct `prediction_type` in the configuration of the wrong scheduler."
+        )
+    if not _is_same_schedule(ref_adapter.noise_schedule, adapter.noise_schedule):
+        raise ConfigurationError(
+            "The pipeline of `ref_model` was trained on another noise schedule than the policy's, so a timestep means "
+            "another noise level to it. Use a reference of the same schedule (`beta_schedule`, `beta_start`, "
+            "`beta_end`, `rescale_betas_zero_snr` of the scheduler's configuration)."
+        )
+
+
+def _is_same_schedule(one: VPSchedule | FlowSchedule, other: VPSchedule | FlowSchedule) -> bool:
+    if isinstance(one, VPSchedule) and isinstance(other, VPSchedule):
+        tables = one.alphas_cumprod, other.alphas_cumprod
+        return tables[0].shape == tables[1].shape and torch.allclose(*tables, rtol=1e-3, atol=1e-6)
+    # The shift of a flow says which levels are drawn, not what a level means.
+    return type(one) is type(other) and one.timestep_scale == other.timestep_scale
+
+
+def load_reference_denoiser(ref_model: Any, denoiser: torch.nn.Module, adapter: BackboneAdapter) -> torch.nn.Module:
     """The frozen denoiser behind a `ref_model` argument: a module, a pipeline, a hub id or a path.
 
+    Args:
+        denoiser: The policy.
+        adapter: Of the policy's pipeline.
+
     Raises:
-        ConfigurationError: It is not of the policy's class.
+        ConfigurationError: It is not of the policy's class, or its pipeline predicts something else or was trained on
+            another noise schedule (of a module alone this is not known).
     """
     if isinstance(ref_model, (str, os.PathLike)):
         ref_model = load_pipeline(ref_model)
     if isinstance(ref_model, DiffusionPipeline):
-        ref_model = adapter_for(ref_model).denoiser
+        ref_adapter = adapter_for(ref_model)
+        _check_same_process(ref_adapter, adapter)
+        ref_model = ref_adapter.denoiser
     base = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
     if type(ref_model) is not type(base):
         raise ConfigurationError(

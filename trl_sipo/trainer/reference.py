@@ -76,12 +76,12 @@ def make_reference(trainer: Any, ref_model: Any, was_adapted: bool) -> Reference
     """The reference of a trainer whose model is placed: the given one, the adapter's base or copy, or a frozen copy.
 
     Args:
-        trainer: The trainer, initialised as far as its `model` and `accelerator`.
+        trainer: The trainer, initialised as far as its `adapter`, `model` and `accelerator`.
         ref_model: The user's `ref_model` argument, or `None`.
         was_adapted: Whether the model came with a trained LoRA, whose frozen copy is then the reference.
     """
     if ref_model is not None:
-        frozen = load_reference_denoiser(ref_model, trainer.model).to(trainer.args.device)
+        frozen = load_reference_denoiser(ref_model, trainer.model, trainer.adapter).to(trainer.args.device)
         return FrozenModelReference(prepare_reference_model(trainer, frozen), "the given `ref_model`")
     if isinstance(trainer.model, PeftModel):
         return AdapterReference(REFERENCE_ADAPTER_NAME if was_adapted else None)
