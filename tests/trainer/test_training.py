@@ -22,6 +22,7 @@ from tests.trainer.runs import (
     snapshot,
 )
 from trl_sipo.core.objectives import diffusion_dpo_loss
+from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.statistics import PairErrors
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -133,3 +134,14 @@ def test_a_configuration_is_made_when_none_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = DPO.trainer_class(tiny_stable_diffusion(), train_dataset=preference_pairs(), peft_config=lora())
     assert isinstance(trainer.args, DPO.config_class) and "Diffusion-DPO" in trainer.args.output_dir
+
+
+@pytest.mark.parametrize(("batch_size", "drops"), [(9, True), (8, True), (9, False)])
+def test_a_batch_that_the_data_does_not_fill(batch_size, drops, tmp_path):
+    """With `dataloader_drop_last` there would be no step at all; that is said before training."""
+    options = {"per_device_train_batch_size": batch_size, "dataloader_drop_last": drops, "max_steps": 1}
+    if drops and batch_size > 8:
+        with pytest.raises(ConfigurationError, match="8 training pairs.*of 9"):
+            make_trainer(DPO, tmp_path, **options)
+    else:
+        assert make_trainer(DPO, tmp_path, **options).train().global_step == 1

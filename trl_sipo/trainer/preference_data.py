@@ -109,7 +109,12 @@ def as_tensors(
     *,
     is_training: bool = False,
 ) -> torch.utils.data.Dataset:
-    """Rows to tensors. Training data takes the configured crop and flip, other data the deterministic ones."""
+    """Rows to tensors. Training data takes the configured crop and flip, other data the deterministic ones.
+
+    Raises:
+        DatasetError: Latents that cannot be the model's.
+        ConfigurationError: Settings that contradict the data, or training data that does not fill a batch.
+    """
     if isinstance(dataset, PREPARED):
         return dataset
     transform = PairedTransform(resolution, center_crop=args.center_crop, random_flip=args.random_flip)
@@ -118,9 +123,22 @@ def as_tensors(
     if isinstance(dataset, datasets.IterableDataset):
         return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
     prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed)
+    if is_training:
+        _check_batch_size(len(prepared), args)
     if prepared.fmt.holds_latents:
         _check_latents(prepared[0]["chosen_latents"], adapter, args, name)
     return precompute_latents(prepared, adapter, args, name) if args.precompute_latents else prepared
+
+
+def _check_batch_size(num_pairs: int, args: DiffusionPreferenceConfig) -> None:
+    """Raise when every batch would be dropped, for a run without a step would end as if all were well."""
+    batch_size = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_pairs < batch_size:
+        raise ConfigurationError(
+            f"`dataloader_drop_last=True` drops incomplete batches, but the {num_pairs} training pairs do not fill one "
+            f"of {batch_size} (`per_device_train_batch_size={args.per_device_train_batch_size}` on {args.world_size} "
+            "process(es)), so there would be no training step. Lower the batch size, or keep incomplete batches."
+        )
 
 
 def _check_latents(
