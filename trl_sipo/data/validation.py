@@ -261,8 +261,8 @@ def _warn(report: Mapping[str, Any], fmt: PreferenceFormat) -> None:
         )
     if report["num_swapped"] and fmt.first.startswith("chosen"):
         logger.warning(
-            "In %d of %d pairs the column %r is below 0.5, so that %r is taken as the rejected one: the column is read "
-            "as the share of votes for %r. If it means something else, drop it: dataset.remove_columns(%r).",
+            "In %d of %d pairs the column %r is below 0.5, so that %r is taken as the rejected one: the column is "
+            "read as the share of votes for %r. If it means something else, drop it: dataset.remove_columns(%r).",
             report["num_swapped"],
             report["num_pairs"],
             fmt.label,

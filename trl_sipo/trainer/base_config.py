@@ -98,9 +98,9 @@ class DiffusionPreferenceConfig(DPOConfig):
         center_crop: Crop at the centre (`True`) or at a random position, the same for both images.
         random_flip: Flip both images of a pair horizontally with probability one half.
         sample_posterior: Draw latents from the VAE's posterior (`True`) or take its mean (`False`).
-        num_checked_images: Number of pairs, evenly spaced, whose images are decoded before training starts; all of a
-            dataset that has no more. Of the other pairs it is only checked that the images are there and not empty: one
-            of them that is broken ends the run when it comes to it.
+        num_checked_images: Number of pairs, evenly spaced, whose images are decoded before training starts; all
+            of a dataset that has no more. Of the other pairs it is only checked that the images are there and not
+            empty: one of them that is broken ends the run when it comes to it.
         precompute_latents: Encode every image once, before training, and keep the latents in memory. Contradicts
             `center_crop=False`, `random_flip=True` and `sample_posterior=True`.
         eval_noise_levels: Number of noise levels, evenly spaced over the schedule, at which `evaluate()` measures each
