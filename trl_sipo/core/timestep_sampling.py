@@ -86,14 +86,3 @@ TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "logit_normal": logit_normal_time,
     "stratified": stratified_time,
 }
-
-
-def time_sampler(name: str) -> Callable[..., Tensor]:
-    """The sampler called `name` in `TIME_SAMPLERS`.
-
-    Raises:
-        ConfigurationError: unknown name; the message lists the known ones.
-    """
-    if name not in TIME_SAMPLERS:
-        raise ConfigurationError(f"Unknown time sampler {name!r}; known are {', '.join(TIME_SAMPLERS)}.")
-    return TIME_SAMPLERS[name]
