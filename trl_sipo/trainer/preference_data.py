@@ -136,8 +136,9 @@ def _check_batch_size(num_pairs: int, args: DiffusionPreferenceConfig) -> None:
     if args.dataloader_drop_last and num_pairs < batch_size:
         raise ConfigurationError(
             f"`dataloader_drop_last=True` drops incomplete batches, but the {num_pairs} training pairs do not fill "
-            f"one of {batch_size} (`per_device_train_batch_size={args.per_device_train_batch_size}` on {args.world_size} "
-            "process(es)), so there would be no training step. Lower the batch size, or keep incomplete batches."
+            f"one of {batch_size} (`per_device_train_batch_size={args.per_device_train_batch_size}` on "
+            f"{args.world_size} process(es)), so there would be no training step. Lower the batch size, or keep "
+            "incomplete batches."
         )
 
 
