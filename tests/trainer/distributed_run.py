@@ -40,6 +40,7 @@ def main(output: str, method_name: str, kind: str, batch_size: int) -> None:
         sample_every_steps=2,
         sample_num_inference_steps=1,
     )
+    trainer.evaluate()  # leaves nothing behind, above all no policy that is trained by each process for itself
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()

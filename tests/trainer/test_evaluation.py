@@ -178,7 +178,9 @@ def test_evaluation_before_training(kind, bf16, held_out, tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_rewards/accuracies"] == 0.5 and metrics["eval_rewards/margins"] == 0.0
     assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics["eval_drift/chosen_error"] == 0.0
+    assert not hasattr(trainer.model, "_is_accelerate_prepared") and "forward" not in vars(trainer.model)
     trainer.train()
+    assert hasattr(trainer.model, "_is_accelerate_prepared")  # the flag by which accelerate would leave it unwrapped
     assert trainer.state.global_step == 1 and trainer.evaluate()["eval_rewards/margins"] != 0.0
 
 

@@ -7,6 +7,7 @@ user's run.
 
 import contextlib
 import json
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "init_trainer",
     "make_checkpointable",
     "make_config_reportable",
+    "policy_left_unprepared",
     "prepare_reference_model",
     "use_adapter",
 ]
@@ -108,3 +110,24 @@ def prepare_reference_model(trainer: DPOTrainer, ref_model: torch.nn.Module) -> 
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(ref_model, trainer.accelerator)
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+@contextlib.contextmanager
+def policy_left_unprepared(trainer: DPOTrainer) -> Iterator[None]:
+    """Take back that an evaluation before training prepares the policy; in training it does nothing.
+
+    transformers' `evaluation_loop` prepares the policy without the wrapper for several processes, and accelerate then
+    takes it for prepared in training too: each process would train a model of its own. Goes when one of the two is
+    fixed.
+    """
+    model, models = trainer.model, trainer.accelerator._models
+    names = ("_is_accelerate_prepared", "forward", "_original_forward")
+    models_before, before = list(models), {name: model.__dict__[name] for name in names if name in model.__dict__}
+    try:
+        yield
+    finally:
+        if "_is_accelerate_prepared" not in before and "_is_accelerate_prepared" in model.__dict__:
+            models[:] = models_before
+            for name in names:
+                model.__dict__.pop(name, None)
+            model.__dict__.update(before)

@@ -39,16 +39,10 @@ from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.trainer._trl_compat import DPOTrainer, SyncRefModelCallback, disable_dropout_in_model, init_trainer
+from trl_sipo.trainer._trl_compat import DPOTrainer, disable_dropout_in_model, init_trainer, policy_left_unprepared
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-from trl_sipo.trainer.callbacks import DivergenceWarningCallback, EpochCallback, SampleGridCallback
-from trl_sipo.trainer.checkpointing import (
-    ReferenceCheckpointCallback,
-    copy_weights,
-    load_reference,
-    load_weights,
-    save_weights,
-)
+from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
+from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
 from trl_sipo.trainer.encoding import (
     EncodedPairs,
     PairEncoder,
@@ -158,7 +152,9 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted)
         self.ref_model = getattr(self.reference, "ref_model", None)
-        self._add_callbacks()
+        self._epoch_callback = EpochCallback(self)
+        for callback in [self._epoch_callback, *watching_callbacks(self)]:
+            self.add_callback(callback)
         self.accelerator.print(self.describe_run())
 
     def _prepare_backbone(self, denoiser: torch.nn.Module) -> None:
@@ -370,7 +366,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         self._metrics["eval"].clear()
         device = self.args.device
         # Evaluation leaves the random state as it found it: training goes on as if nothing had happened.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), policy_left_unprepared(self):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, values in self._metrics["eval"].items():
             output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
@@ -405,16 +401,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
                 f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}."
             )
         return args
-
-    def _add_callbacks(self) -> None:
-        self._epoch_callback = EpochCallback(self)
-        self.add_callback(self._epoch_callback)
-        self.add_callback(DivergenceWarningCallback())
-        if self.args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
-            self.add_callback(ReferenceCheckpointCallback(self))
-        if self.args.sample_every_steps:
-            self.add_callback(SampleGridCallback(self))
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""

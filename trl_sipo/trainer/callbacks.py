@@ -12,7 +12,13 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_sipo.trainer.checkpointing import StreamPosition, load_stream_position, save_stream_position
+from trl_sipo.trainer._trl_compat import SyncRefModelCallback
+from trl_sipo.trainer.checkpointing import (
+    ReferenceCheckpointCallback,
+    StreamPosition,
+    load_stream_position,
+    save_stream_position,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +191,17 @@ class SampleGridCallback(TrainerCallback):
                 output_type="latent",
             ).images
             return to_images(trainer.adapter.decode(latents))
+
+
+def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
+    """The callbacks that a trainer's configuration asks for, besides `EpochCallback`."""
+    callbacks: list[TrainerCallback] = [DivergenceWarningCallback()]
+    if trainer.args.sync_ref_model:
+        callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
+        callbacks.append(ReferenceCheckpointCallback(trainer))
+    if trainer.args.sample_every_steps:
+        callbacks.append(SampleGridCallback(trainer))
+    return callbacks
 
 
 @contextmanager
