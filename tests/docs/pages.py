@@ -11,6 +11,8 @@ PAGES = [
     *sorted(SOURCE.glob("*.md")),
     ROOT / "examples" / "README.md",
     ROOT / "reports" / "sd15_step" / "README.md",
+    ROOT / "reports" / "demo" / "README.md",
+    ROOT / "README.md",
 ]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
