@@ -189,7 +189,8 @@ def test_values_that_are_no_numbers_exit_with_2(material, tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["--config", "--config="])
 def test_a_file_and_overrides(flag, material, tmp_path):
     """The command line wins over the file, the file over the defaults."""
-    path = _config(material, tmp_path, beta=7.0, timestep_range=[0.1, 0.9], sample_prompts=["a cat", "a dog"])
+    prompts = {"sample_prompts": ["a cat", "a dog"], "sample_every_steps": 5}
+    path = _config(material, tmp_path, beta=7.0, timestep_range=[0.1, 0.9], **prompts)
     argv = [flag + path] if flag.endswith("=") else [flag, path]
     data, training, model = parse("sipo", [*argv, "--clip_range", "0.2", "--beta", "9", "--no_mask"])
     assert (training.beta, training.clip_range, training.mask) == (9.0, 0.2, False)

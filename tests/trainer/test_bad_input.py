@@ -158,6 +158,9 @@ BAD_SETTINGS = {
     "precompute_and_crop": (DPO, {"precompute_latents": True, "center_crop": False}, "center_crop"),
     "precompute_and_sample": (DPO, {"precompute_latents": True, "sample_posterior": True}, "sample_posterior"),
     "grids_without_prompts": (DPO, {"sample_every_steps": 5}, "sample_prompts"),
+    "prompts_without_grids": (DPO, {"sample_prompts": ["a cat"]}, "sample_every_steps"),
+    "seed_negative": (DPO, {"seed": -1}, "`seed`"),
+    "seed_too_large": (DPO, {"seed": 2**32}, "`seed`"),
     "sample_every_steps": (DPO, {"sample_every_steps": -1}, "sample_every_steps"),
     "sample_steps": (DPO, {"sample_num_inference_steps": 0}, "sample_num_inference_steps"),
 }

@@ -355,7 +355,7 @@ def test_a_configuration_can_be_changed_and_copied(method, tmp_path):
 
 
 def test_one_prompt_may_be_given_as_a_string(tmp_path):
-    assert make_config(DPO, tmp_path, sample_prompts="a red cat").sample_prompts == ["a red cat"]
+    assert make_config(DPO, tmp_path, sample_prompts="a red cat", sample_every_steps=1).sample_prompts == ["a red cat"]
 
 
 def test_beta_survives_a_copy(tmp_path):

@@ -258,6 +258,8 @@ class DiffusionPreferenceConfig(DPOConfig):
             )
 
     def _check_data(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigurationError(f"`seed` must be a whole number within [0, 2**32), got {self.seed}.")
         if not 0.0 <= self.caption_dropout < 1.0:
             raise ConfigurationError(
                 f"`caption_dropout` is a probability and must lie in [0, 1), got {self.caption_dropout}."
@@ -292,6 +294,11 @@ class DiffusionPreferenceConfig(DPOConfig):
         if self.sample_every_steps and not self.sample_prompts:
             raise ConfigurationError(
                 "`sample_every_steps` is set but `sample_prompts` is empty: give the prompts to draw, or set it to 0."
+            )
+        if self.sample_prompts and not self.sample_every_steps:
+            raise ConfigurationError(
+                "`sample_prompts` are only drawn with `sample_every_steps`, which is 0: set it to the number of steps "
+                "between two grids, or remove the prompts."
             )
 
 
