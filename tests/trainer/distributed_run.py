@@ -53,6 +53,8 @@ def main(output: str, method_name: str, kind: str, batch_size: int) -> None:
             "processes": trainer.accelerator.num_processes,
         }
         torch.save(result, Path(output, "result.pt"))
+    # Without it a thread of gloo may still run when the interpreter ends, which aborts the process.
+    trainer.end()
 
 
 if __name__ == "__main__":
