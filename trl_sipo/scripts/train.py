@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
+from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
 from trl_sipo.trainer.methods import METHODS, method_classes
 
 if TYPE_CHECKING:
@@ -276,6 +276,6 @@ if __name__ == "__main__":
         sys.exit(f"usage: python -m trl_sipo.scripts.train {{{','.join(METHODS)}}} --config file.yaml [--overrides]")
     try:
         run(sys.argv[1], sys.argv[2:])
-    except (BackboneError, ConfigurationError, DatasetError) as error:
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
         print(f"{sys.argv[1]}: {error}", file=sys.stderr)
         sys.exit(2)

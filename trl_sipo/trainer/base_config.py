@@ -86,7 +86,8 @@ class DiffusionPreferenceConfig(DPOConfig):
             are in the Diffusion-DPO convention.
         label_smoothing: Probability in [0, 0.5) that a preference label is flipped (conservative DPO).
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
-        timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`.
+        timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`. With
+            "stratified", and with it alone, the level of a pair depends on its batch.
         timestep_range: Part of the schedule that is trained, as two fractions: 0 is the clean end, 1 pure noise.
             `[0.06, 1.0]` is the static cut of the SIPO paper, Fig. 2 (b).
         logit_mean, logit_std: Parameters of the logit-normal sampler; larger means are noisier.
@@ -102,7 +103,8 @@ class DiffusionPreferenceConfig(DPOConfig):
             of a dataset that has no more. Of the other pairs it is only checked that the images are there and not
             empty: one of them that is broken ends the run when it comes to it.
         precompute_latents: Encode every image once, before training, and keep the latents in memory. Contradicts
-            `center_crop=False`, `random_flip=True` and `sample_posterior=True`.
+            `center_crop=False`, `random_flip=True` and `sample_posterior=True`. Every process encodes and keeps the
+            whole dataset.
         eval_noise_levels: Number of noise levels, evenly spaced over the schedule, at which `evaluate()` measures each
             held-out pair.
         eval_noise_seed: Seed of the noise in `evaluate()`. The same pairs see the same noise in every evaluation.
