@@ -84,9 +84,10 @@ def test_parts_that_make_no_sense_are_refused(changes, named):
         replace(QUICK.parts[0], **changes)
 
 
-def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(ConfigurationError, match="max_steps=0"):
-        replace(QUICK, max_steps=0)
+@pytest.mark.parametrize(("changes", "named"), [({"max_steps": 0}, "max_steps=0"), ({"beta": -1.0}, "beta=-1.0")])
+def test_settings_that_make_no_sense_are_refused(changes, named):
+    with pytest.raises(ConfigurationError, match=named):
+        replace(QUICK, **changes)
 
 
 def test_the_quick_demo_is_the_full_one_with_fewer_runs():

@@ -13,8 +13,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 
+from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.loading import load_preference_dataset
-from trl_sipo.demo.fashion import ASSETS, FashionPrompt, all_prompts
+from trl_sipo.data.preference_dataset import PreferenceDataset
+from trl_sipo.data.transforms import PairedTransform
+from trl_sipo.demo.fashion import ASSETS, IMAGE_SIZE, FashionPrompt, all_prompts
 from trl_sipo.demo.model import load_pipeline_assets
 from trl_sipo.demo.pairs import prompt_ids, sample_images
 from trl_sipo.demo.settings import ARMS, Arm, DemoSettings
@@ -221,7 +224,7 @@ def run_arm(
         report: Called with the number of steps that have been done since the last call.
 
     Returns:
-        `{"source", "arm", "seed", "records", "curves", "log"}`; see `MeasureCallback` for a record.
+        `{"source", "arm", "seed", "records", "weight_curve", "log"}`; see `MeasureCallback` for a record.
     """
     arm = ARMS[arm_name]
     directory = files.run_directory(source, arm_name, seed)
@@ -236,15 +239,13 @@ def run_arm(
     )
     trainer.remove_callback(PrinterCallback)
     callback.pipeline = trainer.adapter.pipeline
-    curves = {"start": weight_curve(trainer)}
     trainer.train()
-    curves["end"] = weight_curve(trainer)
     result = {
         "source": source,
         "arm": arm_name,
         "seed": seed,
         "records": callback.records,
-        "curves": curves,
+        "weight_curve": weight_curve(trainer.adapter, source, settings.importance_steps, files),
         "log": [row for row in trainer.state.log_history if "rewards/chosen" in row],
     }
     save_file({"images": to_bytes(callback.images)}, directory / "images.safetensors")
@@ -264,17 +265,22 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def weight_curve(trainer: Any) -> list[float]:
-    """Mean importance weight w(t) of the current policy on held-out chosen images, at `CURVE_TIMESTEPS`."""
-    pairs = trainer.eval_dataset
+def weight_curve(adapter: BackboneAdapter, source: str, num_steps: int, files: DemoFiles) -> list[float]:
+    """Mean importance weight w(t) of the pipeline's denoiser on held-out chosen images, at `CURVE_TIMESTEPS`.
+
+    Args:
+        num_steps: Steps of the grid on which w is defined.
+    """
+    pairs = PreferenceDataset(
+        load_preference_dataset(str(files.held_out_pairs(source))), transform=PairedTransform(IMAGE_SIZE)
+    )
     count = min(CURVE_PAIRS, len(pairs))
     items = [pairs[i * len(pairs) // count] for i in range(count)]
-    latents = torch.stack([item["chosen_latents"] for item in items])
     return importance_weight_curve(
-        trainer.adapter,
-        trainer.unwrapped_model,
-        latents,
+        adapter,
+        adapter.denoiser,
+        adapter.encode_media(torch.stack([item["chosen_pixels"] for item in items])),
         [item["prompt"] for item in items],
         CURVE_TIMESTEPS,
-        num_steps=trainer.args.importance_steps,
+        num_steps=num_steps,
     )

@@ -8,8 +8,10 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load_file
 
-from trl_sipo.demo.arm import CURVE_TIMESTEPS, DemoFiles
+from trl_sipo.adapters import adapter_for
+from trl_sipo.demo.arm import CURVE_TIMESTEPS, DemoFiles, weight_curve
 from trl_sipo.demo.fashion import CLASSES, COLOURS, all_prompts
+from trl_sipo.demo.model import load_pipeline_assets
 from trl_sipo.demo.settings import ARMS, SOURCES
 from trl_sipo.reporting.figures import (
     Series,
@@ -30,6 +32,8 @@ QUALITY_PANELS = {
     "masked_share": "Masked share of training pairs",
 }
 MASK_THRESHOLD = 0.9
+# The grid that reproduces Fig. 4 of the SIPO paper on Stable Diffusion 1.5.
+PAPER_STEPS = 50
 
 
 Runs = list[dict[str, Any]]
@@ -58,7 +62,9 @@ def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles) -> dict[str,
         "samples": png_bytes(_samples(summary, runs, files)),
         "quality": png_bytes(quality_figure(_quality_panels(runs))),
         "rewards": png_bytes(reward_figure(_reward_panels(runs))),
-        "importance_weight": png_bytes(importance_weight_figure(CURVE_TIMESTEPS, _curves(runs), MASK_THRESHOLD)),
+        "importance_weight": png_bytes(
+            importance_weight_figure(CURVE_TIMESTEPS, _curves(summary, runs, files), MASK_THRESHOLD)
+        ),
     }
 
 
@@ -74,8 +80,12 @@ def _series(label: str, runs: list[dict[str, Any]], name: str) -> Series:
     return Series(label, steps, [[record[name] for record in run["records"]] for run in runs])
 
 
-def _curves(results: Runs) -> dict[str, list[float]]:
-    curves = {"base model": results[0]["curves"]["start"]}
+def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles) -> dict[str, list[float]]:
+    source, num_steps = results[0]["source"], summary["settings"]["importance_steps"]
+    adapter = adapter_for(load_pipeline_assets(files.base_pipeline))
+    curves = {
+        f"base model, {steps} steps": weight_curve(adapter, source, steps, files) for steps in (PAPER_STEPS, num_steps)
+    }
     for arm, runs in _by_arm(results).items():
         columns = zip(*(run["curves"]["end"] for run in runs), strict=True)
         curves[f"{ARMS[arm].label}, end"] = [sum(column) / len(runs) for column in columns]
@@ -160,9 +170,9 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     )
     page.figure(
         figures["importance_weight"],
-        f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler. Below "
-        f"{MASK_THRESHOLD} a pair is masked by SIPO and DPO-C&M. As the policy moves away, its error grows, w falls "
-        "and the masked region widens: the mask is a brake.",
+        f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler; for the base also on "
+        f"the paper's grid of {PAPER_STEPS} (its Fig. 4). Below {MASK_THRESHOLD} a pair is masked by SIPO and DPO-C&M. "
+        "As the policy moves away, its error grows, w falls and the masked region widens: the mask is a brake.",
         "Line chart of the importance weight against the timestep",
     )
 

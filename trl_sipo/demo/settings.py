@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trl_sipo.core.beta import check_beta
 from trl_sipo.errors import ConfigurationError
 
 
@@ -113,6 +114,8 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.eval_every < 1:
             raise ConfigurationError(f"max_steps={self.max_steps} and eval_every={self.eval_every} must be positive.")
+        check_beta(self.beta)
+        check_beta(self.best_beta)
 
 
 FULL = DemoSettings((Part("off_policy", DEFAULT_ARMS, (0, 1, 2)), Part("on_policy", ("dpo", "sipo"), (0, 1))))
