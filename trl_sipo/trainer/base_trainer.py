@@ -61,6 +61,16 @@ from trl_sipo.trainer.statistics import PairErrors, not_finite, pair_statistics
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
+def settle_arguments(args: DiffusionPreferenceConfig) -> None:
+    """Set, in place, what transformers' Trainer would otherwise decide to the harm of preference pairs."""
+    # Else accelerate would join and cut the batches of a stream itself, which it cannot do with lists of prompts.
+    args.accelerator_config.dispatch_batches = False
+    # Else the order of the data would hang on the global random state when training starts.
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
+    # Else transformers would log a loss of NaN as the mean of the losses before it.
+    args.logging_nan_inf_filter = False
+
+
 class DiffusionPreferenceTrainer(DPOTrainer):
     """Base of the diffusion preference trainers: a [`trl.DPOTrainer`] whose policy is a diffusers denoiser.
 
@@ -115,12 +125,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         train_dataset = check_dataset(train_dataset, args, "train")
         eval_dataset = for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
 
-        # Else accelerate would join and cut the batches of a stream itself, which it cannot do with lists of prompts.
-        args.accelerator_config.dispatch_batches = False
-        # Else the order of the data would hang on the global random state when training starts.
-        args.data_seed = args.seed if args.data_seed is None else args.data_seed
-        # Else transformers would log a loss of NaN as the mean of the losses before it.
-        args.logging_nan_inf_filter = False
+        settle_arguments(args)
         set_seed(args.seed)  # LoRA weights are drawn at random
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(

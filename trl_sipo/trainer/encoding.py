@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
-from trl_sipo.data.seeding import mix_seed
+from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 
@@ -63,7 +63,7 @@ def time_sampler_options(args: DiffusionPreferenceConfig) -> dict[str, float]:
 
 def pair_generators(pair_index: torch.Tensor, *key: int) -> list[torch.Generator]:
     """One CPU generator per pair, keyed by `(*key, index)`."""
-    return [torch.Generator().manual_seed(mix_seed(*key, index)) for index in pair_index.tolist()]
+    return [seeded_generator(*key, index) for index in pair_index.tolist()]
 
 
 def draw_noise(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
