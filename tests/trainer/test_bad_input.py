@@ -109,7 +109,8 @@ def test_every_field_of_trl_is_used_or_refused():
 
 @pytest.mark.parametrize("options", [{"train_sampling_strategy": "sequential"}, {"do_train": True}])
 def test_values_that_do_act_are_taken(options, tmp_path):
-    make_config(DPO, tmp_path, **options)
+    config = make_config(DPO, tmp_path, **options)
+    assert {name: getattr(config, name) for name in options} == options
 
 
 @pytest.mark.parametrize("method", [DPO, SIPO, POLY_DPO], ids=lambda method: method.name)

@@ -219,4 +219,5 @@ def test_a_reference_of_another_diffusion_process_is_an_error(case, by_path, tmp
 def test_a_reference_with_another_sampler_of_the_same_process_is_fine(tmp_path):
     other = tiny_stable_diffusion()
     other.scheduler = DDIMScheduler.from_config(other.scheduler.config)
-    make_trainer(DPO, tmp_path, is_lora=False, trainer_options={"ref_model": other})
+    trainer = make_trainer(DPO, tmp_path, is_lora=False, trainer_options={"ref_model": other})
+    assert trainer.ref_model is other.unet

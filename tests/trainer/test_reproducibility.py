@@ -79,9 +79,7 @@ def test_the_last_accumulated_batch_of_an_epoch_is_averaged_over_what_it_has(tmp
 
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 def test_seeds(is_lora, tmp_path):
-    first, again, other = (
-        _train(SIPO, tmp_path, is_lora=is_lora, seed=seed, **RANDOM_PARTS) for seed in (1, 1, 2)
-    )
+    first, again, other = (_train(SIPO, tmp_path, is_lora=is_lora, seed=seed, **RANDOM_PARTS) for seed in (1, 1, 2))
     assert _equal(first, again) and largest_difference(first, other) > 1e-6
 
 
@@ -164,4 +162,7 @@ def test_a_stream_trains(tmp_path):
 
 def test_a_stream_with_workers_trains(tmp_path):
     pairs = preference_pairs(8).to_iterable_dataset(num_shards=4)
-    _train(DPO, tmp_path, pairs=pairs, dataloader_num_workers=2, max_steps=3, per_device_train_batch_size=2)
+    options = {"dataloader_num_workers": 2, "per_device_train_batch_size": 2}
+    three = _train(DPO, tmp_path / "three", pairs=pairs, max_steps=3, **options)
+    one = _train(DPO, tmp_path / "one", pairs=pairs, max_steps=1, **options)
+    assert not _equal(three, one)

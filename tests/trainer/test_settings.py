@@ -283,6 +283,7 @@ def test_the_lora_of_a_script_for_language_models(tmp_path):
     trainer = make_trainer(DPO, tmp_path, trainer_options={"peft_config": lora(task_type="CAUSAL_LM")}, max_steps=1)
     trainer.train()
     trainer.save_model()
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_users_lora_config_is_left_alone(tmp_path):

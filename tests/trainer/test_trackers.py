@@ -150,6 +150,7 @@ def test_a_run_without_trackers_asks_none(tmp_path, monkeypatch):
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, None)  # an import would fail
     make_trainer(SIPO, tmp_path, max_steps=2, **SAMPLING).train()
+    assert list(tmp_path.glob("samples/step-*.png"))
 
 
 def test_progress_bars(tmp_path, capsys):
