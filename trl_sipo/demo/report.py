@@ -58,13 +58,12 @@ def write_report(summary: dict[str, Any], parts: dict[str, Runs], files: DemoFil
 
 
 def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles) -> dict[str, bytes]:
+    curves = importance_weight_figure(CURVE_TIMESTEPS, _curves(summary, runs, files), MASK_THRESHOLD)
     return {
         "samples": png_bytes(_samples(summary, runs, files)),
         "quality": png_bytes(quality_figure(_quality_panels(runs))),
         "rewards": png_bytes(reward_figure(_reward_panels(runs))),
-        "importance_weight": png_bytes(
-            importance_weight_figure(CURVE_TIMESTEPS, _curves(summary, runs, files), MASK_THRESHOLD)
-        ),
+        "importance_weight": png_bytes(curves),
     }
 
 
@@ -87,7 +86,7 @@ def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles) -> dict[st
         f"base model, {steps} steps": weight_curve(adapter, source, steps, files) for steps in (PAPER_STEPS, num_steps)
     }
     for arm, runs in _by_arm(results).items():
-        columns = zip(*(run["curves"]["end"] for run in runs), strict=True)
+        columns = zip(*(run["weight_curve"] for run in runs), strict=True)
         curves[f"{ARMS[arm].label}, end"] = [sum(column) / len(runs) for column in columns]
     return curves
 
@@ -170,9 +169,10 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     )
     page.figure(
         figures["importance_weight"],
-        f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler; for the base also on "
-        f"the paper's grid of {PAPER_STEPS} (its Fig. 4). Below {MASK_THRESHOLD} a pair is masked by SIPO and DPO-C&M. "
-        "As the policy moves away, its error grows, w falls and the masked region widens: the mask is a brake.",
+        f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler; for the base also "
+        f"on the paper's grid of {PAPER_STEPS} (its Fig. 4). Below {MASK_THRESHOLD} a pair is masked by SIPO and "
+        "DPO-C&M. As the policy moves away, its error grows, w falls and the masked region widens: the mask is a "
+        "brake.",
         "Line chart of the importance weight against the timestep",
     )
 
