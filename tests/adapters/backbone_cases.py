@@ -1,19 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row per backbone: everything in `test_contract.py` and `test_lora.py` runs on each."""
+"""One row per backbone: everything in `test_contract.py` and `test_lora.py` runs on each.
+
+The rows live beside one another in `cases/`, one file per family; `FAMILIES` lists them.
+"""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.tiny_models import tiny_stable_diffusion
+from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 
 PROMPTS = ["a red cat", "two dogs on a boat"]
+
+
+def integer_level_of_call(adapter: BackboneAdapter, call: dict) -> NoiseLevel:
+    """The level at which inference called a denoiser of integer timesteps, one per prompt."""
+    return adapter.noise_schedule.level(call["timestep"].flatten()[:1].expand(len(PROMPTS)).long())
+
+
+def flow_level_of_call(adapter: BackboneAdapter, call: dict) -> NoiseLevel:
+    """The level at which inference called a denoiser of scaled sigmas, one per prompt."""
+    sigma = call["timestep"].flatten()[:1].float() / adapter.noise_schedule.timestep_scale
+    return adapter.noise_schedule.level(sigma.expand(len(PROMPTS)))
+
+
+def sampler_level_of_call(adapter: BackboneAdapter, call: dict) -> NoiseLevel:
+    """The level of the flow sampler's present step, where what it gives the denoiser was rounded (UniPC)."""
+    scheduler = adapter.pipeline.scheduler
+    sigma = scheduler.sigmas[scheduler.step_index or 0].float()
+    return adapter.noise_schedule.level(sigma.expand(len(PROMPTS)))
+
+
+def first_latents(adapter: BackboneAdapter, clean: Tensor, noise: Tensor, steps: int) -> Tensor:
+    """x_t at the first timestep of inference, in the adapter's layout: the path starts there, not at pure noise."""
+    scheduler, schedule = adapter.pipeline.scheduler, adapter.noise_schedule
+    if isinstance(schedule, FlowSchedule):
+        return noise
+    scheduler.set_timesteps(steps)
+    first = schedule.level(torch.full((len(clean),), int(scheduler.timesteps[0])))
+    start = first.add_noise(clean, noise)
+    if "Euler" in type(scheduler).__name__:  # its latents are x_t / alpha_t
+        start = start / first.alpha_t[0] / scheduler.init_noise_sigma
+    return start
+
+
+def _load_lora(pipeline: Any, directory: Any) -> None:
+    pipeline.load_lora_weights(directory)
+
+
+def _identity(_adapter: BackboneAdapter, tensor: Any) -> Any:
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -25,48 +69,80 @@ class BackboneCase:
     latents_argument: str
     """Argument of the denoiser's forward that holds the noisy latents."""
     call_options: dict[str, Any] = field(default_factory=dict)
-    """Options of `pipeline.__call__`; guidance off, so that the denoiser sees each prompt once."""
+    """Options of `pipeline.__call__`: the size, and guidance off, so that the denoiser sees each prompt once."""
     media_shape: tuple[int, ...] = (3, 32, 32)
+    """(3, H, W) or (3, F, H, W); what the pipeline draws with `call_options`."""
     linear_targets: tuple[str, ...] = ("to_q", "ff.net.2")
-    """LoRA targets of which diffusers renames some and not others."""
+    """Two LoRA targets that are linear layers; of UNets, diffusers renames one and not the other."""
+    level_of_call: Callable[[BackboneAdapter, dict], NoiseLevel] = integer_level_of_call
+    """The noise level at which inference called the denoiser with these arguments."""
+    canonical: Callable[[BackboneAdapter, Any], Tensor] = _identity
+    """What the denoiser is given for latents, in the adapter's layout."""
+    native: Callable[[BackboneAdapter, Tensor], Tensor] = _identity
+    """The adapter's latents, in the layout of `pipeline(latents=...)` and of its step callback."""
+    denoiser_output: Callable[[BackboneAdapter, Tensor], Any] | None = None
+    """A prediction in the adapter's layout as the denoiser returns it; None: as `native`."""
+    unconditional: Callable[[DiffusionPipeline], dict] | None = None
+    """The denoiser's arguments for inference's unconditional half; None: those of empty prompts."""
+    reconstruct: Callable[[DiffusionPipeline, Tensor], Tensor] | None = None
+    """Pixels in [-1, 1] through the VAE and back, without the adapter; None: encode, mean, decode."""
+    decoded_by_pipeline: Callable[[BackboneAdapter, Tensor], Tensor] | None = None
+    """Pixels in [0, 1] that the pipeline itself makes of latents; None: by a step callback."""
+    load_lora: Callable[[Any, Any], None] = _load_lora
+    """(pipeline, folder): how a user of plain diffusers loads the LoRA."""
+    denoisers: Callable[[BackboneAdapter], Sequence[nn.Module]] = lambda adapter: [adapter.denoiser]
+    """The modules that inference calls."""
+    timestep_atol: float = 0.0
+    """By how much inference rounds the timestep that it gives the denoiser."""
+    grid_atol: float = 1e-5
+    """By how much the sampler's grid of sigmas may differ from the schedule's (flow only)."""
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height, width and number of frames of the media, as the adapter's methods take them."""
+        *frames, height, width = self.media_shape[1:]
+        return {"height": height, "width": width, "num_frames": frames[0] if frames else 1}
 
     def generate(self, pipeline: DiffusionPipeline, steps: int = 2, **options: Any) -> Any:
-        """What the pipeline gives for `PROMPTS` with a fixed seed."""
+        """What the pipeline gives for `PROMPTS` with a fixed seed; pixels (B, 3, [F,] H, W) with output_type="pt"."""
         generator = torch.Generator().manual_seed(0)
         arguments = {"generator": generator, "num_inference_steps": steps, **self.call_options, **options}
-        return pipeline(PROMPTS, **arguments).images
+        output = pipeline(PROMPTS, **arguments)
+        if hasattr(output, "images"):
+            return output.images
+        return output.frames.transpose(1, 2) if arguments.get("output_type") == "pt" else output.frames
 
 
-def _stable_diffusion(prediction_type: str, scheduler: str, **options: Any) -> BackboneCase:
-    return BackboneCase(
-        name="-".join(["sd", prediction_type, scheduler, *options]),
-        build=lambda: tiny_stable_diffusion(prediction_type, scheduler, **options),
-        latents_argument="sample",
-        call_options={"guidance_scale": 1.0},
-    )
+# Modules of `tests.adapters.cases`, each with `CASES`. Of the rows whose names begin alike ("wan21" of "wan21-unipc") the
+# first is the one for tests that do not depend on the scheduler.
+FAMILIES = ("stable_diffusion",)
 
-
-# The first row of a backbone is the one for tests that do not depend on the scheduler.
-CASES = (
-    _stable_diffusion("epsilon", "DDIM"),
-    _stable_diffusion("v_prediction", "DDIM"),
-    _stable_diffusion("epsilon", "PNDM"),
-    _stable_diffusion("v_prediction", "EulerDiscrete"),
-    _stable_diffusion("epsilon", "EulerDiscrete"),
-    _stable_diffusion("v_prediction", "DDIM", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+CASES: tuple[BackboneCase, ...] = tuple(
+    case for family in FAMILIES for case in import_module(f"tests.adapters.cases.{family}").CASES
 )
-BACKBONES = CASES[:1]
+BACKBONES: tuple[BackboneCase, ...] = tuple({case.name.split("-")[0]: case for case in reversed(CASES)}.values())[::-1]
 
 
 @contextmanager
-def spied_forward(module: torch.nn.Module, replacement: Callable[..., Tensor] | None = None) -> Iterator[list[dict]]:
+def spied_forward(
+    modules: nn.Module | Sequence[nn.Module], replacement: Callable[..., Any] | None = None
+) -> Iterator[list[dict]]:
     """Record the arguments of every `module.forward`, by name and without those that are None.
 
     Args:
-        module: a denoiser.
-        replacement: called with the recorded arguments in place of the module; its tensor is the prediction.
+        modules: a denoiser, or several.
+        replacement: called with the recorded arguments in place of the module; what it returns is the prediction.
     """
-    original, calls = module.forward, []
+    calls: list[dict] = []
+    with ExitStack() as stack:
+        for module in [modules] if isinstance(modules, nn.Module) else modules:
+            stack.enter_context(_spied(module, replacement, calls))
+        yield calls
+
+
+@contextmanager
+def _spied(module: nn.Module, replacement: Callable[..., Any] | None, calls: list[dict]) -> Iterator[None]:
+    original = module.forward
     signature = inspect.signature(original)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -76,10 +152,12 @@ def spied_forward(module: torch.nn.Module, replacement: Callable[..., Tensor] | 
 
     module.forward = forward
     try:
-        yield calls
+        yield
     finally:
         del module.forward
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
     return value.clone() if isinstance(value, Tensor) else value

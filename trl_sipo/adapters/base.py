@@ -29,8 +29,8 @@ Conditioning = dict[str, Tensor]
 class BackboneAdapter(ABC):
     """What a trainer needs of one pipeline class.
 
-    Latents are normalised, of shape (B, C, h, w) for images and as the denoiser takes them for video; a layout that
-    only the denoiser knows (packing) exists inside [`forward`] alone.
+    Latents are normalised, of shape (B, C, h, w) for image models and (B, C, f, h, w) for video models; a layout that
+    only the denoiser knows (packing, frames before channels) exists inside [`forward`] and the VAE calls alone.
 
     Args:
         pipeline: a loaded pipeline of the class named by `pipeline_class_name`.
@@ -44,8 +44,11 @@ class BackboneAdapter(ABC):
     denoiser_name: ClassVar[str]
     frozen_names: ClassVar[tuple[str, ...]]
     tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    optional_names: ClassVar[tuple[str, ...]] = ()
+    """Frozen modules and tokenizers that a pipeline of this class may have been saved without."""
     is_video: ClassVar[bool] = False
-    lora_target_modules: ClassVar[tuple[str, ...]]
+    lora_target_modules: ClassVar[tuple[str, ...] | str]
+    """The field's conventional layers: ends of their names, or one regular expression for their whole names."""
     input_layer_name: ClassVar[str]
     """First layer of the denoiser; the dtype of its weight is the one that the denoiser's inputs are cast to."""
     vae_slice_size: ClassVar[int] = 8
@@ -57,11 +60,12 @@ class BackboneAdapter(ABC):
                 f"{type(self).__name__} is for {self.pipeline_class_name}, not for {type(pipeline).__name__}."
             )
         names = (self.denoiser_name, *self.frozen_names, *self.tokenizer_names, "scheduler")
-        missing = [name for name in names if getattr(pipeline, name, None) is None]
+        needed = [name for name in names if name not in self.optional_names]
+        missing = [name for name in needed if getattr(pipeline, name, None) is None]
         if missing:
             raise BackboneError(
                 f"The {self.pipeline_class_name} has no {', '.join(missing)}. Load the whole pipeline: training needs "
-                f"{', '.join(names)}."
+                f"{', '.join(needed)}."
             )
         self.pipeline: Any = pipeline
         self.check_configuration()
@@ -78,7 +82,16 @@ class BackboneAdapter(ABC):
     @property
     @abstractmethod
     def noise_schedule(self) -> VPSchedule | FlowSchedule:
-        """The training noise process, from the scheduler's configuration and never from its state."""
+        """The training noise process at the default size, from the scheduler's configuration, never from its state."""
+
+    def noise_schedule_for(
+        self, height: int, width: int, num_frames: int = 1, num_steps: int = 50
+    ) -> VPSchedule | FlowSchedule:
+        """The training noise process at a size in pixels, whose neighbours are those of a sampler of `num_steps`.
+
+        Differs from [`noise_schedule`] for flow models whose shift depends on the size.
+        """
+        return self.noise_schedule
 
     @property
     @abstractmethod
@@ -86,19 +99,37 @@ class BackboneAdapter(ABC):
         """Height and width in pixels must be multiples of this."""
 
     @property
+    def frame_multiple(self) -> int:
+        """A number of frames must be one more than a multiple of this; 1 for image models, which take one frame."""
+        return 1
+
+    @property
     @abstractmethod
-    def default_resolution(self) -> int:
-        """Side in pixels of the square images that the pipeline draws when no size is given."""
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the pipeline draws when no size is given."""
+
+    @property
+    def default_num_frames(self) -> int:
+        """Frames that the pipeline draws when no number is given; 1 for image models."""
+        return 1
 
     @property
     def denoiser(self) -> nn.Module:
         """The pipeline's denoiser, the module that is trained."""
         return getattr(self.pipeline, self.denoiser_name)
 
+    def install_denoiser(self, denoiser: nn.Module) -> None:
+        """Let the pipeline sample with another denoiser of the same kind (a plain module, without wrappers)."""
+        setattr(self.pipeline, self.denoiser_name, denoiser)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The VAE and the text encoders, without those that the pipeline was saved without."""
+        return [module for name in self.frozen_names if (module := getattr(self.pipeline, name)) is not None]
+
     def freeze(self) -> None:
         """Put everything but the denoiser in eval mode, without gradients. The denoiser is left as it is."""
-        for name in self.frozen_names:
-            getattr(self.pipeline, name).requires_grad_(False).eval()
+        for module in self.frozen_modules():
+            module.requires_grad_(False).eval()
 
     # Prompts
 
@@ -122,8 +153,12 @@ class BackboneAdapter(ABC):
     # Media
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the latents of one sample, without the batch dimension, for a size in pixels."""
+    def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
+        """Shape of the latents of one sample, without the batch dimension, for a size in pixels.
+
+        Raises:
+            ConfigurationError: as [`validate_size`].
+        """
 
     @abstractmethod
     def normalize_latents(self, latents: Tensor) -> Tensor:
@@ -133,8 +168,13 @@ class BackboneAdapter(ABC):
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of [`normalize_latents`], the way the pipeline undoes it."""
 
-    def validate_size(self, height: int, width: int) -> None:
-        """Raise [`ConfigurationError`], with the nearest valid sizes, unless this size in pixels is one."""
+    def validate_size(self, height: int, width: int, num_frames: int = 1) -> None:
+        """Raise [`ConfigurationError`], with the nearest valid values, unless the model takes this size and length.
+
+        Args:
+            height, width: in pixels.
+            num_frames: 1 for images.
+        """
         multiple = self.spatial_multiple
         for name, size in (("height", height), ("width", width)):
             if size < multiple or size % multiple:
@@ -144,20 +184,34 @@ class BackboneAdapter(ABC):
                     f"{name} {size} is not a positive multiple of {multiple}, which {self.pipeline_class_name} needs. "
                     f"Nearest valid: {' or '.join(map(str, nearest))}."
                 )
+        if not self.is_video and num_frames != 1:
+            raise ConfigurationError(
+                f"num_frames {num_frames}, but {self.pipeline_class_name} draws images: leave num_frames at 1."
+            )
+        if num_frames < 1 or (num_frames - 1) % self.frame_multiple:
+            below = max(num_frames - 1, 0) // self.frame_multiple * self.frame_multiple + 1
+            nearest = [below, below + self.frame_multiple] if num_frames > 1 else [1]
+            raise ConfigurationError(
+                f"num_frames {num_frames} is not one more than a multiple of {self.frame_multiple}, which "
+                f"{self.pipeline_class_name} needs. Nearest valid: {' or '.join(map(str, nearest))}."
+            )
 
     def encode_media(self, pixels: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Encode media by the VAE, in the VAE's own dtype, without gradients.
 
         Args:
-            pixels: (B, 3, H, W), or (B, 3, F, H, W) for video, in [-1, 1].
+            pixels: (B, 3, H, W), or (B, 3, F, H, W) for video, in [-1, 1]. A video model takes images for single
+                frames.
             noise: standard normal, of the latents' shape: sample the posterior, mean + std * noise. None: its mean.
 
         Returns:
             Normalised latents, float32, on the VAE's device.
         """
+        if self.is_video and pixels.ndim == 4:
+            pixels = pixels.unsqueeze(2)
         with self._frozen_inference("vae") as vae:
             posteriors = [
-                vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(self.vae_slice_size)
+                self._vae_encode(vae, part.to(vae.device, vae.dtype)) for part in pixels.split(self.vae_slice_size)
             ]
             latents = torch.cat([posterior.mean for posterior in posteriors]).float()
             if noise is not None:
@@ -166,10 +220,22 @@ class BackboneAdapter(ABC):
             return self.normalize_latents(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents as the pipeline does, without gradients: float32 pixels in [-1, 1]."""
+        """Decode normalised latents as the pipeline does, without gradients.
+
+        Returns:
+            Pixels (B, 3, H, W), or (B, 3, F, H, W) for video, float32 in [-1, 1].
+        """
         with self._frozen_inference("vae") as vae:
             parts = self.denormalize_latents(latents.to(vae.device)).to(vae.dtype).split(self.vae_slice_size)
-            return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts]).float().clamp(-1, 1)
+            return torch.cat([self._vae_decode(vae, part) for part in parts]).float().clamp(-1, 1)
+
+    def _vae_encode(self, vae: Any, pixels: Tensor) -> Any:
+        """The posterior of some media, with `mean` and `std` in the layout of the latents, before normalisation."""
+        return vae.encode(pixels).latent_dist
+
+    def _vae_decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pixels of some latents that are no longer normalised."""
+        return vae.decode(latents, return_dict=False)[0]
 
     @contextmanager
     def _frozen_inference(self, name: str) -> Iterator[Any]:
@@ -198,7 +264,9 @@ class BackboneAdapter(ABC):
             noisy_latents: as [`encode_media`] gives them, noised; any float dtype.
             level: noise level of each sample, fields of shape (B,).
             conditioning: batched, as [`collate`] gives it.
-            extra: what some backbones need beside it (sizes, guidance, frame rate).
+            extra: what some backbones are told beside it; others ignore it. `"guidance_scale"` (float): the scale that
+                a guidance-distilled model embeds. `"frame_rate"` (float, or (B,) tensor): frames per second. Where
+                absent, the default of the pipeline's `__call__`.
 
         Returns:
             The prediction, of the shape of `noisy_latents`, in the denoiser's output dtype.
@@ -246,7 +314,7 @@ class BackboneAdapter(ABC):
         """
         if not isinstance(denoiser := self.denoiser, PeftModel):
             return self.adopt_injected_lora()
-        setattr(self.pipeline, self.denoiser_name, denoiser.get_base_model())
+        self.install_denoiser(denoiser.get_base_model())
         return denoiser
 
     def adopt_injected_lora(self) -> PeftModel:
@@ -259,7 +327,7 @@ class BackboneAdapter(ABC):
             ConfigurationError: if there is not exactly one such LoRA, or it could not be saved again as it is.
         """
         for name in self.frozen_names:
-            if getattr(getattr(self.pipeline, name), "_hf_peft_config_loaded", False):
+            if getattr(getattr(self.pipeline, name, None), "_hf_peft_config_loaded", False):
                 raise ConfigurationError(
                     f"The pipeline's {name} carries a LoRA too, which training would neither change nor save. Load "
                     f"the LoRA of the {self.denoiser_name} alone."

@@ -66,11 +66,11 @@ class StableDiffusionAdapter(BackboneAdapter):
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
     @property
-    def default_resolution(self) -> int:
-        """512 for Stable Diffusion 1.5: the UNet's `sample_size` in pixels."""
+    def default_size(self) -> tuple[int, int]:
+        """512 x 512 for Stable Diffusion 1.5: the UNet's `sample_size` in pixels."""
         sample_size = self.pipeline.unet.config.sample_size
-        side = sample_size if isinstance(sample_size, int) else min(sample_size)
-        return side * self.spatial_multiple
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        return height * self.spatial_multiple, width * self.spatial_multiple
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """`prompt_embeds` (tokens, dim) per prompt, padded to the tokenizer's length as in inference."""
@@ -81,9 +81,9 @@ class StableDiffusionAdapter(BackboneAdapter):
         # Cloned: a row of the batch would keep all of it in memory, and in a cache on disk.
         return [{"prompt_embeds": embed.clone()} for embed in embeds]
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(4, height / 8, width / 8) for the published checkpoints."""
-        self.validate_size(height, width)
+        self.validate_size(height, width, num_frames)
         return (
             self.pipeline.vae.config.latent_channels,
             height // self.spatial_multiple,

@@ -188,18 +188,35 @@ class FlowSchedule:
         shift: of the scheduler's config; for dynamic shifting with an exponential schedule pass `exp(mu)`.
         timestep_scale: the network is given `sigma * timestep_scale`.
         dtype: of the levels made here, float32 or float64.
+        drawn_shift: the shift of `level_at`, where training draws its levels otherwise than the sampler's grid
+            (1.0: uniform sigmas); None: the same shift.
+        shift_terminal: the last sigma of the sampler's grid, in (0, 1), to which some models stretch it; None: not
+            stretched. It changes which sigmas the grid holds, and not what a sigma means.
 
     Raises:
-        ConfigurationError: `shift` is not positive, or `dtype` is too narrow.
+        ConfigurationError: a shift is not positive, `shift_terminal` is not in (0, 1), or `dtype` is too narrow.
     """
 
-    def __init__(self, shift: float = 1.0, timestep_scale: float = 1000.0, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        shift: float = 1.0,
+        timestep_scale: float = 1000.0,
+        dtype: torch.dtype = torch.float32,
+        *,
+        drawn_shift: float | None = None,
+        shift_terminal: float | None = None,
+    ):
         _check_dtype(dtype)
-        if not 0 < shift < float("inf"):
-            raise ConfigurationError(f"shift={shift} must be positive and finite; 1.0 means no shift.")
         self.shift = shift
         self.timestep_scale = timestep_scale
         self.dtype = dtype
+        self.drawn_shift = shift if drawn_shift is None else drawn_shift
+        self.shift_terminal = shift_terminal
+        for name, value in (("shift", self.shift), ("drawn_shift", self.drawn_shift)):
+            if not 0 < value < float("inf"):
+                raise ConfigurationError(f"{name}={value} must be positive and finite; 1.0 means no shift.")
+        if shift_terminal is not None and not 0 < shift_terminal < 1:
+            raise ConfigurationError(f"shift_terminal={shift_terminal} must lie between 0 and 1; None: no stretching.")
 
     def level(self, sigmas: Tensor) -> NoiseLevel:
         """The noise levels of `sigmas` `(batch,)` in [0, 1], already shifted, on their device."""
@@ -207,21 +224,33 @@ class FlowSchedule:
         return NoiseLevel(1 - sigmas, sigmas, sigmas * self.timestep_scale)
 
     def level_at(self, time: Tensor) -> NoiseLevel:
-        """The level at `sigma = shift(time)` for `time` `(batch,)` in [0, 1]."""
-        return self.level(self._shift(time.to(torch.promote_types(wide_dtype(time), self.dtype))))
+        """The level at `sigma = shift(time)` for `time` `(batch,)` in [0, 1], with `drawn_shift`."""
+        time = time.to(torch.promote_types(wide_dtype(time), self.dtype))
+        return self.level(_shifted(time, self.drawn_shift))
 
     def previous_level(self, level: NoiseLevel, num_steps: int = 50) -> NoiseLevel:
         """The less noisy neighbour on a sampler grid of `num_steps`, uniform before the shift.
 
-        `sigma_s = shift(max(shift_inverse(sigma_t) - 1 / num_steps, 0))`; sigma_s = 0 means "no predecessor".
+        `sigma_s = shift(max(shift_inverse(sigma_t) - 1 / num_steps, 0))`, stretched to `shift_terminal` where there is
+        one; sigma_s = 0 means "no predecessor".
 
         Raises:
             ConfigurationError: `num_steps` is below 1.
         """
         _check_num_steps(num_steps)
-        time = level.sigma_t / (self.shift - (self.shift - 1) * level.sigma_t)
-        sigma_s = self._shift((time - 1 / num_steps).clamp(min=0))
+        if self.shift_terminal is None or num_steps == 1:
+            sigma_s = self._previous_sigma(level.sigma_t, num_steps)
+        else:
+            last = self.shift / (num_steps + self.shift - 1)  # the last sigma before stretching, shift(1 / num_steps)
+            scale = (1 - last) / (1 - self.shift_terminal)
+            unstretched = self._previous_sigma(1 - (1 - level.sigma_t) * scale, num_steps)
+            sigma_s = torch.where(unstretched > 0, 1 - (1 - unstretched) / scale, 0.0).clamp(min=0)
         return NoiseLevel(1 - sigma_s, sigma_s, sigma_s * self.timestep_scale)
 
-    def _shift(self, time: Tensor) -> Tensor:
-        return self.shift * time / (1 + (self.shift - 1) * time)
+    def _previous_sigma(self, sigma_t: Tensor, num_steps: int) -> Tensor:
+        time = sigma_t / (self.shift - (self.shift - 1) * sigma_t)
+        return _shifted((time - 1 / num_steps).clamp(min=0), self.shift)
+
+
+def _shifted(time: Tensor, shift: float) -> Tensor:
+    return shift * time / (1 + (shift - 1) * time)
