@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX.1 (dev and schnell): any checkpoint whose pipeline class is `FluxPipeline`."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trl_sipo.adapters.base import BackboneAdapter, Conditioning
+from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
+from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
+from trl_sipo.errors import BackboneError
+
+_MAX_SEQUENCE_LENGTH = 512  # of the pipeline's `__call__`
+
+
+class FluxAdapter(BackboneAdapter):
+    """Adapter of `FluxPipeline`: transformer over 2x2 patches, CLIP (pooled) and T5 text encoders, rectified flow.
+
+    The patches exist inside [`forward`] alone. FLUX.1-dev is distilled to take a guidance scale as an input, which
+    `extra["guidance_scale"]` gives; FLUX.1-schnell takes none.
+    """
+
+    pipeline_class_name = "FluxPipeline"
+    denoiser_name = "transformer"
+    frozen_names = ("vae", "text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+    lora_target_modules = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+    input_layer_name = "x_embedder"
+    default_guidance_scale: ClassVar[float] = 3.5
+    """Of the pipeline's `__call__`."""
+
+    def check_configuration(self) -> None:
+        """Refuse transformers that take more than the noisy latents (Fill, Canny, Depth, ...)."""
+        config, latent_channels = self.pipeline.transformer.config, self.pipeline.vae.config.latent_channels
+        for side, channels in (("takes", config.in_channels), ("gives", config.out_channels or config.in_channels)):
+            if channels != 4 * latent_channels:
+                raise BackboneError(
+                    f"The transformer {side} {channels} channels, but a 2x2 patch of the VAE's latents has "
+                    f"{4 * latent_channels}: an inpainting or control model. Use a plain text-to-image checkpoint."
+                )
+        # Read once here, so that a wrong scheduler is an error of the constructor.
+        _ = self.noise_schedule
+
+    @property
+    def prediction_type(self) -> str:
+        """Always `"flow_prediction"`."""
+        return "flow_prediction"
+
+    @cached_property
+    def noise_schedule(self) -> FlowSchedule:
+        """The flow at the default size, with sigma itself for the timestep."""
+        return self.noise_schedule_for(*self.default_size)
+
+    def noise_schedule_for(self, height: int, width: int, num_frames: int = 1, num_steps: int = 50) -> FlowSchedule:
+        """With dynamic shifting (FLUX.1-dev), larger images are shifted further towards noise."""
+        _, rows, columns = self.latent_shape(height, width, num_frames)
+        scheduler = self.pipeline.scheduler
+        return flow_noise_schedule(scheduler, timestep_scale=1.0, mu=linear_mu(scheduler, rows * columns // 4))
+
+    @property
+    def spatial_multiple(self) -> int:
+        """16 for the published checkpoints: 8 pixels per latent, 2 latents per patch."""
+        return 2 * self.pipeline.vae_scale_factor
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """1024 x 1024 for the published checkpoints."""
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Per prompt `prompt_embeds` (512, dim) of T5, whose padding the transformer attends, and CLIP's `pooled`."""
+        if not prompts:
+            return []
+        with self._frozen_inference("text_encoder") as text_encoder, self._frozen_inference("text_encoder_2"):
+            embeds, pooled, _ = self.pipeline.encode_prompt(
+                list(prompts), device=text_encoder.device, max_sequence_length=_MAX_SEQUENCE_LENGTH
+            )
+        # Cloned: a row of the batch would keep all of it in memory, and in a cache on disk.
+        return [
+            {"prompt_embeds": row.clone(), "pooled_prompt_embeds": pooled_row.clone()}
+            for row, pooled_row in zip(embeds, pooled, strict=True)
+        ]
+
+    def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
+        """(16, height / 8, width / 8) for the published checkpoints."""
+        self.validate_size(height, width, num_frames)
+        pixels = self.pipeline.vae_scale_factor
+        return self.pipeline.vae.config.latent_channels, height // pixels, width // pixels
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """Minus the VAE's `shift_factor`, times its `scaling_factor`."""
+        config = self.pipeline.vae.config
+        return (latents - config.shift_factor) * config.scaling_factor
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """Divided by the VAE's `scaling_factor`, plus its `shift_factor`."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + config.shift_factor
+
+    def forward(
+        self,
+        denoiser: nn.Module,
+        noisy_latents: Tensor,
+        level: NoiseLevel,
+        conditioning: Mapping[str, Tensor],
+        extra: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Prediction (B, C, h, w), of the patches (B, h / 2 * w / 2, 4 * C) that the transformer takes and gives."""
+        pipeline, dtype, device = self.pipeline, self.input_dtype(denoiser), noisy_latents.device
+        batch, channels, height, width = noisy_latents.shape
+        prompt_embeds = conditioning["prompt_embeds"].to(device, dtype)
+        prediction = denoiser(
+            hidden_states=pipeline._pack_latents(noisy_latents.to(dtype), batch, channels, height, width),
+            # Rounded as the pipeline rounds it: sigma * 1000 to the transformer's dtype, and divided there.
+            timestep=(level.timestep.to(device) * 1000).to(dtype) / 1000,
+            guidance=self._guidance(batch, device, extra),
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(device, dtype),
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, dtype=dtype, device=device),
+            img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
+            joint_attention_kwargs={},
+            return_dict=False,
+        )[0]
+        pixels = pipeline.vae_scale_factor
+        return pipeline._unpack_latents(prediction, height * pixels, width * pixels, pixels)
+
+    def _guidance(self, batch: int, device: torch.device, extra: Mapping[str, Any] | None) -> Tensor | None:
+        """(B,) float32 for a guidance-distilled transformer, which embeds it; None for others."""
+        if not self.pipeline.transformer.config.guidance_embeds:
+            return None
+        scale = (extra or {}).get("guidance_scale", self.default_guidance_scale)
+        return torch.full((batch,), scale, dtype=torch.float32, device=device)
