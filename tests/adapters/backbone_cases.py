@@ -107,20 +107,10 @@ class BackboneCase:
         """What the pipeline gives for `PROMPTS` with a fixed seed; pixels (B, 3, [F,] H, W) with output_type="pt"."""
         generator = torch.Generator().manual_seed(0)
         arguments = {"generator": generator, "num_inference_steps": steps, **self.call_options, **options}
-        output = pipeline(PROMPTS, **arguments)
+        output = pipeline(prompt=list(PROMPTS), **arguments)  # a copy: Z-Image writes into it
         if hasattr(output, "images"):
             return output.images
         return output.frames.transpose(1, 2) if arguments.get("output_type") == "pt" else output.frames
-
-
-# Modules of `tests.adapters.cases`, each with `CASES`. Of the rows whose names begin alike ("wan21" of "wan21-unipc") the
-# first is the one for tests that do not depend on the scheduler.
-FAMILIES = ("stable_diffusion",)
-
-CASES: tuple[BackboneCase, ...] = tuple(
-    case for family in FAMILIES for case in import_module(f"tests.adapters.cases.{family}").CASES
-)
-BACKBONES: tuple[BackboneCase, ...] = tuple({case.name.split("-")[0]: case for case in reversed(CASES)}.values())[::-1]
 
 
 @contextmanager
@@ -160,4 +150,25 @@ def _spied(module: nn.Module, replacement: Callable[..., Any] | None, calls: lis
 def _copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_copy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
     return value.clone() if isinstance(value, Tensor) else value
+
+
+# Modules of `tests.adapters.cases`, each with `CASES`. Of the rows whose names begin alike ("wan21" of "wan21-unipc") the
+# first is the one for tests that do not depend on the scheduler.
+FAMILIES = (
+    "stable_diffusion",
+    "stable_diffusion_3",
+    "stable_diffusion_xl",
+    "flux",
+    "flux2",
+    "wan",
+    "qwen_image",
+    "z_image",
+)
+
+CASES: tuple[BackboneCase, ...] = tuple(
+    case for family in FAMILIES for case in import_module(f"tests.adapters.cases.{family}").CASES
+)
+BACKBONES: tuple[BackboneCase, ...] = tuple({case.name.split("-")[0]: case for case in reversed(CASES)}.values())[::-1]

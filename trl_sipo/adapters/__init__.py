@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from trl_sipo.adapters.base import BackboneAdapter
 
 ADAPTERS: dict[str, str] = {
+    "Flux2KleinPipeline": "trl_sipo.adapters.flux2:Flux2KleinAdapter",
+    "Flux2Pipeline": "trl_sipo.adapters.flux2:Flux2Adapter",
+    "FluxPipeline": "trl_sipo.adapters.flux:FluxAdapter",
+    "QwenImagePipeline": "trl_sipo.adapters.qwen_image:QwenImageAdapter",
+    "StableDiffusion3Pipeline": "trl_sipo.adapters.stable_diffusion_3:StableDiffusion3Adapter",
     "StableDiffusionPipeline": "trl_sipo.adapters.stable_diffusion:StableDiffusionAdapter",
+    "StableDiffusionXLPipeline": "trl_sipo.adapters.stable_diffusion_xl:StableDiffusionXLAdapter",
+    "WanPipeline": "trl_sipo.adapters.wan:WanAdapter",
+    "ZImagePipeline": "trl_sipo.adapters.z_image:ZImageAdapter",
 }
 
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
