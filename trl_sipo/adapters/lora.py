@@ -96,19 +96,29 @@ def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, dire
         ConfigurationError: as [`check_exportable`].
     """
     model = check_exportable(denoiser)
-    layers = {key: value.detach().cpu().contiguous() for key, value in _lora_state_dict(model).items()}
+    layers = lora_state_dict(model)
     if denoiser_name == "unet":
         layers = _conventional_unet_keys(layers)
-    metadata = model.peft_config[ADAPTER_NAME].to_dict()
+    path = Path(directory) / LORA_FILE_NAME
+    write_lora_file(pipeline_class, denoiser_name, layers, model.peft_config[ADAPTER_NAME], path)
+
+
+def write_lora_file(
+    pipeline_class: Any, component_name: str, layers: dict[str, Tensor], config: PeftConfig, path: Path
+) -> None:
+    """Write one component's LoRA and its configuration, whole or not at all; arguments as in [`save_lora`]."""
+    metadata = config.to_dict()
     # diffusers adds the layers in train mode to a pipeline in eval mode: with dropout, inference would be random.
     metadata["lora_dropout"] = 0.0
-    arguments = {f"{denoiser_name}_lora_layers": layers, f"{denoiser_name}_lora_adapter_metadata": metadata}
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
+    arguments = {
+        f"{component_name}_lora_layers": {key: value.detach().cpu().contiguous() for key, value in layers.items()},
+        f"{component_name}_lora_adapter_metadata": metadata,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a run killed here leaves the earlier file or none, never a torn one.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
-        pipeline_class.save_lora_weights(temporary, weight_name=LORA_FILE_NAME, **arguments)
-        os.replace(Path(temporary) / LORA_FILE_NAME, target / LORA_FILE_NAME)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
+        pipeline_class.save_lora_weights(temporary, weight_name=path.name, **arguments)
+        os.replace(Path(temporary) / path.name, path)
 
 
 def load_lora(denoiser_name: str, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -120,9 +130,24 @@ def load_lora(denoiser_name: str, denoiser: nn.Module, directory: str | os.PathL
     """
     model = check_exportable(denoiser)
     path = Path(directory) / LORA_FILE_NAME
-    saved, saved_config = _read_lora_file(path, denoiser_name)
-    _check_same_config(path, saved_config, model.peft_config[ADAPTER_NAME])
-    expected = _lora_state_dict(model)
+    weights = read_lora_file(path, denoiser_name, lora_state_dict(model), model.peft_config[ADAPTER_NAME])
+    restore_lora(model, weights)
+
+
+def read_lora_file(
+    path: Path, component_name: str, expected: dict[str, Tensor], config: PeftConfig
+) -> dict[str, Tensor]:
+    """The weights of one component, by the names of `expected`.
+
+    Args:
+        expected: the LoRA in training, whose layers and shapes the file must have.
+        config: the configuration in training, which the file's must equal.
+
+    Raises:
+        BackboneError: as [`load_lora`].
+    """
+    saved, saved_config = _parse_lora_file(path, component_name)
+    _check_same_config(path, saved_config, config)
     if saved.keys() != expected.keys():
         missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
         raise BackboneError(
@@ -136,7 +161,12 @@ def load_lora(denoiser_name: str, denoiser: nn.Module, directory: str | os.PathL
                 f"{path}: {key} has the shape {tuple(value.shape)}, but the LoRA in training has "
                 f"{tuple(expected[key].shape)}. It was trained on another base model."
             )
-    set_peft_model_state_dict(model, {_PEFT_PREFIX + key: value for key, value in saved.items()}, ADAPTER_NAME)
+    return saved
+
+
+def restore_lora(model: PeftModel, weights: dict[str, Tensor]) -> None:
+    """Give adapter `"default"` these weights, named as in [`lora_state_dict`], in place."""
+    set_peft_model_state_dict(model, {_PEFT_PREFIX + key: value for key, value in weights.items()}, ADAPTER_NAME)
 
 
 def adopt_injected_lora(denoiser: nn.Module) -> PeftModel:
@@ -170,7 +200,7 @@ def adopt_injected_lora(denoiser: nn.Module) -> PeftModel:
     return model
 
 
-def _lora_state_dict(model: PeftModel) -> dict[str, Tensor]:
+def lora_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """Weights of adapter `"default"` by the names of the layers in the denoiser, `<layer>.lora_A.weight` and so on."""
     # Not "auto" for the embeddings: PEFT would then ask the Hub for the base model's configuration.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
@@ -187,7 +217,7 @@ def _conventional_unet_keys(layers: dict[str, Tensor]) -> dict[str, Tensor]:
     return layers if any(".lora_A." in key or ".lora_B." in key for key in converted) else converted
 
 
-def _read_lora_file(path: Path, denoiser_name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _parse_lora_file(path: Path, denoiser_name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by PEFT's names, and the adapter configuration, of one component."""
     prefix = f"{denoiser_name}."
     if not path.is_file():
