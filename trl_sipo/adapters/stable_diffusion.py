@@ -9,18 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
+from trl_sipo.adapters.unet import check_text_to_image_unet, default_unet_size
 from trl_sipo.adapters.vp_scheduler import vp_noise_schedule, vp_prediction_type
 from trl_sipo.core.noise_schedule import NoiseLevel, VPSchedule
-from trl_sipo.errors import BackboneError
-
-# Options of the UNet by which it takes inputs that this pipeline's training data cannot give.
-_EXTRA_INPUT_OPTIONS = {
-    "class_embed_type": "class conditioning",
-    "num_class_embeds": "class conditioning",
-    "time_cond_proj_dim": "an embedded guidance scale (a distilled model, such as LCM)",
-    "addition_embed_type": "added conditioning (an SDXL or image-conditioned UNet)",
-    "encoder_hid_dim_type": "projected conditioning (such as an IP-Adapter)",
-}
 
 
 class StableDiffusionAdapter(BackboneAdapter):
@@ -34,19 +25,7 @@ class StableDiffusionAdapter(BackboneAdapter):
 
     def check_configuration(self) -> None:
         """Refuse UNets that need further inputs, other output channels, and schedulers of another process."""
-        unet, vae = self.pipeline.unet.config, self.pipeline.vae.config
-        for option, meaning in _EXTRA_INPUT_OPTIONS.items():
-            if unet.get(option) is not None:
-                raise BackboneError(
-                    f"The UNet has {option}={unet[option]!r}, that is {meaning}, which this adapter does not feed. "
-                    "Use a plain text-to-image checkpoint."
-                )
-        for side, channels in (("takes", unet.in_channels), ("gives", unet.out_channels)):
-            if channels != vae.latent_channels:
-                raise BackboneError(
-                    f"The UNet {side} {channels} channels but the VAE's latents have {vae.latent_channels}: an "
-                    "inpainting, image-conditioned or learned-variance model. Use a plain text-to-image checkpoint."
-                )
+        check_text_to_image_unet(self.pipeline, addition_embed_type=None)
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.prediction_type, self.noise_schedule
 
@@ -68,9 +47,7 @@ class StableDiffusionAdapter(BackboneAdapter):
     @property
     def default_size(self) -> tuple[int, int]:
         """512 x 512 for Stable Diffusion 1.5: the UNet's `sample_size` in pixels."""
-        sample_size = self.pipeline.unet.config.sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        return height * self.spatial_multiple, width * self.spatial_multiple
+        return default_unet_size(self.pipeline)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """`prompt_embeds` (tokens, dim) per prompt, padded to the tokenizer's length as in inference."""
