@@ -69,6 +69,16 @@ def test_a_bfloat16_pipeline_is_called_as_in_inference():
             assert not isinstance(value, Tensor) or training[0][name].dtype == value.dtype, name
 
 
+def test_dropout_of_text_encoders_left_in_train_mode_does_not_act():
+    pipeline = tiny_flux()
+    adapter = adapter_for(pipeline)
+    expected = adapter.encode_prompts(PROMPTS)[0]
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.train()
+    for name, value in adapter.encode_prompts(PROMPTS)[0].items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_forward_unpacks_what_it_packs():
     """A transformer that gives back its tokens gives back the latents, whose height is not their width."""
     adapter = adapter_for(tiny_flux())

@@ -11,7 +11,6 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -22,35 +21,28 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.tiny.qwen import tiny_qwen_tokenizer
+
 LATENT_CHANNELS = 2
 TEXT_WIDTH = 8
 TEXT_LAYERS = 31
 """Both pipelines read three hidden states of the text encoder: 10, 20, 30 (dev) and 9, 18, 27 (klein)."""
 
-_PART_LISTS_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{% for part in message.content %}{{ part.text }}{% endfor %}"
-    "{% endfor %}"
+# The pipeline of dev gives a message's content as a list of parts, as processors of text and images take it.
+_PARTS_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
 )
-_PLAIN_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def tiny_byte_tokenizer(chat_template: str) -> Qwen2Tokenizer:
-    """A tokenizer of single bytes, so that it takes any text, with a chat template."""
-    pieces = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    return Qwen2Tokenizer(vocab=vocabulary, merges=[], chat_template=chat_template, model_max_length=1024)
 
 
 def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
     """A FLUX.2-dev pipeline in eval mode: images 16x16 (latents 8x4x4), 512 tokens of 24 dimensions.
 
-    Its tokenizer takes the place of FLUX.2's `PixtralProcessor`, which needs torchvision and of which the pipeline
+    A plain tokenizer takes the place of FLUX.2's `PixtralProcessor`, which needs torchvision and of which the pipeline
     calls `apply_chat_template` alone.
     """
-    tokenizer = tiny_byte_tokenizer(_PART_LISTS_TEMPLATE)
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.chat_template = _PARTS_TEMPLATE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = Mistral3ForConditionalGeneration(
@@ -67,7 +59,7 @@ def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
 
 def tiny_flux2_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPipeline:
     """A FLUX.2-klein pipeline in eval mode, of the same sizes as [`tiny_flux2`]; `is_distilled` turns off guidance."""
-    tokenizer = tiny_byte_tokenizer(_PLAIN_TEMPLATE)
+    tokenizer = tiny_qwen_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = Qwen3ForCausalLM(Qwen3Config(**_text_options(tokenizer)))

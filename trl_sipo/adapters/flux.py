@@ -3,17 +3,16 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
+from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 from trl_sipo.errors import BackboneError
-
-_MAX_SEQUENCE_LENGTH = 512  # of the pipeline's `__call__`
 
 
 class FluxAdapter(BackboneAdapter):
@@ -42,8 +41,6 @@ class FluxAdapter(BackboneAdapter):
         "ff_context.net.2",
     )
     input_layer_name = "x_embedder"
-    default_guidance_scale: ClassVar[float] = 3.5
-    """Of the pipeline's `__call__`."""
 
     def check_configuration(self) -> None:
         """Refuse transformers that take more than the noisy latents (Fill, Canny, Depth, ...)."""
@@ -90,7 +87,9 @@ class FluxAdapter(BackboneAdapter):
             return []
         with self._frozen_inference("text_encoder") as text_encoder, self._frozen_inference("text_encoder_2"):
             embeds, pooled, _ = self.pipeline.encode_prompt(
-                list(prompts), device=text_encoder.device, max_sequence_length=_MAX_SEQUENCE_LENGTH
+                list(prompts),
+                device=text_encoder.device,
+                max_sequence_length=call_default(self.pipeline, "max_sequence_length"),
             )
         # Cloned: a row of the batch would keep all of it in memory, and in a cache on disk.
         return [
@@ -145,5 +144,5 @@ class FluxAdapter(BackboneAdapter):
         """(B,) float32 for a guidance-distilled transformer, which embeds it; None for others."""
         if not self.pipeline.transformer.config.guidance_embeds:
             return None
-        scale = (extra or {}).get("guidance_scale", self.default_guidance_scale)
+        scale = (extra or {}).get("guidance_scale", call_default(self.pipeline, "guidance_scale"))
         return torch.full((batch,), scale, dtype=torch.float32, device=device)

@@ -11,11 +11,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
+from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 from trl_sipo.errors import BackboneError
-
-_MAX_SEQUENCE_LENGTH = 512  # of the pipelines' `__call__`
 
 
 class Flux2Adapter(BackboneAdapter):
@@ -30,11 +29,11 @@ class Flux2Adapter(BackboneAdapter):
     frozen_names = ("vae", "text_encoder")
     # One expression, since the end "to_out" would also match the module lists around "to_out.0".
     lora_target_modules = (
-        r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|(.*\.)?single_transformer_blocks\.\d+\.attn\.to_out"
+        r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out"
     )
     input_layer_name = "x_embedder"
-    default_guidance_scale: ClassVar[float | None] = 4.0
-    """Of the pipeline's `__call__`; None for a transformer that is given none."""
+    embeds_guidance: ClassVar[bool] = True
+    """Whether the pipeline gives the transformer a guidance scale."""
 
     def check_configuration(self) -> None:
         """Refuse transformers whose channels are not those of a patch."""
@@ -84,7 +83,9 @@ class Flux2Adapter(BackboneAdapter):
             return []
         with self._frozen_inference("text_encoder") as text_encoder:
             embeds, _ = self.pipeline.encode_prompt(
-                list(prompts), device=text_encoder.device, max_sequence_length=_MAX_SEQUENCE_LENGTH
+                list(prompts),
+                device=text_encoder.device,
+                max_sequence_length=call_default(self.pipeline, "max_sequence_length"),
             )
         # Cloned: a row of the batch would keep all of it in memory, and in a cache on disk.
         return [{"prompt_embeds": row.clone()} for row in embeds]
@@ -145,9 +146,9 @@ class Flux2Adapter(BackboneAdapter):
 
     def _guidance(self, noisy_latents: Tensor, extra: Mapping[str, Any] | None) -> Tensor | None:
         """The guidance scale (B,) float32 that the transformer embeds; None for a transformer that embeds none."""
-        if self.default_guidance_scale is None:
+        if not self.embeds_guidance:
             return None
-        scale = (extra or {}).get("guidance_scale", self.default_guidance_scale)
+        scale = (extra or {}).get("guidance_scale", call_default(self.pipeline, "guidance_scale"))
         return torch.full((len(noisy_latents),), scale, dtype=torch.float32, device=noisy_latents.device)
 
 
@@ -158,4 +159,4 @@ class Flux2KleinAdapter(Flux2Adapter):
     """
 
     pipeline_class_name = "Flux2KleinPipeline"
-    default_guidance_scale = None
+    embeds_guidance = False
