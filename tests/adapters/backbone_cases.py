@@ -82,6 +82,8 @@ class BackboneCase:
     """The adapter's latents, in the layout of `pipeline(latents=...)` and of its step callback."""
     denoiser_output: Callable[[BackboneAdapter, Tensor], Any] | None = None
     """A prediction in the adapter's layout as the denoiser returns it; None: as `native`."""
+    masks: dict[str, str] = field(default_factory=dict)
+    """Arguments of the denoiser, with the argument that masks their tokens: it does not see the other ones."""
     unconditional: Callable[[DiffusionPipeline], dict] | None = None
     """The denoiser's arguments for inference's unconditional half; None: those of empty prompts."""
     reconstruct: Callable[[DiffusionPipeline, Tensor], Tensor] | None = None
@@ -102,6 +104,11 @@ class BackboneCase:
         """Height, width and number of frames of the media, as the adapter's methods take them."""
         *frames, height, width = self.media_shape[1:]
         return {"height": height, "width": width, "num_frames": frames[0] if frames else 1}
+
+    def visible(self, call: dict) -> dict:
+        """The denoiser's arguments with zeros in place of the tokens that it masks."""
+        seen = {name: call[name].masked_fill(~call[mask].bool()[..., None], 0) for name, mask in self.masks.items()}
+        return {**call, **seen}
 
     def generate(self, pipeline: DiffusionPipeline, steps: int = 2, **options: Any) -> Any:
         """What the pipeline gives for `PROMPTS` with a fixed seed; pixels (B, 3, [F,] H, W) with output_type="pt"."""
@@ -163,6 +170,9 @@ FAMILIES = (
     "stable_diffusion_xl",
     "flux",
     "flux2",
+    "hunyuan_video",
+    "hunyuan_video15",
+    "ltx",
     "wan",
     "qwen_image",
     "z_image",

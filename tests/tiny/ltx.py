@@ -34,7 +34,7 @@ def tiny_ltx(
     vae_options: dict[str, Any] | None = None,
     **transformer_options: Any,
 ) -> LTXPipeline:
-    """An LTX-Video pipeline in eval mode: multiples of 32 pixels and 4k + 1 frames, latents of 16x16x4 each.
+    """An LTX-Video pipeline in eval mode: multiples of 32 pixels and 8k + 1 frames, as published.
 
     Weights depend on `seed` alone; the global random state is left as it was.
     """
@@ -68,17 +68,17 @@ def _transformer(**options: Any) -> LTXVideoTransformer3DModel:
 def _vae(**options: Any) -> AutoencoderKLLTXVideo:
     arguments = {
         "latent_channels": LATENT_CHANNELS,
-        "block_out_channels": (8, 8),
-        "down_block_types": ("LTXVideoDownBlock3D",) * 2,
-        "decoder_block_out_channels": (8, 8),
-        "layers_per_block": (1, 1, 1),
-        "decoder_layers_per_block": (1, 1, 1),
-        "spatio_temporal_scaling": (True, True),
-        "decoder_spatio_temporal_scaling": (True, True),
-        "decoder_inject_noise": (False, False, False),
-        "downsample_type": ("conv", "conv"),
-        "upsample_residual": (False, False),
-        "upsample_factor": (1, 1),
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("LTXVideoDownBlock3D",) * 3,
+        "decoder_block_out_channels": (8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1),
+        "spatio_temporal_scaling": (True, True, True),
+        "decoder_spatio_temporal_scaling": (True, True, True),
+        "decoder_inject_noise": (False, False, False, False),
+        "downsample_type": ("conv", "conv", "conv"),
+        "upsample_residual": (False, False, False),
+        "upsample_factor": (1, 1, 1),
     }
     vae = AutoencoderKLLTXVideo(**{**arguments, **options}).eval()
     # 0 and 1 as constructed, which would hide the normalisation.

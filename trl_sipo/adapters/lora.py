@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders import HunyuanVideoLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import (
     LoraConfig,
@@ -87,7 +88,7 @@ def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, dire
     with the trained model is to the bit for a float32 pipeline, and up to this rounding for others.
 
     Args:
-        pipeline_class: the pipeline's class, whose `save_lora_weights` writes the file.
+        pipeline_class: the pipeline's class, whose `save_lora_weights` writes the file, where it has one.
         denoiser_name: component name of the denoiser, which prefixes the keys.
         denoiser: a PEFT model, under any wrapper, with an adapter `"default"`.
         directory: created if missing.
@@ -117,8 +118,17 @@ def write_lora_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: a run killed here leaves the earlier file or none, never a torn one.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        pipeline_class.save_lora_weights(temporary, weight_name=path.name, **arguments)
+        _lora_writer(pipeline_class).save_lora_weights(temporary, weight_name=path.name, **arguments)
         os.replace(Path(temporary) / path.name, path)
+
+
+def _lora_writer(pipeline_class: Any) -> Any:
+    """The class whose `save_lora_weights` writes the file.
+
+    A pipeline without LoRA methods gets the file of any other transformer, which the denoiser itself loads:
+    `pipeline.transformer.load_lora_adapter(directory, use_safetensors=True)`.
+    """
+    return pipeline_class if hasattr(pipeline_class, "save_lora_weights") else HunyuanVideoLoraLoaderMixin
 
 
 def load_lora(denoiser_name: str, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:

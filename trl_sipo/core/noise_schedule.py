@@ -244,7 +244,8 @@ class FlowSchedule:
             last = self.shift / (num_steps + self.shift - 1)  # the last sigma before stretching, shift(1 / num_steps)
             scale = (1 - last) / (1 - self.shift_terminal)
             unstretched = self._previous_sigma(1 - (1 - level.sigma_t) * scale, num_steps)
-            sigma_s = torch.where(unstretched > 0, 1 - (1 - unstretched) / scale, 0.0).clamp(min=0)
+            # Of the last sigma, what is left is rounding, which stretching would make a sigma of its own.
+            sigma_s = torch.where(unstretched > 1e-5, 1 - (1 - unstretched) / scale, 0.0).clamp(min=0)
         return NoiseLevel(1 - sigma_s, sigma_s, sigma_s * self.timestep_scale)
 
     def _previous_sigma(self, sigma_t: Tensor, num_steps: int) -> Tensor:
