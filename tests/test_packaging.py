@@ -124,7 +124,7 @@ def test_the_pinned_stack_satisfies_every_requirement():
     config = _config()
     extras = config["options.extras_require"]
     wanted = _requirements(config["options"]["install_requires"])
-    for extra in ("plots", "demo", "test", "dev"):
+    for extra in ("plots", "demo", "video", "test", "dev"):
         wanted += _requirements(extras.get(extra, raw=True))
     for requirement in wanted:
         pin = pins[canonicalize_name(requirement.name)]

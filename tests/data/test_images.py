@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.data.pictures import encoded, picture
-from trl_sipo.data.images import looks_like_text, open_image, verify_image
+from trl_sipo.data.images import open_image, verify_image
+from trl_sipo.data.stored import looks_like_text
 from trl_sipo.errors import DatasetError
 
 

@@ -282,9 +282,9 @@ def test_metadata_may_name_files_hold_line_separators_and_quotes(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda root: (root / "rejected/0001.webp").unlink(), r"rejected/ has no image for \['0001'\]"),
+        (lambda root: (root / "rejected/0001.webp").unlink(), r"rejected/ has nothing for \['0001'\]"),
         (lambda root: picture(0).save(root / "chosen/9.png"), r"metadata has no row for \['9'\] of chosen/"),
-        (lambda root: picture(0).save(root / "chosen/0000.jpg"), "the id '0000' has two images"),
+        (lambda root: picture(0).save(root / "chosen/0000.jpg"), "the id '0000' has two files"),
         (lambda root: (root / "metadata.jsonl").unlink(), "expected one of metadata.csv and metadata.jsonl"),
         (lambda root: (root / "metadata.csv").write_text("id,prompt"), "found .'metadata.csv', 'metadata.jsonl'"),
         (lambda root: (root / "metadata.jsonl").write_text(""), "metadata has no rows"),

@@ -53,7 +53,7 @@ def test_sizes_and_identical_arms_are_counted_and_warned_about(caplog):
     with caplog.at_level(logging.WARNING, logger="trl_sipo"):
         report = check_preference_dataset(dataset)
     assert (report["num_identical_arms"], report["num_unequal_sizes"], report["smallest_side"]) == (1, 1, 12)
-    assert "1 of 4 checked pairs have the same picture" in caplog.text
+    assert "1 of 4 checked pairs have the same picture or video" in caplog.text
 
 
 def test_nothing_is_warned_about_without_reason(caplog):
@@ -141,7 +141,7 @@ def test_files_of_all_pairs_are_not_empty(tmp_path):
 
 @pytest.mark.parametrize(("count", "is_shown"), [(4, False), (6, True)])
 def test_a_long_check_shows_its_progress(count, is_shown, monkeypatch, capsys):
-    monkeypatch.setattr("trl_sipo.data.validation._NUM_SILENT", 5)
+    monkeypatch.setattr("trl_sipo.data.validation._NUM_SILENT", {"image": 5})
     check_preference_dataset(raw(count))
     assert ("Checking images" in capsys.readouterr().err) is is_shown
 

@@ -10,6 +10,7 @@ import torch
 from trl_sipo.errors import DatasetError
 
 _TENSOR_KEYS = ("chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents")
+_KEYS = (*_TENSOR_KEYS, "frame_rate")
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,24 @@ class DataCollatorForDiffusionPreference:
 
     `[{"prompt", "chosen_pixels", "rejected_pixels", "pair_index"}, ...]` becomes `{"prompt": list[str],
     "chosen_pixels": (B, 3, H, W), "rejected_pixels": (B, 3, H, W), "pair_index": int64 (B,)}`, and likewise for
-    `chosen_latents`, `rejected_latents`: (B, *latent_shape), float32.
+    `chosen_latents`, `rejected_latents`: (B, *latent_shape), float32. Of videos, the pixels are (B, 3, F, H, W), and
+    there is `frame_rate`: float32 (B,).
 
     Raises:
         DatasetError: the items do not have the same keys, or their tensors not the same shape.
     """
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        present = [key for key in _TENSOR_KEYS if key in items[0]]
+        present = [key for key in _KEYS if key in items[0]]
         for item in items:
-            if [key for key in _TENSOR_KEYS if key in item] != present:
+            if [key for key in _KEYS if key in item] != present:
                 raise DatasetError(f"a batch mixes pairs that hold {present} with one that holds {sorted(item)}")
         batch: dict[str, Any] = {"prompt": [item["prompt"] for item in items]}
         for key in present:
-            batch[key] = _stack(key, items)
+            if key in _TENSOR_KEYS:
+                batch[key] = _stack(key, items)
+            else:
+                batch[key] = torch.tensor([item[key] for item in items], dtype=torch.float32)
         batch["pair_index"] = torch.tensor([item["pair_index"] for item in items], dtype=torch.int64)
         return batch
 

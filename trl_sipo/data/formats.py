@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, Image, IterableDataset, Video
 
 from trl_sipo.errors import DatasetError
 
@@ -30,7 +30,7 @@ class PreferenceFormat:
         label: column of the share of votes for `first`, in [0, 1]; None: `first` is always preferred.
         label_required: without the label it could not be known which arm is preferred.
         has_label: column that is False in rows nobody has judged; None: all rows are judged.
-        holds_latents: the arms are encoded latents (nested lists or arrays of floats), not images.
+        holds_latents: the arms are encoded latents (nested lists or arrays of floats), not images or videos.
     """
 
     name: str
@@ -92,7 +92,9 @@ class PreferenceFormat:
         """
         chosen, rejected = self.first, self.second
         if self.is_unlabelled(row) or self.is_tie(row, where=where):
-            raise DatasetError(f"{where} has no preferred image (a tie, or without a label); drop_ties removes such")
+            raise DatasetError(
+                f"{where} has no preferred image or video (a tie, or without a label); drop_ties removes such"
+            )
         if self.is_swapped(row, where=where):
             chosen, rejected = rejected, chosen
         prompt = read_prompt(row[self.prompt], where=f"{where}, column {self.prompt!r}")
@@ -198,9 +200,9 @@ def drop_ties(dataset: Dataset, fmt: PreferenceFormat) -> tuple[Dataset, int]:
 
 
 def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Dataset | IterableDataset:
-    """Only the columns that `fmt` reads, as plain Python values, with image columns left as they are stored.
+    """Only the columns that `fmt` reads, as plain Python values, with images and videos left as they are stored.
 
-    Decoding then happens in `open_image`, which names the row that does not open.
+    Decoding then happens in `open_image` and `open_clips`, which name the row that does not open.
 
     Raises:
         DatasetError: the dataset has a transform (`set_transform`), whose results cannot be foreseen from its columns.
@@ -211,6 +213,8 @@ def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Data
         feature = (dataset.features or {}).get(column)
         if isinstance(feature, Image) and feature.decode:
             dataset = dataset.cast_column(column, Image(mode=feature.mode, decode=False))
+        elif isinstance(feature, Video) and feature.decode:
+            dataset = dataset.cast_column(column, Video(decode=False))
     return dataset
 
 

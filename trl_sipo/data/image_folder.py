@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference data as folders: `chosen/<id>.png`, `rejected/<id>.png`, and a table of prompts."""
+"""Preference data as folders: `chosen/<id>.png` (or .mp4, or a folder of frames), likewise `rejected`, and prompts."""
 
 import csv
 import io
@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from trl_sipo.data.stored import ANIMATION_SUFFIXES, FRAME_SUFFIXES, VIDEO_SUFFIXES
 from trl_sipo.errors import DatasetError
 
 _ARMS = ("chosen", "rejected")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_SUFFIXES = FRAME_SUFFIXES | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _NUM_NAMED = 5
 
@@ -26,20 +27,21 @@ def find_image_folders(root: Path) -> dict[str, Path]:
 def read_image_folder(folder: Path) -> dict[str, list[Any]]:
     """One such folder as columns: `prompt`, `chosen`, `rejected` (absolute paths) and the others there are.
 
-    Rows are in the order of the metadata. Ids are the names of the images without their suffix.
+    Rows are in the order of the metadata. Ids are the names of the images or videos without their suffix, or of the
+    folders that hold the frames of a video.
 
     Raises:
-        DatasetError: no metadata, a row without `id` or `prompt`, an id used twice, or an image or a row without its
+        DatasetError: no metadata, a row without `id` or `prompt`, an id used twice, or a file or a row without its
             partners (names the first few).
     """
     folder = folder.resolve()
-    images = {arm: _images_by_id(folder / arm) for arm in _ARMS}
+    media = {arm: _media_by_id(folder / arm) for arm in _ARMS}
     rows = _read_metadata(folder)
     ids = [row.pop("id") for row in rows]
-    _check_partners(folder, ids, images)
+    _check_partners(folder, ids, media)
     columns: dict[str, list[Any]] = {"prompt": [row.pop("prompt") for row in rows]}
     for arm in _ARMS:
-        columns[arm] = [str(images[arm][identifier]) for identifier in ids]
+        columns[arm] = [str(media[arm][identifier]) for identifier in ids]
     others = sorted({key for row in rows for key in row} - {*columns, "file_name"})
     for column in others:
         columns[column] = [row.get(column) for row in rows]
@@ -50,17 +52,23 @@ def _is_image_folder(folder: Path) -> bool:
     return all((folder / arm).is_dir() for arm in _ARMS)
 
 
-def _images_by_id(folder: Path) -> dict[str, Path]:
-    images: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in _SUFFIXES or file.name.startswith("."):
+def _media_by_id(folder: Path) -> dict[str, Path]:
+    media: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        is_folder = path.is_dir()
+        if path.name.startswith(".") or not (_holds_frames(path) if is_folder else path.suffix.lower() in _SUFFIXES):
             continue
-        if file.stem in images:
+        identifier = path.name if is_folder else path.stem
+        if identifier in media:
             raise DatasetError(
-                f"{folder}: the id {file.stem!r} has two images, {images[file.stem].name} and {file.name}"
+                f"{folder}: the id {identifier!r} has two files, {media[identifier].name} and {path.name}"
             )
-        images[file.stem] = file
-    return images
+        media[identifier] = path
+    return media
+
+
+def _holds_frames(folder: Path) -> bool:
+    return any(file.suffix.lower() in FRAME_SUFFIXES for file in folder.iterdir())
 
 
 def _read_metadata(folder: Path) -> list[dict[str, Any]]:
@@ -68,7 +76,7 @@ def _read_metadata(folder: Path) -> list[dict[str, Any]]:
     files = [folder / name for name in _METADATA if (folder / name).is_file()]
     if len(files) != 1:
         found = [file.name for file in files]
-        raise DatasetError(f"{folder}: expected one of {' and '.join(_METADATA)} beside the images, found {found}")
+        raise DatasetError(f"{folder}: expected one of {' and '.join(_METADATA)} beside the folders, found {found}")
     file = files[0]
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -112,7 +120,7 @@ def _stem(identifier: str) -> str:
     return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in _SUFFIXES else name
 
 
-def _check_partners(folder: Path, ids: list[str], images: dict[str, dict[str, Path]]) -> None:
+def _check_partners(folder: Path, ids: list[str], media: dict[str, dict[str, Path]]) -> None:
     if not ids:
         raise DatasetError(f"{folder}: the metadata has no rows")
     known = set(ids)
@@ -120,13 +128,13 @@ def _check_partners(folder: Path, ids: list[str], images: dict[str, dict[str, Pa
     if repeated:
         raise DatasetError(f"{folder}: the metadata names an id more than once: {_first(repeated)}")
     problems = []
-    for arm, found in images.items():
+    for arm, found in media.items():
         if known - set(found):
-            problems.append(f"{arm}/ has no image for {_first(known - set(found))}")
+            problems.append(f"{arm}/ has nothing for {_first(known - set(found))}")
         if set(found) - known:
             problems.append(f"the metadata has no row for {_first(set(found) - known)} of {arm}/")
     if problems:
-        raise DatasetError(f"{folder}: images without their partners: {'; '.join(problems)}")
+        raise DatasetError(f"{folder}: images or videos without their partners: {'; '.join(problems)}")
 
 
 def _first(identifiers: set[str]) -> str:

@@ -2,7 +2,6 @@
 """One way to open an image, whatever it is stored as: 8-bit RGB, upright, opaque, or an error that names the row."""
 
 import io
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from trl_sipo.data.stored import EXPECTED, VIDEO_INSTEAD, checked_value, described, is_video
 from trl_sipo.errors import DatasetError
-
-_WHAT_IS_READ = 'a PIL image, a path, the bytes of an image file, or {"bytes": ..., "path": ...}'
-_MAX_QUOTED = 80
 
 
 def open_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:
@@ -37,7 +34,7 @@ def open_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:
             process has asked Pillow to fill them (`PIL.ImageFile.LOAD_TRUNCATED_IMAGES`).
     """
     with _named(where):
-        with _opened(_source(value, where)) as image:
+        with _opened(_source(value, where), where) as image:
             image.load()
             return _to_rgb(PIL.ImageOps.exif_transpose(image), where)
 
@@ -50,16 +47,9 @@ def verify_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:
     """
     if not isinstance(value, PIL.Image.Image):
         with _named(where):
-            with _opened(_source(value, where)) as image:
+            with _opened(_source(value, where), where) as image:
                 image.verify()
     return open_image(value, where=where)
-
-
-def looks_like_text(value: str) -> bool:
-    """Whether a string is rather a sentence than the path of an image: it has blanks and no suffix of an image."""
-    if Path(value[-_MAX_QUOTED:]).suffix.lower() in PIL.Image.registered_extensions():
-        return False
-    return len(value.split()) > 1
 
 
 @contextmanager
@@ -85,58 +75,41 @@ def _named(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: Any) -> Iterator[PIL.Image.Image]:
+def _opened(source: Any, where: str) -> Iterator[PIL.Image.Image]:
     if isinstance(source, PIL.Image.Image):
         yield source
     else:
-        with PIL.Image.open(source) as image:
+        with _identified(source, where) as image:
             yield image
+
+
+def _identified(source: io.BytesIO | Path, where: str) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(source)
+    except PIL.UnidentifiedImageError as error:
+        if is_video(source.getvalue() if isinstance(source, io.BytesIO) else source):
+            raise DatasetError(f"{where} is a video, {VIDEO_INSTEAD}") from error
+        raise
 
 
 def _source(value: Any, where: str) -> PIL.Image.Image | io.BytesIO | Path:
     """What PIL can open, from a cell of a dataset."""
-    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    value = checked_value(value, "image", where=where)
     if isinstance(value, PIL.Image.Image):
         return value
-    if isinstance(value, bytes | bytearray | memoryview):
-        if len(value) == 0:
-            raise DatasetError(f"{where}: the image is empty (0 bytes)")
+    if isinstance(value, Path) and value.is_dir():
+        raise DatasetError(f"{where}: {str(value)!r} is a folder, {VIDEO_INSTEAD} (frames in a folder are a video)")
+    if isinstance(value, bytes):
         return io.BytesIO(value)
-    if isinstance(value, str | os.PathLike):
-        return _existing_path(value, where)
-    if value is None:
-        raise DatasetError(f"{where}: the image is missing (null)")
-    raise DatasetError(f"{where}: expected an image ({_WHAT_IS_READ}), found {_describe(value)}")
+    if isinstance(value, Path):
+        return value
+    raise DatasetError(f"{where}: expected {EXPECTED['image']}, found {_described(value)}")
 
 
-def _existing_path(value: str | os.PathLike[str], where: str) -> Path:
-    text = os.fspath(value)
-    if isinstance(text, str) and looks_like_text(text) and not os.path.isfile(text):
-        raise DatasetError(
-            f"{where}: expected an image ({_WHAT_IS_READ}), found the text {_quote(text)}. Preference data of "
-            "language models cannot be used here: 'chosen' and 'rejected' must hold images."
-        )
-    if not os.path.exists(text):
-        raise DatasetError(f"{where}: there is no file {_quote(text)}")
-    if os.path.isdir(text):
-        raise DatasetError(f"{where}: {_quote(text)} is a folder, not an image")
-    return Path(text)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]:
-        return (
-            "a conversation, as in the preference data of language models, which cannot be used here: 'chosen' and "
-            "'rejected' must hold images"
-        )
-    if isinstance(value, list):
-        return f"a list of {len(value)}; give one image per cell"
-    return f"{type(value).__name__} {_quote(str(value))}"
-
-
-def _quote(text: str | bytes) -> str:
-    return repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED]) + ("..." if len(text) > _MAX_QUOTED else "")
+def _described(value: Any) -> str:
+    if isinstance(value, list) and not (value and isinstance(value[0], Mapping)):
+        return f"a list of {len(value)}; give one image per cell ({VIDEO_INSTEAD})"
+    return described(value, "image")
 
 
 def _to_rgb(image: PIL.Image.Image, where: str) -> PIL.Image.Image:

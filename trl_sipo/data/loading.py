@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Value
+from datasets import Dataset, DatasetDict, IterableDataset, List, ReadInstruction, Value
 
 from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
-from trl_sipo.data.images import looks_like_text
 from trl_sipo.data.preference_dataset import first_row
+from trl_sipo.data.stored import looks_like_text
 from trl_sipo.errors import DatasetError
 
 # Suffix of a file: its readers, map-style and streaming. `load_dataset("json", ...)` would do the same and report each
@@ -60,9 +60,9 @@ def load_preference_dataset(
         name_or_path: one of
 
             - a local folder that `save_to_disk` wrote;
-            - a local folder `<root>` with `chosen/<id>.<suffix>`, `rejected/<id>.<suffix>` (png, jpg, jpeg, webp) and
-              `metadata.csv` or `metadata.jsonl` with the columns `id` (or `file_name`) and `prompt`; or several such
-              folders, `<root>/<split>`;
+            - a local folder `<root>` with `chosen/<id>.<suffix>`, `rejected/<id>.<suffix>` (png, jpg, jpeg, webp; mp4,
+              webm, gif, mov, mkv, avi; or folders of frames, `<id>/`) and `metadata.csv` or `metadata.jsonl` with the
+              columns `id` (or `file_name`) and `prompt`; or several such folders, `<root>/<split>`;
             - a local folder of Parquet, JSON, JSON Lines or CSV files, at any depth. A file belongs to the split that
               stands as a word in its name or else in its folder ("test.jsonl", "data/train-00000-of-00002.parquet");
               without one, to "train";
@@ -70,7 +70,7 @@ def load_preference_dataset(
             - an id on the Hugging Face hub;
             - columns, as a mapping from names to lists.
 
-            Relative paths of images in a local table are relative to the folder of that table.
+            Relative paths of images and videos in a local table are relative to the folder of that table.
         name: configuration of a dataset on the hub; of a local folder, the folder within it.
         split: which split; slices ("train[:500]", "train[10%:20%]") work for all kinds, except when streaming.
         streaming: give a `datasets.IterableDataset`.
@@ -182,7 +182,7 @@ def _split_of(relative: Path) -> str:
 
 
 def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:
-    """Read tables of one split, with relative paths of images made absolute."""
+    """Read tables of one split, with relative paths of images and videos made absolute."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
         groups.setdefault((file.parent.resolve(), file.suffix.lower()), []).append(file)
@@ -206,13 +206,13 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
 def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:
     arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
     if dataset.features is None:  # a stream whose types are not known before it is read
-        columns = [column for column, value in first_row(dataset).items() if column in arms and isinstance(value, str)]
+        columns = [column for column, value in first_row(dataset).items() if column in arms and _is_path(value)]
     else:
-        columns = [column for column in dataset.features if column in arms and _is_string(dataset.features[column])]
+        columns = [column for column in dataset.features if column in arms and _holds_paths(dataset.features[column])]
     if not columns:
         return dataset
 
-    def absolute(*values: list[str | None]) -> dict[str, list[str | None]]:
+    def absolute(*values: list[Any]) -> dict[str, list[Any]]:
         return {
             column: [_absolute(path, folder) for path in paths] for column, paths in zip(columns, values, strict=True)
         }
@@ -220,10 +220,13 @@ def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Da
     return dataset.map(absolute, batched=True, input_columns=columns, features=dataset.features)
 
 
-def _absolute(path: str | None, folder: Path) -> str | None:
-    if path is None or looks_like_text(path):
+def _absolute(path: Any, folder: Path) -> Any:
+    """A path, or a list of those of frames, relative to a folder; an absolute path stays itself."""
+    if isinstance(path, list):
+        return [_absolute(frame, folder) for frame in path]
+    if path is None or (looks_like_text(path) and not os.path.exists(folder / path)):
         return path
-    return str(folder / path)  # an absolute path stays itself
+    return str(folder / path)
 
 
 def _plain_strings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -234,8 +237,13 @@ def _plain_strings(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     return dataset
 
 
-def _is_string(feature: Any) -> bool:
+def _holds_paths(feature: Any) -> bool:
+    feature = feature.feature if isinstance(feature, List) else feature
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, list) and value else value, str)
 
 
 def _take_split(splits: Mapping[str, _Loader], split: str, source: str) -> Dataset | IterableDataset:

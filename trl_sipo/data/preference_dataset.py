@@ -13,7 +13,9 @@ from PIL import Image
 from trl_sipo.data.formats import PreferenceFormat, detect_format, select_pairs, undecoded
 from trl_sipo.data.images import open_image
 from trl_sipo.data.seeding import seeded_generator
+from trl_sipo.data.stored import stored_value
 from trl_sipo.data.transforms import PairedTransform
+from trl_sipo.data.video import ClipSampler, open_clips
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 _MAX_WORKERS = 1024
@@ -22,25 +24,28 @@ _MAX_WORKERS = 1024
 class PreferenceDataset(torch.utils.data.Dataset):
     """The pairs of a `datasets.Dataset`, ties and unlabelled rows left out.
 
-    Item `i` is `{"prompt": str, "chosen_pixels", "rejected_pixels": float32 (3, resolution, resolution) in [-1, 1],
-    "pair_index": i}`; with latents, `"chosen_latents"`, `"rejected_latents"`: float32 of the stored shape.
+    Item `i` is `{"prompt": str, "chosen_pixels", "rejected_pixels": float32 (3, height, width) in [-1, 1],
+    "pair_index": i}`. Of videos, the pixels are (3, frames, height, width), and there is `"frame_rate"`, a float. Of
+    latents, there are `"chosen_latents"`, `"rejected_latents"` instead: float32 of the stored shape.
 
-    Images are decoded in `__getitem__`, so in the workers of a data loader. The crop and the flip come from a
-    generator seeded by (seed, epoch, pair index): workers, batch size, order and number of processes change nothing.
+    Images and videos are decoded in `__getitem__`, so in the workers of a data loader. The start of the clip, the crop
+    and the flip come from a generator seeded by (seed, epoch, pair index): workers, batch size, order and number of
+    processes change nothing.
 
     Args:
         dataset: the rows; its format ("torch", "numpy", ...) is ignored, a `set_transform` is refused.
         fmt: its format; None: from its columns.
-        transform: required for images, unused for latents.
-        seed: of the crops and flips.
+        transform: required for images and videos, unused for latents.
+        seed: of the starts, crops and flips.
+        clip: the arms are videos, of which it says what frames to take. None, or one frame: they are images.
 
     Attributes:
         num_ties, num_unlabelled: rows that were left out.
 
     Raises:
-        DatasetError: columns of no known format, labels out of range; on access, a broken image or an empty prompt,
-            naming the row of `dataset`.
-        ConfigurationError: images without a transform.
+        DatasetError: columns of no known format, labels out of range; on access, a broken image or video, one in the
+            place of the other, or an empty prompt, naming the row of `dataset`.
+        ConfigurationError: images or videos without a transform.
     """
 
     def __init__(
@@ -49,11 +54,13 @@ class PreferenceDataset(torch.utils.data.Dataset):
         fmt: PreferenceFormat | None = None,
         transform: PairedTransform | None = None,
         seed: int = 0,
+        clip: ClipSampler | None = None,
     ) -> None:
         self.fmt = fmt or detect_format(dataset.column_names)
         _check_transform(self.fmt, transform)
         self.transform = transform
         self.seed = seed
+        self.clip = of_videos(clip)
         self._rows = undecoded(dataset, self.fmt)
         selection = select_pairs(dataset, self.fmt)
         self.num_ties, self.num_unlabelled = selection.num_ties, selection.num_unlabelled
@@ -61,7 +68,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
         self._epoch = _shared_integers(1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the crops and flips of this epoch. Reaches running (persistent) workers."""
+        """Choose the starts, crops and flips of this epoch. Reaches running (persistent) workers."""
         self._epoch[0] = epoch
 
     def __len__(self) -> int:
@@ -74,9 +81,8 @@ class PreferenceDataset(torch.utils.data.Dataset):
         pair = self.fmt.read(self._rows[row_number], where=where)
         if self.fmt.holds_latents:
             return {**read_latents(pair, where=where), "pair_index": index}
-        images = open_arms(pair, where=where)
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)
-        return {**_pixels(pair["prompt"], images, self.transform, generator), "pair_index": index}
+        return {**_pixels(pair, self.transform, self.clip, generator, where), "pair_index": index}
 
 
 class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
@@ -90,12 +96,13 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
     processes split it first with `datasets.distributed.split_dataset_by_node`.
 
     Args:
-        dataset, fmt, transform, seed: as for `PreferenceDataset`; without known columns the first row is looked at.
+        dataset, fmt, transform, seed, clip: as for `PreferenceDataset`; without known columns the first row is looked
+            at.
 
     Raises:
         DatasetError: columns of no known format, or an empty stream; on iteration a broken row, named by its position
             among the rows that the worker has read.
-        ConfigurationError: images without a transform.
+        ConfigurationError: images or videos without a transform.
     """
 
     def __init__(
@@ -104,11 +111,13 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         fmt: PreferenceFormat | None = None,
         transform: PairedTransform | None = None,
         seed: int = 0,
+        clip: ClipSampler | None = None,
     ) -> None:
         self.fmt = fmt or detect_format(stream_columns(dataset))
         _check_transform(self.fmt, transform)
         self.transform = transform
         self.seed = seed
+        self.clip = of_videos(clip)
         self._rows = undecoded(dataset, self.fmt)
         self._epoch = _shared_integers(1)
         self._dropped = _shared_integers(_MAX_WORKERS, 2)  # a slot per worker: increments of one slot would race
@@ -124,7 +133,7 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         return int(self._dropped[:, 1].sum())
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the crops, flips and, where the stream is shuffled, the order of this epoch."""
+        """Choose the starts, crops, flips and, where the stream is shuffled, the order of this epoch."""
         self._epoch[0] = epoch
         self._rows.set_epoch(epoch)
 
@@ -149,9 +158,8 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         index = pair_fingerprint(pair)
         if self.fmt.holds_latents:
             return {**read_latents(pair, where=where), "pair_index": index}
-        images = open_arms(pair, where=where)
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)
-        return {**_pixels(pair["prompt"], images, self.transform, generator), "pair_index": index}
+        return {**_pixels(pair, self.transform, self.clip, generator, where), "pair_index": index}
 
 
 def stream_columns(dataset: datasets.IterableDataset) -> list[str]:
@@ -180,6 +188,11 @@ def open_arms(pair: Mapping[str, Any], *, where: str) -> tuple[Image.Image, Imag
     )
 
 
+def of_videos(clip: ClipSampler | None) -> ClipSampler | None:
+    """None where the arms are images: without a sampler, or with one of a single frame."""
+    return None if clip is None or clip.num_frames == 1 else clip
+
+
 def read_latents(pair: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """`{"prompt", "chosen_latents", "rejected_latents"}`, the latents float32.
 
@@ -204,12 +217,13 @@ def pair_fingerprint(pair: Mapping[str, Any]) -> int:
 
 
 def _stored_bytes(value: Any) -> bytes:
-    if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    value = stored_value(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, Image.Image):
         return value.tobytes()
+    if isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes | Mapping | Image.Image):
+        return b"".join(hashlib.blake2b(_stored_bytes(frame)).digest() for frame in value)
     if isinstance(value, list | tuple | np.ndarray | torch.Tensor):
         return np.asarray(value, dtype=np.float32).tobytes()
     return str(value).encode("utf-8", "surrogatepass")
@@ -226,19 +240,25 @@ def _latent_array(value: Any, where: str) -> torch.Tensor:
 
 
 def _pixels(
-    prompt: str,
-    images: tuple[Image.Image, Image.Image],
+    pair: Mapping[str, Any],
     transform: PairedTransform | None,
+    clip: ClipSampler | None,
     generator: torch.Generator,
+    where: str,
 ) -> dict[str, Any]:
     assert transform is not None, "checked on construction"
-    chosen, rejected = transform(*images, generator)
-    return {"prompt": prompt, "chosen_pixels": chosen, "rejected_pixels": rejected}
+    rate = {}
+    if clip is None:
+        arms = open_arms(pair, where=where)
+    else:
+        *arms, rate["frame_rate"] = open_clips(pair["chosen"], pair["rejected"], clip, generator, where=where)
+    chosen, rejected = transform(*arms, generator)
+    return {"prompt": pair["prompt"], "chosen_pixels": chosen, "rejected_pixels": rejected, **rate}
 
 
 def _check_transform(fmt: PreferenceFormat, transform: PairedTransform | None) -> None:
     if transform is None and not fmt.holds_latents:
-        raise ConfigurationError("pairs of images need a transform: pass PairedTransform(resolution=...)")
+        raise ConfigurationError("images and videos need a transform: pass PairedTransform(resolution=...)")
 
 
 def _shared_integers(*shape: int) -> torch.Tensor:

@@ -4,7 +4,9 @@
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,11 @@ from trl_sipo.data.formats import (
     select_pairs,
     undecoded,
 )
-from trl_sipo.data.images import looks_like_text, verify_image
-from trl_sipo.data.preference_dataset import read_latents, stream_columns
+from trl_sipo.data.frame_source import FrameSource
+from trl_sipo.data.images import verify_image
+from trl_sipo.data.preference_dataset import of_videos, read_latents, stream_columns
+from trl_sipo.data.stored import VIDEO_INSTEAD, looks_like_text
+from trl_sipo.data.video import ClipSampler, checked_length, common_rate, open_video, read_clip
 from trl_sipo.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +36,7 @@ logger = logging.getLogger(__name__)
 _NUM_NAMED = 5  # problems that an error names
 _NUM_STREAMED = 8  # rows of a stream that are looked at: what is read here is read again for training
 _BATCH = 10_000
-_NUM_SILENT = 500  # rows that are opened without a progress bar
+_NUM_SILENT = {"image": 500, "video": 20}  # rows that are opened without a progress bar
 
 
 def check_preference_dataset(
@@ -39,34 +44,41 @@ def check_preference_dataset(
     fmt: PreferenceFormat | None = None,
     *,
     num_checked_images: int = 2000,
+    clip: ClipSampler | None = None,
 ) -> dict[str, Any]:
     """Check preference data, and count what is in it.
 
-    All rows: labels in range. All pairs: prompts that are text and not empty; images that are there and not empty
-    (bytes, or a path to a file), without opening them. `num_checked_images` pairs, evenly spaced, are opened for good:
-    both images verified and decoded. So a set of no more pairs than that is known to be whole, and of a larger one
-    only those are: in the others an image can still be broken, which ends the training run that comes to it. Of a
-    stream, only the first few rows can be looked at.
+    All rows: labels in range. All pairs: prompts that are text and not empty; images or videos that are there and not
+    empty (bytes, or a path), without opening them. `num_checked_images` pairs, evenly spaced, are opened for good:
+    both images verified and decoded; of both videos, the index of frames read and the first clip decoded (with a
+    random start, the last one too). So a set of no more pairs than that is known to be whole, and of a larger one only
+    those are: in the others an arm can still be broken, which ends the training run that comes to it. Of a stream,
+    only the first few rows can be looked at.
 
     Args:
         dataset: the rows, ties included.
         fmt: its format; None: from its columns.
         num_checked_images: how many pairs have both arms opened; all when there are fewer. Some 400 pairs of JPEG a
-            second at 512 px, and 70 of PNG; a progress bar is shown from a few hundred on.
+            second at 512 px, and 70 of PNG, but few pairs of videos; a progress bar is shown from a few hundred on.
+        clip: the arms are videos, of which these frames are needed. None, or one frame: they are images.
 
     Returns:
         `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
         `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
-        (pixels; None for latents). For a stream, the number of rows, ties, unlabelled and pairs are of the rows looked
-        at, and `streaming` is True.
+        (pixels; None for latents). Of videos also `shortest_frames` and `longest_frames` (how many frames they have,
+        at `frame_rate` if that is set), `frame_rates` (of the files, with the number of videos of each) and
+        `num_irregular` (videos whose frames are not all shown for as long). For a stream, the number of rows, ties,
+        unlabelled and pairs are of the rows looked at, and `streaming` is True.
 
     Raises:
         DatasetError: with the rows concerned and what to do.
     """
     if num_checked_images < 0:
         raise DatasetError(f"num_checked_images must not be negative, found {num_checked_images}")
+    clip = of_videos(clip)
+    kind = "image" if clip is None else "video"
     if isinstance(dataset, IterableDataset):
-        return _check_stream(dataset, fmt or detect_format(stream_columns(dataset)), num_checked_images)
+        return _check_stream(dataset, fmt or detect_format(stream_columns(dataset)), num_checked_images, clip)
     refuse_custom_transform(dataset)
     fmt = fmt or detect_format(dataset.column_names)
     if len(dataset) == 0:
@@ -76,7 +88,7 @@ def check_preference_dataset(
     rows = undecoded(dataset, fmt)
     _check_prompts(rows, fmt, selection.kept)
     if not fmt.holds_latents:
-        _check_stored_images(rows, fmt, selection.kept)
+        _check_stored_media(rows, fmt, selection.kept, kind)
     checked = selection.kept[_evenly_spaced(len(selection.kept), num_checked_images)]
     report = {
         "format": fmt.name,
@@ -86,9 +98,9 @@ def check_preference_dataset(
         "num_unlabelled": selection.num_unlabelled,
         "num_swapped": selection.num_swapped,
         "num_pairs": len(selection.kept),
-        **_check_arms(((int(row), rows[int(row)]) for row in _with_progress(checked)), fmt),
+        **_check_arms(((int(row), rows[int(row)]) for row in _with_progress(checked, kind)), fmt, clip),
     }
-    _warn(report, fmt)
+    _warn(report, fmt, clip)
     return report
 
 
@@ -100,7 +112,9 @@ def _refuse_nothing_left(selection: RowSelection, num_rows: int) -> None:
         )
 
 
-def _check_stream(dataset: IterableDataset, fmt: PreferenceFormat, num_checked_images: int) -> dict[str, Any]:
+def _check_stream(
+    dataset: IterableDataset, fmt: PreferenceFormat, num_checked_images: int, clip: ClipSampler | None
+) -> dict[str, Any]:
     rows = list(enumerate(itertools.islice(undecoded(dataset, fmt), min(num_checked_images, _NUM_STREAMED))))
     if not rows and num_checked_images:
         raise DatasetError("the dataset is empty: the stream has no rows")
@@ -115,9 +129,9 @@ def _check_stream(dataset: IterableDataset, fmt: PreferenceFormat, num_checked_i
         "num_unlabelled": len(unlabelled),
         "num_swapped": sum(fmt.is_swapped(row) for _, row in pairs),
         "num_pairs": len(pairs),
-        **_check_arms(iter(pairs), fmt),
+        **_check_arms(iter(pairs), fmt, clip),
     }
-    _warn(report, fmt)
+    _warn(report, fmt, clip)
     return report
 
 
@@ -137,28 +151,28 @@ def _check_prompts(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray) -> No
     _raise_all(problems, "Remove such rows with dataset.filter(...).")
 
 
-def _check_stored_images(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray) -> None:
-    """Images that are missing or empty, from the lengths of the stored bytes and the sizes of files alone."""
+def _check_stored_media(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray, kind: str) -> None:
+    """Images or videos that are missing or empty, from the lengths of stored bytes and the sizes of files alone."""
     problems = []
     for column in (fmt.first, fmt.second):
-        found = _stored_images(rows, column)
+        found = _stored_media(rows, column)
         if found is None:
             continue
         num_bytes, paths = found
         where = "row {}, column " + repr(column)
         for number in kept[num_bytes[kept] == 0].tolist():
-            problems.append(f"{where.format(number)}: the image is empty (0 bytes)")
+            problems.append(f"{where.format(number)}: the {kind} is empty (0 bytes)")
         for number in kept[num_bytes[kept] < 0].tolist():
-            problem = _path_problem(paths[number].as_py())
+            problem = _path_problem(paths[number].as_py(), kind)
             if problem:
                 problems.append(f"{where.format(number)}: {problem}")
     _raise_all(problems, "Relative paths are relative to the folder in which this process was started.")
 
 
-def _stored_images(rows: Dataset, column: str) -> tuple[np.ndarray, pa.ChunkedArray] | None:
+def _stored_media(rows: Dataset, column: str) -> tuple[np.ndarray, pa.ChunkedArray] | None:
     """Per row, the number of stored bytes (-1: none) and the path; None for a column of another kind.
 
-    From the whole Arrow column: lengths come from its offsets, so that no image is read from the disk or copied, as a
+    From the whole Arrow column: lengths come from its offsets, so that nothing is read from the disk or copied, as a
     selection of rows would.
     """
     table = rows.data.table.select([column])
@@ -181,17 +195,19 @@ def _stored_images(rows: Dataset, column: str) -> tuple[np.ndarray, pa.ChunkedAr
     return num_bytes[positions], paths.take(pa.array(positions)).combine_chunks()
 
 
-def _path_problem(path: str | None) -> str | None:
+def _path_problem(path: str | None, kind: str) -> str | None:
     if path is None:
-        return "the image is missing (null)"
+        return f"the {kind} is missing (null)"
+    if os.path.isdir(path):
+        return None if kind == "video" else f"{path!r} is a folder, {VIDEO_INSTEAD}"
     if os.path.isfile(path):
         return f"the file {path!r} is empty (0 bytes)" if os.path.getsize(path) == 0 else None
     return None if looks_like_text(path) else f"there is no file {path!r}"  # opening says more of a text
 
 
-def _with_progress(checked: np.ndarray) -> Iterator[int]:
-    is_quiet = len(checked) <= _NUM_SILENT or os.environ.get("LOCAL_RANK", "0") != "0"
-    return iter(tqdm(checked, desc="Checking images", unit="pair", disable=is_quiet, leave=False))
+def _with_progress(checked: np.ndarray, kind: str) -> Iterator[int]:
+    is_quiet = len(checked) <= _NUM_SILENT[kind] or os.environ.get("LOCAL_RANK", "0") != "0"
+    return iter(tqdm(checked, desc=f"Checking {kind}s", unit="pair", disable=is_quiet, leave=False))
 
 
 def _column_values(rows: Dataset, column: str, kept: np.ndarray) -> Iterator[tuple[int, Any]]:
@@ -206,42 +222,124 @@ def _column_values(rows: Dataset, column: str, kept: np.ndarray) -> Iterator[tup
         start += len(batch[column])
 
 
-def _check_arms(rows: Iterator[tuple[int, Mapping[str, Any]]], fmt: PreferenceFormat) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Arm:
+    """What is noted of an arm that was opened.
+
+    Args:
+        content: pixels or latents.
+        size: width and height in pixels; None for latents.
+        num_frames: of a video, at the rate that is asked for.
+        rate: of a video file, in frames per second.
+        is_irregular: the frames of the video are not all shown for as long.
+    """
+
+    content: bytes
+    size: tuple[int, int] | None = None
+    num_frames: int | None = None
+    rate: float | None = None
+    is_irregular: bool = False
+
+
+def _check_arms(
+    rows: Iterator[tuple[int, Mapping[str, Any]]], fmt: PreferenceFormat, clip: ClipSampler | None
+) -> dict[str, Any]:
     """Open both arms of each row."""
-    num_checked = num_identical = num_unequal = 0
-    smallest_side: int | None = None
+    pairs: list[tuple[_Arm, _Arm]] = []
+    num_identical = 0
     problems = []
     for number, row in rows:
         try:
             pair = fmt.read(row, where=f"row {number}")
-            identical, unequal, side = _latent_arms(pair, number) if fmt.holds_latents else _image_arms(pair, number)
         except DatasetError as error:
             problems.append(str(error))
             continue
-        num_checked += 1
-        num_identical += identical
-        num_unequal += unequal
-        smallest_side = side if smallest_side is None or side is None else min(side, smallest_side)
+        chosen, rejected = _opened_arms(pair, fmt, clip, f"row {number}", problems)
+        if chosen is None or rejected is None:
+            continue
+        num_identical += (chosen.content, chosen.size) == (rejected.content, rejected.size)
+        pairs.append((replace(chosen, content=b""), replace(rejected, content=b"")))
     _raise_all(problems, "")
-    return {
-        "num_checked": num_checked,
+    arms = [arm for pair in pairs for arm in pair]
+    report = {
+        "num_checked": len(pairs),
         "num_identical_arms": num_identical,
-        "num_unequal_sizes": num_unequal,
-        "smallest_side": smallest_side,
+        "num_unequal_sizes": sum(chosen.size != rejected.size for chosen, rejected in pairs),
+        "smallest_side": min((min(arm.size) for arm in arms if arm.size is not None), default=None),
     }
+    return report if clip is None or fmt.holds_latents else {**report, **_video_report(arms)}
 
 
-def _latent_arms(pair: Mapping[str, Any], number: int) -> tuple[bool, bool, None]:
-    latents = read_latents(pair, where=f"row {number}")
-    return bool((latents["chosen_latents"] == latents["rejected_latents"]).all()), False, None
+def _opened_arms(
+    pair: Mapping[str, Any], fmt: PreferenceFormat, clip: ClipSampler | None, where: str, problems: list[str]
+) -> tuple[_Arm, _Arm] | tuple[None, None]:
+    """Both arms; None where one does not open, of which `problems` then says why."""
+    try:
+        if fmt.holds_latents:
+            return _latent_arms(pair, where)
+        if clip is None:
+            return _image_arm(pair, "chosen", where), _image_arm(pair, "rejected", where)
+    except DatasetError as error:
+        problems.append(str(error))
+        return None, None
+    return _video_arms(pair, clip, where, problems)
 
 
-def _image_arms(pair: Mapping[str, Any], number: int) -> tuple[bool, bool, int]:
-    chosen = verify_image(pair["chosen"], where=f"row {number}, the chosen image")
-    rejected = verify_image(pair["rejected"], where=f"row {number}, the rejected image")
-    unequal = chosen.size != rejected.size
-    identical = not unequal and chosen.tobytes() == rejected.tobytes()
-    return identical, unequal, min(*chosen.size, *rejected.size)
+def _latent_arms(pair: Mapping[str, Any], where: str) -> tuple[_Arm, _Arm]:
+    latents = read_latents(pair, where=where)
+    return _Arm(latents["chosen_latents"].numpy().tobytes()), _Arm(latents["rejected_latents"].numpy().tobytes())
+
+
+def _image_arm(pair: Mapping[str, Any], arm: str, where: str) -> _Arm:
+    image = verify_image(pair[arm], where=f"{where}, the {arm} image")
+    return _Arm(image.tobytes(), image.size)
+
+
+def _video_arms(
+    pair: Mapping[str, Any], clip: ClipSampler, where: str, problems: list[str]
+) -> tuple[_Arm, _Arm] | tuple[None, None]:
+    """Both are opened even if the first is broken, so that all broken files are named at once."""
+    videos, arms = [], []
+    for arm in ("chosen", "rejected"):
+        try:
+            video = open_video(pair[arm], frame_rate=clip.rate, where=f"{where}, the {arm} video")
+            arms.append(_video_arm(video, clip))
+            videos.append(video)
+        except DatasetError as error:
+            problems.append(str(error))
+    if len(videos) < 2:
+        return None, None
+    try:
+        common_rate(*videos, clip, where=where)
+    except DatasetError as error:
+        problems.append(str(error))
+        return None, None
+    return arms[0], arms[1]
+
+
+def _video_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
+    num_frames = checked_length(video, clip)
+    images = read_clip(video, clip)
+    if clip.random_start:
+        read_clip(video, clip, num_frames - clip.num_frames)
+    return _Arm(
+        content=b"".join(image.tobytes() for image in images),
+        size=images[0].size,
+        num_frames=num_frames,
+        rate=None if video.rate is None else round(float(video.rate), 3),
+        is_irregular=not video.timeline().is_regular,
+    )
+
+
+def _video_report(arms: Sequence[_Arm]) -> dict[str, Any]:
+    lengths = [arm.num_frames for arm in arms if arm.num_frames is not None]
+    rates = Counter(arm.rate for arm in arms if arm.rate is not None)
+    return {
+        "shortest_frames": min(lengths, default=None),
+        "longest_frames": max(lengths, default=None),
+        "frame_rates": dict(sorted(rates.items())),
+        "num_irregular": sum(arm.is_irregular for arm in arms),
+    }
 
 
 def _raise_all(problems: Sequence[str], advice: str) -> None:
@@ -252,10 +350,16 @@ def _raise_all(problems: Sequence[str], advice: str) -> None:
     raise DatasetError(f"{len(problems)} problem(s) in the preference data:{lines}{more}\n{advice}".rstrip())
 
 
-def _warn(report: Mapping[str, Any], fmt: PreferenceFormat) -> None:
+def _warn(report: Mapping[str, Any], fmt: PreferenceFormat, clip: ClipSampler | None) -> None:
+    if report.get("num_irregular") and clip is not None and clip.frame_rate is None:
+        logger.warning(
+            "%d checked videos have frames that are shown for different times, so that consecutive frames are not "
+            "evenly spaced. Set `frame_rate` to take them at even times.",
+            report["num_irregular"],
+        )
     if report["num_identical_arms"]:
         logger.warning(
-            "%d of %d checked pairs have the same picture as chosen and rejected; they teach nothing.",
+            "%d of %d checked pairs have the same picture or video as chosen and rejected; they teach nothing.",
             report["num_identical_arms"],
             report["num_checked"],
         )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cell of a dataset holds: a path, bytes, or both; rather an image, or rather a video."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from trl_sipo.errors import DatasetError
+
+FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+# Pillow opens GIF and WebP too, as their first frame: a file of that suffix may be either.
+ANIMATION_SUFFIXES = frozenset({".gif", ".webp"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
+
+EXPECTED = {
+    "image": 'an image (a PIL image, a path, the bytes of an image file, or {"bytes": ..., "path": ...})',
+    "video": (
+        'a video (a path, the bytes of a video file, {"bytes": ..., "path": ...}, a folder or a list of frames, or a '
+        "uint8 array (frames, height, width, 3))"
+    ),
+}
+IMAGE_INSTEAD = "where a video is expected: to train on images, leave `num_frames` at 1"
+VIDEO_INSTEAD = "where an image is expected: to train on videos, set `num_frames` above 1"
+
+_MAX_QUOTED = 80
+_HEAD = 12  # bytes that tell the kind of a file
+
+
+def stored_value(value: Any) -> Any:
+    """The bytes, or else the path, of the `{"bytes": ..., "path": ...}` that `datasets` stores; others as they are."""
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        return value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def checked_value(value: Any, kind: str, *, where: str) -> Any:
+    """A cell as bytes that are not empty, as the path of a file or folder that is there, or as whatever else it is.
+
+    Args:
+        value: the cell.
+        kind: what is expected, "image" or "video".
+        where: what errors call it.
+
+    Raises:
+        DatasetError: null, empty, not there, or rather a text than a path.
+    """
+    value = stored_value(value)
+    if value is None:
+        raise DatasetError(f"{where}: the {kind} is missing (null)")
+    if isinstance(value, bytes | bytearray | memoryview):
+        if len(value) == 0:
+            raise DatasetError(f"{where}: the {kind} is empty (0 bytes)")
+        return bytes(value)
+    return _existing_path(value, kind, where) if isinstance(value, str | os.PathLike) else value
+
+
+def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path:
+    text = os.fspath(value)
+    if os.path.exists(text):
+        if os.path.isfile(text) and os.path.getsize(text) == 0:
+            raise DatasetError(f"{where}: the file {quoted(text)} is empty (0 bytes)")
+        return Path(text)
+    if isinstance(text, str) and looks_like_text(text):
+        raise DatasetError(
+            f"{where}: expected {EXPECTED[kind]}, found the text {quoted(text)}. Preference data of language models "
+            f"cannot be used here: 'chosen' and 'rejected' must hold {kind}s."
+        )
+    raise DatasetError(f"{where}: there is no file {quoted(text)}")
+
+
+def is_video(file: bytes | Path) -> bool:
+    """Whether a file is a video, by its suffix or its first bytes."""
+    return (isinstance(file, Path) and file.suffix.lower() in VIDEO_SUFFIXES) or _has_video_head(_head(file))
+
+
+def is_webp(file: bytes | Path) -> bool:
+    """Whether a file is a WebP, by its first bytes."""
+    head = _head(file)
+    return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+
+
+def looks_like_text(value: str) -> bool:
+    """Whether a string is rather a sentence than a path: it has blanks and no suffix of an image or a video."""
+    suffix = Path(value[-_MAX_QUOTED:]).suffix.lower()
+    if suffix in VIDEO_SUFFIXES or suffix in PIL.Image.registered_extensions():
+        return False
+    return len(value.split()) > 1
+
+
+def quoted(text: str | bytes) -> str:
+    """For an error: the text in quotation marks, its beginning when it is long."""
+    return repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED]) + ("..." if len(text) > _MAX_QUOTED else "")
+
+
+def described(value: Any, kind: str) -> str:
+    """For an error: a value that is no image or video ("kind")."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]:
+        return (
+            "a conversation, as in the preference data of language models, which cannot be used here: 'chosen' and "
+            f"'rejected' must hold {kind}s"
+        )
+    return f"{type(value).__name__} {quoted(str(value))}"
+
+
+def _head(file: bytes | Path) -> bytes:
+    if isinstance(file, bytes):
+        return file[:_HEAD]
+    with open(file, "rb") as opened:
+        return opened.read(_HEAD)
+
+
+def _has_video_head(head: bytes) -> bool:
+    is_mp4 = head[4:8] == b"ftyp" and head[8:11] not in (b"avi", b"mif", b"hei", b"msf")  # AVIF and HEIC: images
+    is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
+    return is_mp4 or is_avi or head[:4] == b"\x1a\x45\xdf\xa3"  # Matroska and WebM
