@@ -42,16 +42,20 @@ def test_long_prompts_are_cut_where_the_pipelines_call_cuts_them():
     assert torch.equal(item["prompt_embeds"], embeds[0, :512])
 
 
-def test_inference_has_no_unconditional_half_of_its_own():
-    """Without a negative prompt there is no guidance, whatever its scale: caption dropout takes what users give."""
+def test_guidance_needs_a_negative_prompt_which_sampling_and_caption_dropout_give():
+    """Without one the pipeline does not guide, whatever the scale."""
     pipeline = tiny_qwen_image()
-    with spied_forward(pipeline.transformer) as calls:
-        pipeline("a cat", true_cfg_scale=4.0, num_inference_steps=2, height=16, width=16, output_type="latent")
-    assert len(calls) == 2
     adapter = adapter_for(pipeline)
-    space, empty = (adapter.encode_prompts([prompt])[0]["prompt_embeds"] for prompt in (" ", ""))
-    assert torch.equal(adapter.null_conditioning()["prompt_embeds"], space)
-    assert len(space) == len(empty) + 1
+    with spied_forward(pipeline.transformer) as unguided:
+        pipeline("a cat", true_cfg_scale=4.0, num_inference_steps=2, height=16, width=16, output_type="latent")
+    assert len(unguided) == 2
+    with spied_forward(pipeline.transformer) as guided:
+        adapter.sample("a cat", 16, 16, num_inference_steps=2, guidance_scale=3.0)
+    assert len(guided) == 4
+    assert torch.equal(guided[1]["encoder_hidden_states"][0], adapter.null_conditioning()["prompt_embeds"])
+    space, empty = adapter.encode_prompts([" ", ""])
+    assert torch.equal(adapter.null_conditioning()["prompt_embeds"], space["prompt_embeds"])
+    assert len(space["prompt_embeds"]) == len(empty["prompt_embeds"]) + 1
 
 
 def test_half_precision_is_called_as_inference_calls_it():

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -35,6 +35,10 @@ class QwenImageAdapter(BackboneAdapter):
     # The text stream has layers of its own (add_q_proj, ...), of which the last block's never reach the prediction:
     # LoRA in them would get no gradient, which distributed training refuses.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    # The pipeline guides only when it is given a negative prompt, and has none of its own: its documentation and the
+    # model's authors give it one space.
+    guidance_argument = "true_cfg_scale"
+    sampling_options: ClassVar[Mapping[str, Any]] = {"negative_prompt": " "}
     input_layer_name = "img_in"
 
     def check_configuration(self) -> None:
@@ -103,12 +107,8 @@ class QwenImageAdapter(BackboneAdapter):
         return {key: pad_rows([item[key] for item in conditioning], longest) for key in conditioning[0]}
 
     def null_conditioning(self) -> Conditioning:
-        """The prompt `" "`.
-
-        The pipeline guides only when it is given a negative prompt, and has none of its own; its documentation and
-        the model's authors give it one space.
-        """
-        return self.encode_prompts([" "])[0]
+        """The prompt `" "`, the negative prompt of sampling."""
+        return self.encode_prompts([self.sampling_options["negative_prompt"]])[0]
 
     def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(16, height / 8, width / 8) for the published checkpoints."""
