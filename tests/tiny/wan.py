@@ -82,8 +82,9 @@ def _wan(seed: int, build_vae: Any, *, with_second_expert: bool = False, **optio
             "text_encoder": _text_encoder(len(tokenizer)),
             "transformer": tiny_wan_transformer(),
             "transformer_2": tiny_wan_transformer() if with_second_expert else None,
+            "scheduler": wan_scheduler(),
         }
-    pipeline = WanPipeline(tokenizer=tokenizer, scheduler=wan_scheduler(), **{**components, **options})
+    pipeline = WanPipeline(tokenizer=tokenizer, **{**components, **options})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -8,7 +8,7 @@ new backbone is one module and one row of `ADAPTERS`.
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trl_sipo.errors import BackboneError
 
@@ -28,11 +28,12 @@ ADAPTERS: dict[str, str] = {
     "StableDiffusion3Pipeline": "trl_sipo.adapters.stable_diffusion_3:StableDiffusion3Adapter",
     "StableDiffusionPipeline": "trl_sipo.adapters.stable_diffusion:StableDiffusionAdapter",
     "StableDiffusionXLPipeline": "trl_sipo.adapters.stable_diffusion_xl:StableDiffusionXLAdapter",
-    "WanPipeline": "trl_sipo.adapters.wan:WanAdapter",
+    "WanPipeline": "trl_sipo.adapters.wan:wan_adapter",
     "ZImagePipeline": "trl_sipo.adapters.z_image:ZImageAdapter",
 }
 
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+_DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -65,21 +66,40 @@ def load_pipeline(name_or_path: str | os.PathLike[str], **init_kwargs: Any) -> "
     """
     import diffusers
 
-    loader: Any = diffusers.DiffusionPipeline
-    name = os.fspath(name_or_path)
+    index = _read_index(name_or_path, {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs})
+    name, loader = os.fspath(name_or_path), cast(Any, diffusers.DiffusionPipeline)
+    # Parts that it was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told of some of them.
+    left_out = {part: None for part, origin in index.items() if origin == [None, None]}
+    try:
+        return loader.from_pretrained(name, **{**left_out, **init_kwargs})
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"The pipeline {name!r} is there but does not load: {error}") from error
+
+
+def denoiser_names(name_or_path: str | os.PathLike[str], revision: str | None = None) -> list[str]:
+    """The components of a pipeline that are trained, and may be quantized: one, or two experts.
+
+    Raises:
+        BackboneError: as [`load_pipeline`].
+    """
+    index = _read_index(name_or_path, {} if revision is None else {"revision": revision})
+    return [name for name in _DENOISER_NAMES if (index.get(name) or [None])[0] is not None]
+
+
+def _read_index(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`model_index.json` of a pipeline that some adapter knows."""
+    import diffusers
+
+    name, loader = os.fspath(name_or_path), cast(Any, diffusers.DiffusionPipeline)
     _check_location(name)
     try:
-        hub_kwargs = {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs}
         index = loader.load_config(name, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise BackboneError(_unreachable(name, error)) from error
     class_name = index.get("_class_name") if isinstance(index, dict) else None
     if class_name not in ADAPTERS:
         raise BackboneError(f"{name!r} is a {class_name}, which no adapter knows. Known classes: {_known()}.")
-    try:
-        return loader.from_pretrained(name, **init_kwargs)
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"The pipeline {name!r} is there but does not load: {error}") from error
+    return index
 
 
 def _known() -> str:

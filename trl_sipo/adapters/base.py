@@ -5,6 +5,7 @@ An adapter never samples noise or time and never computes a target: it encodes p
 the way the pipeline calls it in inference, and saves and loads what was trained.
 """
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +50,13 @@ class BackboneAdapter(ABC):
     is_video: ClassVar[bool] = False
     lora_target_modules: ClassVar[tuple[str, ...] | str]
     """The field's conventional layers: ends of their names, or one regular expression for their whole names."""
-    input_layer_name: ClassVar[str]
+    frame_rate: float = 16.0
+    """Frames per second at which the published model's videos play; of no meaning for image models."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """Argument of the pipeline's call that sets the strength of guidance."""
+    sampling_options: ClassVar[Mapping[str, Any]] = {}
+    """What the pipeline's call has no default for, and its users give it when they sample."""
+    input_layer_name: str
     """First layer of the denoiser; the dtype of its weight is the one that the denoiser's inputs are cast to."""
     vae_slice_size: ClassVar[int] = 8
     """Media that the VAE encodes or decodes at a time, so that memory does not grow with the batch."""
@@ -92,6 +99,11 @@ class BackboneAdapter(ABC):
         Differs from [`noise_schedule`] for flow models whose shift depends on the size.
         """
         return self.noise_schedule
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The times of the noise schedule that the denoiser takes; (0, 1), unless a part of it is not loaded."""
+        return 0.0, 1.0
 
     @property
     @abstractmethod
@@ -287,6 +299,50 @@ class BackboneAdapter(ABC):
         """Recompute activations in the backward pass; works for a denoiser under any wrapper."""
         unwrap_denoiser(denoiser).enable_gradient_checkpointing()
 
+    # Sampling
+
+    def sample(
+        self,
+        prompt: str,
+        height: int,
+        width: int,
+        *,
+        num_frames: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw one prompt with the pipeline itself.
+
+        Args:
+            guidance_scale: None takes the default of the pipeline's call.
+
+        Returns:
+            Pixels (3, H, W), or (3, F, H, W) of a video model, float32 in [-1, 1], on the CPU.
+
+        Raises:
+            ConfigurationError: a guidance scale for a pipeline whose call takes none.
+        """
+        options: dict[str, Any] = {} if guidance_scale is None else {self.guidance_argument: guidance_scale}
+        if not options.keys() <= inspect.signature(self.pipeline.__call__).parameters.keys():
+            raise ConfigurationError(
+                f"guidance_scale={guidance_scale}, but the call of {self.pipeline_class_name} takes none: leave it."
+            )
+        if self.is_video:
+            options["num_frames"] = num_frames
+        output = self.pipeline(
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type="pt",
+            **self.sampling_options,
+            **options,
+        )
+        pixels = output.frames[0].transpose(0, 1) if self.is_video else output.images[0]
+        return pixels.float().cpu() * 2 - 1
+
     # LoRA
 
     def check_lora(self, denoiser: nn.Module) -> None:
@@ -349,17 +405,28 @@ class BackboneAdapter(ABC):
             )
         self.pipeline.save_pretrained(directory)
 
+    def save_denoiser(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
+        """Save a denoiser alone, where [`save_pipeline`] has it in its folder; for [`load_denoiser`]."""
+        unwrap_denoiser(denoiser).save_pretrained(Path(directory) / self.denoiser_name)
+
     def load_denoiser(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
         """Restore a fully fine-tuned denoiser, in place, from a folder that [`save_pipeline`] wrote.
 
         Raises:
             BackboneError: if the folder holds no such denoiser, or one of another architecture.
         """
-        base = unwrap_denoiser(denoiser)
-        folder = Path(directory) / self.denoiser_name
-        if not folder.is_dir():
-            raise BackboneError(f"There is no {self.denoiser_name} in {os.fspath(directory)!r}: {folder} is missing.")
-        try:
-            base.load_state_dict(type(base).from_pretrained(folder, local_files_only=True).state_dict())
-        except (OSError, RuntimeError, ValueError) as error:
-            raise BackboneError(f"{folder} does not fit the {type(base).__name__} in training: {error}") from error
+        restore_weights(unwrap_denoiser(denoiser), Path(directory) / self.denoiser_name)
+
+
+def restore_weights(model: Any, folder: Path) -> None:
+    """Restore a diffusers model, in place, from the folder that its `save_pretrained` wrote.
+
+    Raises:
+        BackboneError: if there is no such folder, or it holds a model of another architecture.
+    """
+    if not folder.is_dir():
+        raise BackboneError(f"There is no {folder.name} in {os.fspath(folder.parent)!r}: {folder} is missing.")
+    try:
+        model.load_state_dict(type(model).from_pretrained(folder, local_files_only=True).state_dict())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BackboneError(f"{folder} does not fit the {type(model).__name__} in training: {error}") from error

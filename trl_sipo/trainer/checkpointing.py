@@ -115,4 +115,4 @@ class ReferenceCheckpointCallback(TrainerCallback):
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if args.should_save and folder.is_dir():
             denoiser = self.trainer.accelerator.unwrap_model(self.trainer.ref_model)
-            denoiser.save_pretrained(folder / REFERENCE_FOLDER / self.trainer.adapter.denoiser_name)
+            self.trainer.adapter.save_denoiser(denoiser, folder / REFERENCE_FOLDER)

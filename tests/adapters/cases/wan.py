@@ -3,8 +3,17 @@
 
 from typing import Any
 
+from diffusers import WanPipeline
+
 from tests.adapters.backbone_cases import BackboneCase, sampler_level_of_call
-from tests.tiny.wan import tiny_wan, tiny_wan_ti2v
+from tests.tiny.wan import tiny_wan, tiny_wan_experts, tiny_wan_ti2v
+
+
+def load_experts_lora(pipeline: WanPipeline, directory: Any) -> None:
+    """As the adapter's class says."""
+    pipeline.load_lora_weights(directory)
+    second = "pytorch_lora_weights_2.safetensors"
+    pipeline.load_lora_weights(directory, weight_name=second, load_into_transformer_2=True)
 
 
 def _wan(name: str, build: Any, height: int, width: int, **fields: Any) -> BackboneCase:
@@ -24,4 +33,12 @@ def _wan(name: str, build: Any, height: int, width: int, **fields: Any) -> Backb
 CASES = (
     _wan("wan21", tiny_wan, 16, 32),
     _wan("wan22_5b", tiny_wan_ti2v, 32, 64),
+    _wan(
+        "wan22_a14b",
+        tiny_wan_experts,
+        16,
+        32,
+        denoisers=lambda adapter: [adapter.pipeline.transformer, adapter.pipeline.transformer_2],
+        load_lora=load_experts_lora,
+    ),
 )

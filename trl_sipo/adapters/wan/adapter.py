@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wan 2.1 and Wan 2.2: any text-to-video checkpoint whose pipeline class is `WanPipeline`."""
+"""Wan with one transformer: Wan 2.1, and TI2V-5B of Wan 2.2."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,9 +31,15 @@ class WanAdapter(BackboneAdapter):
     input_layer_name = "patch_embedding"
     vae_slice_size = 1
 
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        if self.pipeline.config.expand_timesteps:
+            self.frame_rate = 24.0  # of TI2V-5B; the others' videos play at 16
+
     def check_configuration(self) -> None:
         """Refuse transformers that need an image, and schedulers of another process."""
-        self._check_transformer("transformer")
+        for name in self._transformer_names:
+            self._check_transformer(name)
         if uses_dynamic_shifting(self.pipeline.scheduler):
             raise BackboneError(
                 "The scheduler has use_dynamic_shifting=True, but WanPipeline computes no shift for it. Set "
@@ -40,6 +47,11 @@ class WanAdapter(BackboneAdapter):
             )
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.noise_schedule
+
+    @property
+    def _transformer_names(self) -> list[str]:
+        """The pipeline's transformers that are loaded; all of one architecture."""
+        return [self.denoiser_name]
 
     def _check_transformer(self, name: str) -> None:
         config, latent_channels = getattr(self.pipeline, name).config, self.pipeline.vae.config.z_dim
@@ -73,7 +85,7 @@ class WanAdapter(BackboneAdapter):
 
     @cached_property
     def _patch_size(self) -> tuple[int, int, int]:
-        return tuple(self.pipeline.transformer.config.patch_size)
+        return tuple(getattr(self.pipeline, self._transformer_names[0]).config.patch_size)
 
     @property
     def spatial_multiple(self) -> int:
