@@ -16,7 +16,8 @@ def test_the_curve_is_the_mean_weight_of_the_definition():
     latents = torch.randn(3, *adapter.latent_shape(32, 32), generator=torch.Generator().manual_seed(1))
     prompts = ["a", "b", "c"]
     timestep = 400
-    measured = importance_weight_curve(adapter, adapter.denoiser, latents, prompts, [timestep], num_steps=50, seed=7)
+    levels = adapter.noise_schedule.level(torch.tensor([timestep]))
+    measured = importance_weight_curve(adapter, adapter.denoiser, latents, prompts, levels, num_steps=50, seed=7)
 
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))
     level = adapter.noise_schedule.level(torch.full((3,), timestep))
@@ -33,7 +34,8 @@ def test_the_curve_is_the_mean_weight_of_the_definition():
 def test_the_training_mode_is_left_as_it_was():
     adapter = adapter_for(tiny_stable_diffusion())
     adapter.denoiser.train()
-    importance_weight_curve(adapter, adapter.denoiser, torch.zeros(1, *adapter.latent_shape(32, 32)), ["a"], [500])
+    levels = adapter.noise_schedule.level(torch.tensor([500]))
+    importance_weight_curve(adapter, adapter.denoiser, torch.zeros(1, *adapter.latent_shape(32, 32)), ["a"], levels)
     assert adapter.denoiser.training
 
 
@@ -50,7 +52,8 @@ def test_on_the_trained_base_the_weight_rises_from_zero_to_nearly_one():
     images = tint(split.images[rows], colour_values(colour_ids, None))
     prompts = [FashionPrompt(int(split.class_ids[row]), int(row % len(COLOURS))).text for row in rows]
     latents, _ = encode(pipeline.vae, images)
-    low, middle, high = importance_weight_curve(adapter, pipeline.unet, latents, prompts, [10, 200, 800])
+    levels = adapter.noise_schedule.level(torch.tensor([10, 200, 800]))
+    low, middle, high = importance_weight_curve(adapter, pipeline.unet, latents, prompts, levels)
     assert low < 1e-6  # below one stride there is no predecessor
     assert 0.9 < middle < high
     assert high > 0.98

@@ -281,6 +281,6 @@ def weight_curve(adapter: BackboneAdapter, source: str, num_steps: int, files: D
         adapter.denoiser,
         adapter.encode_media(torch.stack([item["chosen_pixels"] for item in items])),
         [item["prompt"] for item in items],
-        CURVE_TIMESTEPS,
+        adapter.noise_schedule.level(torch.tensor(CURVE_TIMESTEPS)),
         num_steps=num_steps,
     )

@@ -85,18 +85,23 @@ def _draw(axes, series: Sequence[Series], scale: float = 1.0) -> None:
 
 
 def importance_weight_figure(
-    timesteps: Sequence[int], curves: Mapping[str, Sequence[float]], threshold: float | None = 0.9
+    levels: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    threshold: float | None = 0.9,
+    *,
+    title: str = "Importance weight w(t) on held-out images",
+    level_label: str = "timestep t (0 is clean)",
 ):
-    """w(t) against the timestep, one curve per model (Fig. 4 of the SIPO paper); the masked region lies below."""
+    """w against the noise level, one curve per model (Fig. 4 of the SIPO paper); the masked region lies below."""
     figure = _figure(figsize=(8.2, 3.6))
     axes = figure.subplots()
     for index, (label, weights) in enumerate(curves.items()):
-        axes.plot(timesteps, weights, label=label, **_style(index))
+        axes.plot(levels, weights, label=label, **_style(index))
     if threshold is not None:
         axes.axhspan(0, threshold, color="#999999", alpha=0.15, linewidth=0)
-        axes.text(timesteps[-1], threshold / 2, "masked", ha="right", va="center", color="#555555")
+        axes.text(levels[-1], threshold / 2, "masked", ha="right", va="center", color="#555555")
     axes.set_ylim(0, 1.02)
-    _clean(axes, "Importance weight w(t) on held-out images", "timestep t (0 is clean)", "mean w(t)")
+    _clean(axes, title, level_label, "mean w(t)")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
