@@ -79,7 +79,7 @@ def test_metrics_by_hand(held_out, tmp_path):
     pairs = trainer._encoder(batch, torch.device("cpu"), [], training=False)
     losses, rewards = [], []
     for position, (time, timestep) in enumerate(((1 / 6, 166), (0.5, 500), (5 / 6, 833))):
-        level = trainer._noise_schedule.level(torch.full((7,), timestep))
+        level = trainer.noise_schedule.level(torch.full((7,), timestep))
         noise = draw_noise(pairs.chosen_latents, pair_generators(torch.arange(7), 1, 0, position))
         with torch.no_grad():
             errors = trainer.pair_errors(trainer.model, pairs, level, torch.cat([noise, noise]))

@@ -19,7 +19,7 @@ def test_sample_noise_levels_takes_effect(tmp_path):
     seen = []
 
     def sample_noise_levels(self, generators):
-        return self._noise_schedule.level(torch.full((len(generators),), 700))
+        return self.noise_schedule.level(torch.full((len(generators),), 700))
 
     def compute_importance_weights(self, chosen_error, rejected_error, level):
         seen.append(level.timestep)

@@ -174,7 +174,7 @@ def test_the_reference_of_the_loss_is_the_base_model(tmp_path):
     trainer.train()
     batch = collate_first(trainer)
     pairs = trainer._encoder(batch, torch.device("cpu"), [], training=False)
-    level = trainer._noise_schedule.level(torch.tensor([50, 300, 600, 900]))
+    level = trainer.noise_schedule.level(torch.tensor([50, 300, 600, 900]))
     noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     errors = trainer.pair_errors(trainer.model, pairs, level, noise)
 

@@ -232,7 +232,7 @@ def test_stored_latents_train_as_the_images_do(tmp_path):
 def test_importance_steps(steps, stride, tmp_path):
     """The weight on the sampler's grid: -(SNR_s / SNR_t - 1) / 2 times the error, for epsilon."""
     trainer = make_trainer(SIPO, tmp_path, importance_steps=steps)
-    level = trainer._noise_schedule.level(torch.tensor([300]))
+    level = trainer.noise_schedule.level(torch.tensor([300]))
     chosen, rejected = trainer.compute_importance_weights(torch.tensor([0.2]), torch.tensor([0.3]), level)
     table = tiny_stable_diffusion().scheduler.alphas_cumprod.double()
     snr = table / (1 - table)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,13 @@ class ModelArguments:
         lora_r: Rank.
         lora_alpha: Scale; the LoRA's output is multiplied by alpha / rank.
         lora_dropout: Dropout; needs `--disable_dropout false`.
-        lora_target_modules: Modules to adapt; the backbone's conventional ones if not given.
+        lora_target_modules: Modules to adapt, by the ends of their names; or one regular expression for whole names,
+            or `all-linear`. The backbone's conventional ones if not given.
         use_rslora: Scale by alpha / sqrt(rank).
         use_dora: Weight-decomposed LoRA.
+        load_in_4bit: Keep the frozen weights of the denoiser in 4 bits (QLoRA).
+        bnb_4bit_quant_type: `nf4` or `fp4`.
+        use_bnb_nested_quant: Quantize the scales of the 4-bit weights too.
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local path of a pipeline."})
@@ -76,6 +81,15 @@ class ModelArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by alpha / sqrt(rank)."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the denoiser's frozen weights in 4 bits (QLoRA; needs bitsandbytes)."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Data type of the 4 bits.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantize the scales of the 4-bit weights too."}
+    )
 
 
 def make_parser(method: str, prog: str | None = None) -> "TrlParser":
@@ -102,6 +116,7 @@ def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArgume
     if not model_args.model_name_or_path:
         raise ConfigurationError("`model_name_or_path` is required: a hub id or a local path of a diffusers pipeline.")
     _check_lora_arguments(model_args)
+    _check_quantization(model_args)
     _check_trackers(training_args.report_to)
     return data_args, training_args, model_args
 
@@ -140,6 +155,26 @@ def _check_lora_arguments(model_args: ModelArguments) -> None:
                 )
 
 
+def _check_quantization(model_args: ModelArguments) -> None:
+    if not model_args.load_in_4bit:
+        for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant"):
+            value = getattr(model_args, name)
+            if value != getattr(ModelArguments, name):
+                raise ConfigurationError(
+                    f"`{name}={value!r}` without `load_in_4bit` has no effect. Set it, or remove it."
+                )
+        return
+    if not model_args.use_peft:
+        raise ConfigurationError(
+            "`load_in_4bit` without `use_peft`: weights of 4 bits cannot be trained. Set `use_peft` to true to train "
+            "a LoRA on them, or remove `load_in_4bit`."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigurationError(
+            'The package bitsandbytes is missing, which `load_in_4bit` needs: pip install "trl-sipo[quantization]".'
+        )
+
+
 def _check_trackers(names: list[str]) -> None:
     """Before data and weights are read: transformers looks for a tracker's package only when training starts."""
     if not names:
@@ -172,10 +207,39 @@ def lora_config(model_args: ModelArguments):
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
+        target_modules=_target_modules(model_args.lora_target_modules),
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
         init_lora_weights="gaussian",
+    )
+
+
+def _target_modules(names: list[str] | None) -> list[str] | str | None:
+    """PEFT takes a string for a regular expression over whole names, or for `all-linear`."""
+    if names is not None and len(names) == 1 and (names[0] == "all-linear" or set(names[0]) & set("*|+?()[]^$\\")):
+        return names[0]
+    return names
+
+
+def quantization_config(training_args: Any, model_args: ModelArguments):
+    """diffusers' configuration of a denoiser in 4 bits (Dettmers et al., 2023), or `None`."""
+    if not model_args.load_in_4bit:
+        return None
+    import torch
+    from diffusers import PipelineQuantizationConfig
+
+    from trl_sipo.adapters import denoiser_names
+
+    options = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
+        "bnb_4bit_compute_dtype": torch.bfloat16 if training_args.bf16 else torch.float32,
+    }
+    return PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs=options,
+        components_to_quantize=denoiser_names(model_args.model_name_or_path, revision=model_args.model_revision),
     )
 
 
@@ -256,6 +320,7 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("test"),
         peft_config=lora_config(model_args),
+        quantization_config=quantization_config(training_args, model_args),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -11,8 +11,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_sipo.core.beta import BETA_CONVENTIONS, check_beta
 from trl_sipo.core.objectives._preference_nll import check_label_smoothing
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
+from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
+
+MAX_TIMESTEP = 999
 
 # Besides the default, what TRL's own `__post_init__` and the command line's parser make of it.
 _NEUTRAL_VALUES: dict[str, tuple] = {
@@ -95,7 +98,18 @@ class DiffusionPreferenceConfig(DPOConfig):
         importance_steps: Number of steps of the sampler grid on which importance weights are defined (the neighbour of
             t is one stride less noisy). 50 reproduces the SIPO paper's Fig. 4.
         caption_dropout: Probability in [0, 1) of replacing a prompt by the empty one.
-        resolution: Side of the square training images in pixels. `None` takes the model's own.
+        timestep_shift: Shift of the drawn noise levels of a flow model, `sigma = shift * u / (1 + (shift - 1) * u)`; 1
+            draws sigma itself evenly. `None` takes the shift of the model's sampler, for this resolution where it
+            depends on it. The grid of the importance weights keeps the sampler's shift.
+        timesteps: Train on these timesteps only, evenly: those of a few-step distilled model, such as [249, 499, 749,
+            999] for SDXL-Turbo. Integers in 0 .. 999; for flow models thousandths of sigma. `None`: all.
+        embedded_guidance_scale: The guidance scale that a guidance-distilled model (FLUX.1-dev, HunyuanVideo) is told
+            while training. `None` takes that of the pipeline's call; other models are told none.
+        resolution: Height and width in pixels; one number for a square. `None` takes the model's own.
+        num_frames: Frames of the training clips. 1 trains on images, which video models may take too.
+        frame_rate: Frames per second at which clips are taken from videos, the same for both arms. `None` takes
+            consecutive frames, at the video's own rate.
+        random_start: Take each clip from a random position in the video, the same for both arms; else its beginning.
         center_crop: Crop at the centre (`True`) or at a random position, the same for both images.
         random_flip: Flip both images of a pair horizontally with probability one half.
         sample_posterior: Draw latents from the VAE's posterior (`True`) or take its mean (`False`).
@@ -103,15 +117,15 @@ class DiffusionPreferenceConfig(DPOConfig):
             of a dataset that has no more. Of the other pairs it is only checked that the images are there and not
             empty: one of them that is broken ends the run when it comes to it.
         precompute_latents: Encode every image once, before training, and keep the latents in memory. Contradicts
-            `center_crop=False`, `random_flip=True` and `sample_posterior=True`. Every process encodes and keeps the
-            whole dataset.
+            `center_crop=False`, `random_flip=True`, `random_start=True` and `sample_posterior=True`. Every process
+            encodes and keeps the whole dataset.
         eval_noise_levels: Number of noise levels, evenly spaced over the schedule, at which `evaluate()` measures each
             held-out pair.
         eval_noise_seed: Seed of the noise in `evaluate()`. The same pairs see the same noise in every evaluation.
         sample_prompts: Prompts of the sample grids drawn during training.
         sample_every_steps: Steps between two sample grids; 0 draws none.
         sample_num_inference_steps: Sampler steps of the grids.
-        sample_guidance_scale: Guidance scale of the grids.
+        sample_guidance_scale: Guidance scale of the grids. `None` takes that of the pipeline's call.
         sample_seed: Seed of the grids; the same for every grid and for the base model beside it.
     """
 
@@ -142,17 +156,36 @@ class DiffusionPreferenceConfig(DPOConfig):
     )
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal sampler; larger is noisier."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal sampler."})
-    share_noise: bool = field(
-        default=True, metadata={"help": "Whether both images of a pair receive the same noise."}
-    )
+    share_noise: bool = field(default=True, metadata={"help": "Whether both images of a pair receive the same noise."})
     importance_steps: int = field(
         default=50, metadata={"help": "Steps of the sampler grid on which importance weights are defined."}
     )
     caption_dropout: float = field(
         default=0.0, metadata={"help": "Probability of replacing a prompt by the empty one."}
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square training images in pixels; the model's own if not given."}
+    timestep_shift: float | None = field(
+        default=None,
+        metadata={"help": "Shift of the drawn noise levels of a flow model; that of its sampler if not given."},
+    )
+    timesteps: list[int] | None = field(
+        default=None,
+        metadata={"help": "Train on these timesteps only (few-step models; SDXL-Turbo: 249 499 749 999)."},
+    )
+    embedded_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance scale that a guidance-distilled model is told; its pipeline's if not given."},
+    )
+    resolution: list[int] | None = field(
+        default=None,
+        metadata={"help": "Height and width in pixels, one number for a square; the model's own if not given."},
+    )
+    num_frames: int = field(default=1, metadata={"help": "Frames of the training clips; 1 trains on images."})
+    frame_rate: float | None = field(
+        default=None,
+        metadata={"help": "Frames per second at which clips are taken from videos; the video's own if not given."},
+    )
+    random_start: bool = field(
+        default=False, metadata={"help": "Take each clip from a random position, the same for both videos."}
     )
     center_crop: bool = field(
         default=True, metadata={"help": "Crop at the centre; otherwise at a random place, the same for both images."}
@@ -178,7 +211,9 @@ class DiffusionPreferenceConfig(DPOConfig):
     )
     sample_every_steps: int = field(default=0, metadata={"help": "Steps between two sample grids; 0 draws none."})
     sample_num_inference_steps: int = field(default=25, metadata={"help": "Sampler steps of the grids."})
-    sample_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of the grids."})
+    sample_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of the grids; that of the pipeline's call if not given."}
+    )
     sample_seed: int = field(default=0, metadata={"help": "Seed of the sample grids."})
 
     def __post_init__(self):
@@ -186,6 +221,8 @@ class DiffusionPreferenceConfig(DPOConfig):
         reject_language_model_fields(self)
         if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
             self.sample_prompts = [self.sample_prompts]
+        if isinstance(self.resolution, int):
+            self.resolution = [self.resolution]
         self._check_beta()
         self._check_objective()
         self._check_noise()
@@ -249,6 +286,7 @@ class DiffusionPreferenceConfig(DPOConfig):
                 f"`logit_mean={self.logit_mean}` and `logit_std={self.logit_std}` only act with "
                 f"`timestep_sampling='logit_normal'`, but it is {self.timestep_sampling!r}. Set it, or remove them."
             )
+        self._check_timesteps()
         if self.importance_steps < 1:
             raise ConfigurationError(f"`importance_steps` must be at least 1, got {self.importance_steps}.")
         if self.eval_noise_levels < 1:
@@ -259,6 +297,27 @@ class DiffusionPreferenceConfig(DPOConfig):
                 "`evaluate()`; otherwise remove `do_eval`."
             )
 
+    def _check_timesteps(self) -> None:
+        if self.timestep_shift is not None and not 0 < self.timestep_shift < math.inf:
+            raise ConfigurationError(f"`timestep_shift` must be positive and finite, got {self.timestep_shift}.")
+        if self.timesteps is None:
+            return
+        if not self.timesteps or any(not 0 <= timestep <= MAX_TIMESTEP for timestep in self.timesteps):
+            raise ConfigurationError(
+                f"`timesteps` must be whole numbers within 0 .. {MAX_TIMESTEP}, got {self.timesteps}."
+            )
+        others = {
+            "timestep_sampling": self.timestep_sampling == "uniform",
+            "timestep_range": list(self.timestep_range) == [0.0, 1.0],
+            "timestep_shift": self.timestep_shift is None,
+        }
+        for name, is_default in others.items():
+            if not is_default:
+                raise ConfigurationError(
+                    f"`timesteps={self.timesteps}` are drawn evenly, which contradicts "
+                    f"`{name}={getattr(self, name)!r}`. Remove one of the two."
+                )
+
     def _check_data(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ConfigurationError(f"`seed` must be a whole number within [0, 2**32), got {self.seed}.")
@@ -266,8 +325,12 @@ class DiffusionPreferenceConfig(DPOConfig):
             raise ConfigurationError(
                 f"`caption_dropout` is a probability and must lie in [0, 1), got {self.caption_dropout}."
             )
-        if self.resolution is not None and self.resolution < 1:
-            raise ConfigurationError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")
+        if self.resolution is not None and (len(self.resolution) not in (1, 2) or min(self.resolution) < 1):
+            raise ConfigurationError(
+                "`resolution` must be a positive number of pixels, or height and width such as [480, 832]; got "
+                f"{self.resolution}."
+            )
+        self._check_clips()
         if self.num_checked_images < 0:
             raise ConfigurationError(f"`num_checked_images` must be zero or more, got {self.num_checked_images}.")
         conflicts = self.random_encoding_settings()
@@ -277,11 +340,35 @@ class DiffusionPreferenceConfig(DPOConfig):
                 "the opposite, or turn `precompute_latents` off."
             )
 
+    def _check_clips(self) -> None:
+        if self.num_frames < 1:
+            raise ConfigurationError(f"`num_frames` must be at least 1, got {self.num_frames}.")
+        if self.frame_rate is not None and not 0 < self.frame_rate < math.inf:
+            raise ConfigurationError(f"`frame_rate` must be positive and finite, got {self.frame_rate}.")
+        if self.num_frames == 1 and (self.frame_rate is not None or self.random_start):
+            name = "frame_rate" if self.frame_rate is not None else "random_start"
+            raise ConfigurationError(
+                f"`{name}={getattr(self, name)}` only acts on videos, but `num_frames` is 1, which trains on images. "
+                f"Set `num_frames`, or remove `{name}`."
+            )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the training media; `None`: the model's own."""
+        return None if self.resolution is None else (self.resolution[0], self.resolution[-1])
+
+    def clip_sampler(self) -> ClipSampler | None:
+        """How clips are taken from videos; `None` where the data are images."""
+        if self.num_frames == 1:
+            return None
+        return ClipSampler(self.num_frames, frame_rate=self.frame_rate, random_start=self.random_start)
+
     def random_encoding_settings(self) -> list[str]:
-        """The settings under which an image has other latents each time, as they are written."""
+        """The settings under which an image or video has other latents each time, as they are written."""
         settings = {
             "center_crop=False": not self.center_crop,
             "random_flip=True": self.random_flip,
+            "random_start=True": self.random_start,
             "sample_posterior=True": self.sample_posterior,
         }
         return [setting for setting, is_set in settings.items() if is_set]

@@ -29,7 +29,7 @@ from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from trl_sipo.core.beta import describe_beta, to_diffusion_dpo_beta
+from trl_sipo.core.beta import to_diffusion_dpo_beta
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
@@ -43,13 +43,16 @@ from trl_sipo.trainer._trl_compat import DPOTrainer, disable_dropout_in_model, i
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
+from trl_sipo.trainer.description import describe_run
 from trl_sipo.trainer.encoding import (
     EncodedPairs,
     PairEncoder,
     check_inputs,
+    draw_from,
     draw_noise,
     pair_generators,
     time_sampler_options,
+    training_schedule,
 )
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
@@ -99,7 +102,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         DatasetError: Data that cannot be used.
     """
 
-    _tag_names = ["trl", "trl-sipo", "diffusers", "text-to-image"]
+    _tag_names = ["trl", "trl-sipo", "diffusers"]
     config_class: type[DiffusionPreferenceConfig]
     # What `sipo/clip_fraction` counts with where nothing is clipped: the range of the SIPO paper.
     clip_range: float = 0.1
@@ -146,9 +149,9 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             model=denoiser,
             args=args,
             data_collator=data_collator or DataCollatorForDiffusionPreference(),
-            train_dataset=as_tensors(train_dataset, self.adapter, args, self.resolution, "train", is_training=True),
+            train_dataset=as_tensors(train_dataset, self.adapter, args, self.size, "train", is_training=True),
             eval_dataset=for_each_split(
-                eval_dataset, lambda split, name: as_tensors(split, self.adapter, args, self.resolution, name)
+                eval_dataset, lambda split, name: as_tensors(split, self.adapter, args, self.size, name)
             ),
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -166,12 +169,11 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         """What the training step needs of the backbone: frozen parts in place, noise schedule, resolution, beta."""
         args, adapter = self.args, self.adapter
         adapter.freeze()
-        self._noise_schedule = adapter.noise_schedule
+        self.size = args.size or adapter.default_size
+        latent_shape = adapter.latent_shape(*self.size, args.num_frames)
+        self.noise_schedule = training_schedule(adapter, args, self.size)
         # A grid that the schedule does not have is an error now, and not in the first step.
-        self._noise_schedule.previous_level(self._noise_schedule.level_at(torch.zeros(1)), args.importance_steps)
-        self.resolution = args.resolution or adapter.default_resolution
-        adapter.validate_size(self.resolution, self.resolution)
-        latent_shape = adapter.latent_shape(self.resolution, self.resolution)
+        self.noise_schedule.previous_level(self.noise_schedule.level_at(torch.zeros(1)), args.importance_steps)
         self.beta = to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=math.prod(latent_shape))
         self._time_sampler_options = time_sampler_options(args)
         self._encoder = PairEncoder(
@@ -179,8 +181,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         )
         if args.disable_dropout:
             disable_dropout_in_model(denoiser)
-        for name in adapter.frozen_names:
-            getattr(adapter.pipeline, name).to(args.device)
+        for module in adapter.frozen_modules():
+            module.to(args.device)
 
     # ------------------------------------------------------------------------------------------------ the hooks
 
@@ -196,6 +198,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         Returns:
             Levels of shape (batch,) on the training device.
         """
+        if self.args.timesteps is not None:
+            return draw_from(self.args.timesteps, self.noise_schedule, generators).to(self.accelerator.device)
         sampler, options = TIME_SAMPLERS[self.args.timestep_sampling], self._time_sampler_options
         if self.args.timestep_sampling == "stratified":
             time = sampler(len(generators), generator=generators[0])
@@ -203,7 +207,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             time = torch.cat([sampler(1, generator=generator, **options) for generator in generators])
         low, high = self.args.timestep_range
         # The time is drawn on the CPU and the level made there: a level on the device costs a copy, but no way back.
-        return self._noise_schedule.level_at(low + (high - low) * time).to(self.accelerator.device)
+        return self.noise_schedule.level_at(low + (high - low) * time).to(self.accelerator.device)
 
     def compute_importance_weights(
         self, chosen_error: torch.Tensor, rejected_error: torch.Tensor, level: NoiseLevel
@@ -214,7 +218,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             chosen_error, rejected_error: The policy's mean squared errors, (batch,) float32.
             level: The pair's noise level.
         """
-        previous_level = self._noise_schedule.previous_level(level, self.args.importance_steps)
+        previous_level = self.noise_schedule.previous_level(level, self.args.importance_steps)
         rho_squared_t = rho_squared(level, previous_level, self.adapter.prediction_type)
         return log_importance_weight(chosen_error, rho_squared_t), log_importance_weight(rejected_error, rho_squared_t)
 
@@ -252,7 +256,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         latents, level = pairs.latents, level.repeat_pair()
         noisy_latents = level.add_noise(latents, noise)
         target = prediction_target(latents, noise, level, self.adapter.prediction_type)
-        conditioning = pairs.pair_conditioning
+        conditioning, extra = pairs.pair_conditioning, self._extra(pairs)
         # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
         # each, since a cast of a weight that is cached without a gradient must not reach the policy.
         with (
@@ -260,12 +264,17 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             self.accelerator.autocast(),
             self.reference.active(self.model, self.unwrapped_model) as ref_model,
         ):
-            ref_prediction = self.adapter.forward(ref_model, noisy_latents, level, conditioning)
+            ref_prediction = self.adapter.forward(ref_model, noisy_latents, level, conditioning, extra)
         with self.accelerator.autocast():
-            prediction = self.adapter.forward(model, noisy_latents, level, conditioning)
+            prediction = self.adapter.forward(model, noisy_latents, level, conditioning, extra)
         ref_chosen, ref_rejected = prediction_error(ref_prediction, target).chunk(2)
         chosen, rejected = prediction_error(prediction, target).chunk(2)
         return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
+
+    def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
+        """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
+        extra = {"guidance_scale": self.args.embedded_guidance_scale, "frame_rate": pairs.pair_frame_rate}
+        return {name: value for name, value in extra.items() if value is not None}
 
     def pair_loss(self, errors: PairErrors, level: NoiseLevel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Per-pair loss (batch,) and per-pair statistics (name to detached (batch,) tensor) at one noise level."""
@@ -308,7 +317,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         for position in range(count):
             time = (position + 0.5) / count
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
-            level = self._noise_schedule.level_at(torch.full((len(generators),), time)).to(self.accelerator.device)
+            level = self.noise_schedule.level_at(torch.full((len(generators),), time)).to(self.accelerator.device)
             noise = draw_noise(pairs.chosen_latents, generators)
             errors = self.pair_errors(model, pairs, level, torch.cat([noise, noise]))
             loss, statistics = self.pair_loss(errors, level)
@@ -385,17 +394,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     def describe_run(self) -> str:
         """What is printed at the start: objective, beta with its convention, reference, noise and resolution."""
-        return "\n".join(
-            [
-                f"{self.method_name} on {type(self.adapter.pipeline).__name__} at {self.resolution} px "
-                f"({self.adapter.prediction_type}, "
-                f"{sum(p.numel() for p in self.model.parameters() if p.requires_grad):,} trained parameters)",
-                f"  {describe_beta(self.beta)}",
-                f"  reference: {self.reference.description}",
-                f"  noise levels: {self.args.timestep_sampling} over {self.args.timestep_range} of the schedule, "
-                f"{'shared' if self.args.share_noise else 'separate'} noise within a pair",
-            ]
-        )
+        return describe_run(self)
 
     def _check_args(self, model: Any, args: DiffusionPreferenceConfig | None) -> DiffusionPreferenceConfig:
         if args is None:
@@ -421,7 +420,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Rows that are handed to `evaluate` or `predict` become tensors; what is prepared passes through."""
         dataset = check_dataset(dataset, args, dataset_name)
-        return as_tensors(dataset, self.adapter, args, self.resolution, dataset_name)
+        return as_tensors(dataset, self.adapter, args, self.size, dataset_name)
 
     def get_test_dataloader(self, test_dataset):
         """The data loader of `predict`, which takes rows as `evaluate` does."""
@@ -431,6 +430,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
         self._signature_columns = [
             "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
+            "frame_rate",
         ]  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- saving and loading

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What watches a run: sample grids on disk and in the tracker, and warnings when training goes wrong."""
+"""What watches a run: the count of epochs, and warnings when training goes wrong."""
 
 import logging
 from collections import deque
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -19,6 +16,7 @@ from trl_sipo.trainer.checkpointing import (
     load_stream_position,
     save_stream_position,
 )
+from trl_sipo.trainer.sample_grids import SampleGridCallback
 
 logger = logging.getLogger(__name__)
 
@@ -141,58 +139,6 @@ class DivergenceWarningCallback(TrainerCallback):
             logger.warning(message)
 
 
-class SampleGridCallback(TrainerCallback):
-    """Draws the same prompts with the same seeds every `sample_every_steps`, the base model beside the current one.
-
-    Writes `<output_dir>/samples/step-<step>.png` and hands the image to the active trackers. One row per prompt: the
-    reference on the left, the current model on the right.
-
-    Args:
-        trainer: A diffusion preference trainer.
-    """
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-        self._base_rows: list[Image.Image] | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Draw the reference's images once."""
-        if state.is_world_process_zero:
-            self._base_rows = self._draw(use_reference=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Draw a grid when its step has come."""
-        if state.is_world_process_zero and state.global_step % args.sample_every_steps == 0:
-            self.save(state.global_step)
-
-    def save(self, step: int) -> Path:
-        """Draw the grid of `step`, write it and report it; returns its path."""
-        if self._base_rows is None:
-            self._base_rows = self._draw(use_reference=True)
-        grid = side_by_side(self._base_rows, self._draw(use_reference=False))
-        path = Path(self.trainer.args.output_dir, "samples", f"step-{step:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
-        for reporter in _REPORTERS:
-            reporter(self.trainer, grid, step)
-        return path
-
-    def _draw(self, *, use_reference: bool) -> list[Image.Image]:
-        trainer, args = self.trainer, self.trainer.args
-        generators = [torch.Generator().manual_seed(args.sample_seed + i) for i in range(len(args.sample_prompts))]
-        with sampling_pipeline(trainer, use_reference=use_reference) as pipeline:
-            latents = pipeline(
-                list(args.sample_prompts),
-                height=trainer.resolution,
-                width=trainer.resolution,
-                num_inference_steps=args.sample_num_inference_steps,
-                guidance_scale=args.sample_guidance_scale,
-                generator=generators,
-                output_type="latent",
-            ).images
-            return to_images(trainer.adapter.decode(latents))
-
-
 def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     """The callbacks that a trainer's configuration asks for, besides `EpochCallback`."""
     callbacks: list[TrainerCallback] = [DivergenceWarningCallback()]
@@ -202,71 +148,3 @@ def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     if trainer.args.sample_every_steps:
         callbacks.append(SampleGridCallback(trainer))
     return callbacks
-
-
-@contextmanager
-def sampling_pipeline(trainer: Any, *, use_reference: bool = False):
-    """The trainer's pipeline, ready to sample from the current policy or its reference; all is restored afterwards."""
-    adapter, model = trainer.adapter, trainer.unwrapped_model
-    pipeline, was_training = adapter.pipeline, model.training
-    progress = dict(getattr(pipeline, "_progress_bar_config", {}))
-    trained = getattr(pipeline, adapter.denoiser_name)
-    model.eval()
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        with torch.no_grad(), trainer.accelerator.autocast():
-            if not use_reference:
-                yield pipeline
-            else:
-                with trainer.reference.active(trained, model) as denoiser:
-                    setattr(pipeline, adapter.denoiser_name, trainer.accelerator.unwrap_model(denoiser))
-                    yield pipeline
-    finally:
-        setattr(pipeline, adapter.denoiser_name, trained)
-        pipeline.set_progress_bar_config(**{"disable": False, **progress})
-        model.train(was_training)
-
-
-def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Pixels (n, 3, height, width) in [-1, 1] to PIL images."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in array]
-
-
-def side_by_side(left: list[Image.Image], right: list[Image.Image], gap: int = 4) -> Image.Image:
-    """Two columns of equally sized images, row by row, on white."""
-    width, height = left[0].size
-    grid = Image.new("RGB", (2 * width + gap, len(left) * (height + gap) - gap), "white")
-    for row, (a, b) in enumerate(zip(left, right, strict=True)):
-        grid.paste(a, (0, row * (height + gap)))
-        grid.paste(b, (width + gap, row * (height + gap)))
-    return grid
-
-
-def _report_to_tensorboard(trainer: Any, grid: Image.Image, step: int) -> None:
-    from numpy import asarray
-
-    for callback in trainer.callback_handler.callbacks:
-        writer = getattr(callback, "tb_writer", None)
-        if writer is not None:
-            writer.add_image("samples", asarray(grid), step, dataformats="HWC")
-
-
-def _report_to_wandb(trainer: Any, grid: Image.Image, step: int) -> None:
-    if "wandb" not in trainer.args.report_to:
-        return
-    import wandb
-
-    if wandb.run is not None:
-        wandb.log({"samples": wandb.Image(grid), "train/global_step": step})
-
-
-def _report_to_trackio(trainer: Any, grid: Image.Image, step: int) -> None:
-    if "trackio" not in trainer.args.report_to:
-        return
-    import trackio
-
-    trackio.log({"samples": trackio.Image(grid), "train/global_step": step})
-
-
-_REPORTERS = (_report_to_tensorboard, _report_to_wandb, _report_to_trackio)

@@ -31,9 +31,7 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
 
     default_beta: ClassVar[float] = 1000.0
 
-    objective: str = field(
-        default="sipo", metadata={"help": "Which form to train.", "choices": list(SIPO_OBJECTIVES)}
-    )
+    objective: str = field(default="sipo", metadata={"help": "Which form to train.", "choices": list(SIPO_OBJECTIVES)})
     clip_range: float = field(
         default=0.1, metadata={"help": "Weights are clipped to [1 - clip_range, 1 + clip_range]; within (0, 1)."}
     )

@@ -43,7 +43,7 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
 
     @property
     def method_name(self) -> str:
-        """"SIPO" or "DPO-C&M"."""
+        """ "SIPO" or "DPO-C&M"."""
         return "SIPO" if self.args.objective == "sipo" else "DPO-C&M"
 
     @property
@@ -69,6 +69,4 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
     def compute_pair_loss(self, logit: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """The masked and weighted objective; a pair that is not kept has zero loss and zero gradient; (batch,)."""
         objective, _ = _OBJECTIVES[self.args.objective]
-        return objective(
-            logit, keep, weight, alpha=self.args.poly_alpha, label_smoothing=self.args.label_smoothing
-        )
+        return objective(logit, keep, weight, alpha=self.args.poly_alpha, label_smoothing=self.args.label_smoothing)

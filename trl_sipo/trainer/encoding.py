@@ -7,6 +7,7 @@ size, or on the number of processes. One setting is the exception: `timestep_sam
 of a micro-batch, so they depend on which pairs it holds.
 """
 
+import copy
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
@@ -29,14 +31,16 @@ class EncodedPairs:
     """A batch of pairs on the training device.
 
     Attributes:
-        chosen_latents: (batch, ...) float32, normalised latents of the preferred images.
+        chosen_latents: (batch, ...) float32, normalised latents of the preferred images or clips.
         rejected_latents: (batch, ...) float32, of the dispreferred ones.
         conditioning: Batched tensors for the denoiser, one row per pair.
+        frame_rate: (batch,) frames per second of clips; `None` where it is not known, or for images.
     """
 
     chosen_latents: torch.Tensor
     rejected_latents: torch.Tensor
     conditioning: dict[str, torch.Tensor]
+    frame_rate: torch.Tensor | None = None
 
     @property
     def latents(self) -> torch.Tensor:
@@ -47,6 +51,11 @@ class EncodedPairs:
     def pair_conditioning(self) -> dict[str, torch.Tensor]:
         """The conditioning repeated for [chosen; rejected]."""
         return {name: torch.cat([value, value]) for name, value in self.conditioning.items()}
+
+    @property
+    def pair_frame_rate(self) -> torch.Tensor | None:
+        """The frame rate repeated for [chosen; rejected], (2 * batch,)."""
+        return None if self.frame_rate is None else torch.cat([self.frame_rate, self.frame_rate])
 
 
 def time_sampler_options(args: DiffusionPreferenceConfig) -> dict[str, float]:
@@ -59,6 +68,37 @@ def time_sampler_options(args: DiffusionPreferenceConfig) -> dict[str, float]:
         )
     is_logit_normal = args.timestep_sampling == "logit_normal"
     return {"mean": args.logit_mean, "std": args.logit_std} if is_logit_normal else {}
+
+
+def training_schedule(
+    adapter: BackboneAdapter, args: DiffusionPreferenceConfig, size: tuple[int, int]
+) -> VPSchedule | FlowSchedule:
+    """The noise process at the size of the training media, with the shift that the settings ask for.
+
+    Raises:
+        ConfigurationError: A shift for a process that has none.
+    """
+    schedule = adapter.noise_schedule_for(*size, args.num_frames, args.importance_steps)
+    if args.timestep_shift is None:
+        return schedule
+    if isinstance(schedule, VPSchedule):
+        raise ConfigurationError(
+            f"`timestep_shift={args.timestep_shift}` shifts the levels of flow models, but this model predicts "
+            f"{adapter.prediction_type!r} on a schedule of timesteps. Remove it; `timestep_sampling='logit_normal'` "
+            "with a `logit_mean` leans to noisier or cleaner levels."
+        )
+    schedule = copy.copy(schedule)
+    schedule.drawn_shift = args.timestep_shift
+    return schedule
+
+
+def draw_from(
+    timesteps: list[int], schedule: VPSchedule | FlowSchedule, generators: list[torch.Generator]
+) -> NoiseLevel:
+    """One of `timesteps` per generator, drawn evenly; of flow schedules they are thousandths of sigma."""
+    drawn = [timesteps[int(torch.randint(len(timesteps), (), generator=generator))] for generator in generators]
+    table = torch.tensor(drawn)
+    return schedule.level(table if isinstance(schedule, VPSchedule) else table / 1000)
 
 
 def pair_generators(pair_index: torch.Tensor, *key: int) -> list[torch.Generator]:
@@ -101,7 +141,8 @@ class PairEncoder:
                 "(`resolution` does so for images)."
             )
         conditioning = self._conditioning(inputs["prompt"], generators, training)
-        return EncodedPairs(chosen, rejected, {name: value.to(device) for name, value in conditioning.items()})
+        conditioning = {name: value.to(device) for name, value in conditioning.items()}
+        return EncodedPairs(chosen, rejected, conditioning, inputs.get("frame_rate"))
 
     def _latents(
         self, inputs: dict, arm: str, device: torch.device, generators: list[torch.Generator], training: bool
@@ -111,7 +152,8 @@ class PairEncoder:
         pixels = inputs[f"{arm}_pixels"].to(device)
         noise = None
         if self.sample_posterior and training:
-            shape = self.adapter.latent_shape(*pixels.shape[-2:])
+            height, width = pixels.shape[-2:]
+            shape = self.adapter.latent_shape(height, width, pixels.shape[2] if pixels.ndim == 5 else 1)
             noise = draw_noise(torch.empty(len(generators), *shape, device=device), generators)
         return self.adapter.encode_media(pixels, noise=noise)
 

@@ -41,6 +41,7 @@ def save_run_card(
         beta_description=describe_beta(trainer.beta),
         pipeline_class=type(pipeline).__name__,
         is_lora=isinstance(trainer.unwrapped_model, PeftModel),
+        is_video=trainer.adapter.is_video,
         prompt=(args.sample_prompts or [None])[0],
         sample_grid=f"samples/{grids[-1].name}" if grids else None,
     )
@@ -58,6 +59,7 @@ def save_model_card(
     beta_description: str,
     pipeline_class: str,
     is_lora: bool,
+    is_video: bool,
     prompt: str | None,
     sample_grid: str | None,
 ) -> None:
@@ -69,13 +71,14 @@ def save_model_card(
         prompt: A prompt of the sample grids, for the loading example.
         sample_grid: Path of a sample grid, relative to `directory`.
     """
+    task = "text-to-video" if is_video else "text-to-image"
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         base_model=base_model,
         datasets=dataset_name,
         model_name=model_name,
-        tags=["generated_from_trainer", *tags, *(["lora"] if is_lora else [])],
+        tags=["generated_from_trainer", task, *tags, *(["lora"] if is_lora else [])],
     )
     card = ModelCard.from_template(
         data,
@@ -90,6 +93,7 @@ def save_model_card(
         beta_description=beta_description,
         pipeline_class=pipeline_class,
         is_lora=is_lora,
+        is_video=is_video,
         prompt=prompt or "a photo of a cat",
         sample_grid=sample_grid,
         trackio_url=get_trackio_space_url(),

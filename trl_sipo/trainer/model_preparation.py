@@ -246,7 +246,8 @@ def add_reference_adapter(model: PeftModel) -> None:
 def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.deepcopy(peft_config)
     if getattr(peft_config, "target_modules", None) is None:
-        peft_config.target_modules = list(adapter.lora_target_modules)
+        targets = adapter.lora_target_modules
+        peft_config.target_modules = targets if isinstance(targets, str) else list(targets)
     peft_config.task_type = None  # scripts for language models set one, whose wrapper calls methods of such models
     adapter.denoiser.requires_grad_(False)
     # autocast_adapter_dtype (peft's default) keeps the LoRA in float32 on a half-precision base.

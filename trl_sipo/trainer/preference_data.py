@@ -2,6 +2,7 @@
 """From the datasets that a user hands to a trainer to datasets of tensors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -24,23 +25,32 @@ class LatentPairs(torch.utils.data.Dataset):
     Args:
         prompts: One per pair.
         chosen_latents, rejected_latents: (pairs, ...) float32 on the CPU.
+        frame_rate: (pairs,) frames per second of clips; `None` for images.
     """
 
-    def __init__(self, prompts: list[str], chosen_latents: torch.Tensor, rejected_latents: torch.Tensor):
+    def __init__(
+        self,
+        prompts: list[str],
+        chosen_latents: torch.Tensor,
+        rejected_latents: torch.Tensor,
+        frame_rate: torch.Tensor | None = None,
+    ):
         self.prompts = prompts
         self.chosen_latents = chosen_latents
         self.rejected_latents = rejected_latents
+        self.frame_rate = frame_rate
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
+        item = {
             "prompt": self.prompts[index],
             "chosen_latents": self.chosen_latents[index],
             "rejected_latents": self.rejected_latents[index],
             "pair_index": index,
         }
+        return item if self.frame_rate is None else {**item, "frame_rate": float(self.frame_rate[index])}
 
 
 PREPARED = (PreferenceDataset, StreamingPreferenceDataset, LatentPairs)
@@ -80,7 +90,8 @@ def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> A
         )
     if isinstance(dataset, datasets.IterableDataset):
         _check_streaming(args, name)
-    report = check_preference_dataset(dataset, num_checked_images=args.num_checked_images)
+    clip = args.clip_sampler()
+    report = check_preference_dataset(dataset, num_checked_images=args.num_checked_images, clip=clip)
     if args.process_index == 0:
         counts = ", ".join(f"{key.removeprefix('num_')} {value}" for key, value in report.items() if "num_" in key)
         print(f"{name} dataset: {report['format']} format; {counts}")
@@ -104,12 +115,15 @@ def as_tensors(
     dataset: Any,
     adapter: BackboneAdapter,
     args: DiffusionPreferenceConfig,
-    resolution: int,
+    size: tuple[int, int],
     name: str,
     *,
     is_training: bool = False,
 ) -> torch.utils.data.Dataset:
-    """Rows to tensors. Training data takes the configured crop and flip, other data the deterministic ones.
+    """Rows to tensors. Training data takes the configured crop, flip and start, other data the deterministic ones.
+
+    Args:
+        size: Height and width in pixels.
 
     Raises:
         DatasetError: Latents that cannot be the model's.
@@ -117,12 +131,14 @@ def as_tensors(
     """
     if isinstance(dataset, PREPARED):
         return dataset
-    transform = PairedTransform(resolution, center_crop=args.center_crop, random_flip=args.random_flip)
+    transform = PairedTransform(size, center_crop=args.center_crop, random_flip=args.random_flip)
+    clip = args.clip_sampler()
     if not is_training:
         transform = transform.for_evaluation()
+        clip = clip and replace(clip, random_start=False)
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed)
-    prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed)
+        return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed, clip=clip)
+    prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed, clip=clip)
     if is_training:
         _check_batch_size(len(prepared), args)
     if prepared.fmt.holds_latents:
@@ -151,8 +167,8 @@ def _check_latents(
             f"The {name} dataset holds latents, which cannot be encoded anew: {args.random_encoding_settings()[0]} "
             "would have no effect. Remove it, or give the images."
         )
-    expected = adapter.latent_shape(adapter.default_resolution, adapter.default_resolution)
-    if latents.ndim != len(expected) or (not adapter.is_video and latents.shape[0] != expected[0]):
+    expected = adapter.latent_shape(*adapter.default_size, adapter.default_num_frames)
+    if latents.ndim != len(expected) or latents.shape[0] != expected[0]:
         raise DatasetError(
             f"The {name} dataset holds latents of the shape {tuple(latents.shape)}, but those of this model have "
             f"{expected[0]} channels and {len(expected)} dimensions, such as {expected}. Encode the images with its "
@@ -163,7 +179,7 @@ def _check_latents(
 def precompute_latents(
     dataset: PreferenceDataset, adapter: BackboneAdapter, args: DiffusionPreferenceConfig, name: str
 ) -> LatentPairs | PreferenceDataset:
-    """Encode both images of every pair once (posterior mean) and keep the latents in memory."""
+    """Encode both images or clips of every pair once (posterior mean) and keep the latents in memory."""
     if dataset.fmt.holds_latents:
         return dataset
     loader = DataLoader(
@@ -174,8 +190,11 @@ def precompute_latents(
     )
     prompts: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
+    frame_rates: list[torch.Tensor] = []
     for batch in tqdm(loader, desc=f"Encoding the {name} dataset", disable=args.disable_tqdm):
         prompts.extend(batch["prompt"])
+        frame_rates.extend([batch["frame_rate"]] if "frame_rate" in batch else [])
         for arm, parts in latents.items():
             parts.append(adapter.encode_media(batch[f"{arm}_pixels"]).cpu())
-    return LatentPairs(prompts, torch.cat(latents["chosen"]), torch.cat(latents["rejected"]))
+    frame_rate = torch.cat(frame_rates) if frame_rates else None
+    return LatentPairs(prompts, torch.cat(latents["chosen"]), torch.cat(latents["rejected"]), frame_rate)

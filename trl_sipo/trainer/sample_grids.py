@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample grids during training: the same prompts and seeds each time, the base model beside the current one."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+# Frames of each clip that a contact sheet shows, evenly spaced.
+SHEET_FRAMES = 6
+_GAP = 4
+
+
+class SampleGridCallback(TrainerCallback):
+    """Draws the same prompts with the same seeds every `sample_every_steps`, the base model beside the current one.
+
+    Writes `<output_dir>/samples/step-<step>.png` and hands this image to the active trackers. Of images it is one row
+    per prompt, the reference on the left and the current model on the right. Of videos it is a contact sheet, two rows
+    of frames per prompt with the reference above the current model, and `step-<step>.webp` beside it plays both.
+
+    Args:
+        trainer: A diffusion preference trainer.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._base: list[np.ndarray] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Draw the reference's samples once."""
+        if state.is_world_process_zero:
+            self._base = self._draw(use_reference=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Draw a grid when its step has come."""
+        if state.is_world_process_zero and state.global_step % args.sample_every_steps == 0:
+            self.save(state.global_step)
+
+    def save(self, step: int) -> Path:
+        """Draw the grid of `step`, write it and report it; returns its path."""
+        if self._base is None:
+            self._base = self._draw(use_reference=True)
+        current = self._draw(use_reference=False)
+        path = Path(self.trainer.args.output_dir, "samples", f"step-{step:06d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.trainer.args.num_frames == 1:
+            grid = side_by_side([clip[0] for clip in self._base], [clip[0] for clip in current])
+        else:
+            grid = contact_sheet(self._base, current)
+            frame_rate = self.trainer.args.frame_rate or self.trainer.adapter.frame_rate
+            save_animation(path.with_suffix(".webp"), self._base, current, frame_rate)
+        grid.save(path)
+        for reporter in _REPORTERS:
+            reporter(self.trainer, grid, step)
+        return path
+
+    def _draw(self, *, use_reference: bool) -> list[np.ndarray]:
+        """One clip (frames, height, width, 3) uint8 per prompt; a single frame of image models.
+
+        Prompt by prompt: a decoder's memory does not then grow with their number.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        with sampling_pipeline(trainer, use_reference=use_reference):
+            return [
+                to_frames(
+                    trainer.adapter.sample(
+                        prompt,
+                        *trainer.size,
+                        num_frames=args.num_frames,
+                        num_inference_steps=args.sample_num_inference_steps,
+                        guidance_scale=args.sample_guidance_scale,
+                        generator=torch.Generator().manual_seed(args.sample_seed + index),
+                    )
+                )
+                for index, prompt in enumerate(args.sample_prompts)
+            ]
+
+
+@contextmanager
+def sampling_pipeline(trainer: Any, *, use_reference: bool = False):
+    """The trainer's pipeline, ready to sample from the current policy or its reference; all is restored afterwards."""
+    adapter, model = trainer.adapter, trainer.unwrapped_model
+    pipeline, was_training = adapter.pipeline, model.training
+    progress = dict(getattr(pipeline, "_progress_bar_config", {}))
+    trained = adapter.denoiser
+    model.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            if not use_reference:
+                yield pipeline
+            else:
+                with trainer.reference.active(trained, model) as denoiser:
+                    adapter.install_denoiser(trainer.accelerator.unwrap_model(denoiser))
+                    yield pipeline
+    finally:
+        adapter.install_denoiser(trained)
+        pipeline.set_progress_bar_config(**{"disable": False, **progress})
+        model.train(was_training)
+
+
+def to_frames(pixels: torch.Tensor) -> np.ndarray:
+    """Pixels (3, [frames,] height, width) in [-1, 1] to frames (frames, height, width, 3) uint8."""
+    frames = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
+    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def side_by_side(left: list[np.ndarray], right: list[np.ndarray]) -> Image.Image:
+    """Two columns of equally sized images (height, width, 3), row by row, on white."""
+    return _tiles([[a, b] for a, b in zip(left, right, strict=True)])
+
+
+def contact_sheet(base: list[np.ndarray], current: list[np.ndarray], num_frames: int = SHEET_FRAMES) -> Image.Image:
+    """Evenly spaced frames of clips (frames, height, width, 3): per prompt a row of the base, then the current one."""
+    rows = []
+    for clips in zip(base, current, strict=True):
+        for clip in clips:
+            chosen = np.linspace(0, len(clip) - 1, min(num_frames, len(clip))).round().astype(int)
+            rows.append([clip[index] for index in chosen])
+    return _tiles(rows)
+
+
+def save_animation(path: Path, base: list[np.ndarray], current: list[np.ndarray], frame_rate: float) -> None:
+    """An animated WebP of clips (frames, height, width, 3): per prompt a row, the base on the left."""
+    frames = [
+        side_by_side([clip[index] for clip in base], [clip[index] for clip in current])
+        for index in range(len(base[0]))
+    ]
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=round(1000 / frame_rate), loop=0, lossless=False
+    )
+
+
+def _tiles(rows: list[list[np.ndarray]]) -> Image.Image:
+    height, width = rows[0][0].shape[:2]
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, len(rows) * (height + _GAP) - _GAP), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(Image.fromarray(image), (x * (width + _GAP), y * (height + _GAP)))
+    return sheet
+
+
+def _report_to_tensorboard(trainer: Any, grid: Image.Image, step: int) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None:
+            writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+
+
+def _report_to_wandb(trainer: Any, grid: Image.Image, step: int) -> None:
+    if "wandb" not in trainer.args.report_to:
+        return
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({"samples": wandb.Image(grid), "train/global_step": step})
+
+
+def _report_to_trackio(trainer: Any, grid: Image.Image, step: int) -> None:
+    if "trackio" not in trainer.args.report_to:
+        return
+    import trackio
+
+    trackio.log({"samples": trackio.Image(grid), "train/global_step": step})
+
+
+_REPORTERS = (_report_to_tensorboard, _report_to_wandb, _report_to_trackio)
