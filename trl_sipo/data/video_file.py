@@ -4,6 +4,7 @@
 import functools
 import io
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -30,16 +31,17 @@ class _Index:
     Args:
         times: of each frame that is shown, its presentation time in ticks, ascending.
         timeline: the same in seconds from the first frame.
-        keys: of each packet that decoding can begin with, (presentation time, where to seek), in ticks.
+        keys: in ticks, the times of the frames that decoding can begin with, ascending; cut ones too.
     """
 
     times: tuple[int, ...]
     timeline: Timeline
-    keys: tuple[tuple[int, int], ...]
+    keys: tuple[int, ...]
 
     def seek_point(self, time: int) -> int | None:
-        """Where to seek for the frame of a time; None: the beginning of the file."""
-        return max(((shown, point) for shown, point in self.keys if shown <= time), default=(0, None))[1]
+        """Where to seek for the frame of a time, so that no frame before it is needed; None: the beginning."""
+        before = bisect_right(self.keys, time)
+        return self.keys[before - 1] if before else None
 
 
 class VideoFile:
@@ -67,7 +69,7 @@ class VideoFile:
         return self._index.timeline
 
     def frames(self, first: int = 0) -> Iterator[TimedFrame]:
-        """Decode from the last frame before number `first` that can be decoded by itself."""
+        """Decode from the last key frame up to number `first`; where seeking misses it, from the beginning."""
         if first == 0:
             yield from self._decoded(None, None)
             return
@@ -93,7 +95,7 @@ class VideoFile:
                 if packet.pts is None:
                     raise DatasetError(f"{self.name} does not say when its frames are shown; convert it to MP4")
                 if packet.is_keyframe:
-                    keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
+                    keys.append(packet.pts)
                 if not packet.is_discard and _is_shown(packet, stream.codec_context.name):
                     spans.append((packet.pts, packet.duration))
             tick = _fraction(stream.time_base)
@@ -102,7 +104,7 @@ class VideoFile:
         spans.sort()
         times = tuple(pts for pts, _ in spans)
         starts = tuple((pts - times[0]) * tick for pts in times)
-        return _Index(times, Timeline(starts, starts[-1] + self._length(spans[-1][1], tick)), tuple(keys))
+        return _Index(times, Timeline(starts, starts[-1] + self._length(spans[-1][1], tick)), tuple(sorted(keys)))
 
     def _length(self, duration: int | None, tick: Fraction) -> Fraction:
         """Seconds that a frame is shown; by the rate where the file does not say."""
