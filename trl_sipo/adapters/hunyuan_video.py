@@ -148,6 +148,7 @@ class HunyuanVideoAdapter(BackboneAdapter):
         guidance = torch.full((len(noisy_latents),), scale, dtype=dtype, device=device) * 1000.0
         return denoiser(
             hidden_states=noisy_latents.to(dtype),
+            # In bfloat16 the pipeline gives the first timestep whole, and rounds the later ones with its latents.
             timestep=level.timestep.to(device, torch.float32),
             encoder_hidden_states=conditioning["prompt_embeds"].to(device, dtype),
             encoder_attention_mask=conditioning["prompt_attention_mask"].to(device, dtype),
