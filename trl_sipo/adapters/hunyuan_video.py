@@ -27,6 +27,7 @@ class HunyuanVideoAdapter(BackboneAdapter):
     frozen_names = ("vae", "text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     is_video = True
+    frame_rate = 24.0
     lora_target_modules = (
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),

@@ -28,6 +28,7 @@ class HunyuanVideo15Adapter(BackboneAdapter):
     frozen_names = ("vae", "text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     is_video = True
+    frame_rate = 24.0
     # The text stream has layers of its own (add_q_proj, ...), of which the last block's never reach the prediction:
     # LoRA in them would get no gradient, which distributed training refuses.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")

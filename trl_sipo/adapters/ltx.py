@@ -30,6 +30,7 @@ class LTXAdapter(BackboneAdapter):
     denoiser_name = "transformer"
     frozen_names = ("vae", "text_encoder")
     is_video = True
+    frame_rate = 25.0
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     input_layer_name = "proj_in"
     vae_slice_size = 1
