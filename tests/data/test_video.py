@@ -224,6 +224,24 @@ def test_frames_that_an_edit_list_cuts_do_not_count(tmp_path):
     assert [clip_of(path, 1, start)[0] for start in range(15)] == shown
 
 
+@pytest.mark.parametrize("suffix", [".mov", ".mp4", ".webm"])
+def test_a_file_cut_out_of_a_longer_one(tmp_path, suffix):
+    """It begins at a key frame of the longer one, with frames that refer to the part before it."""
+    source, path = write_video(tmp_path / f"long{suffix}", 25), tmp_path / "cut.mkv"
+    with av.open(str(source)) as given, av.open(str(path), "w") as output:
+        stream = output.add_stream_from_template(given.streams.video[0])
+        num_keys = 0
+        for packet in given.demux(video=0):
+            num_keys += packet.is_keyframe
+            if packet.size and num_keys > 1:
+                packet.stream = stream
+                output.mux(packet)
+    length = len(open_video(path).timeline().starts)
+    shown = list(range(25 - length, 25))
+    assert 10 < length < 25 and clip_of(path, length) == shown
+    assert [clip_of(path, 1, start)[0] for start in range(length)] == shown
+
+
 # --- what a frame looks like
 
 
@@ -413,6 +431,13 @@ def test_a_truncated_file_with_its_index_first(tmp_path, make):
         read_clip(open_video(path), ClipSampler(18))
     with pytest.raises(DatasetError, match="a.mp4' is broken: it ends within frame"):
         open_video(path).timeline()
+
+
+def test_a_stream_without_times(tmp_path):
+    path = write_video(tmp_path / "a.h264", 20, codec=("libx264", "yuv420p", {"bf": "2"}))
+    for random_start in (False, True):
+        with pytest.raises(DatasetError, match="a.h264' does not say when its frames are shown"):
+            open_clips(path, path, ClipSampler(5, random_start=random_start), seeded_generator(0))
 
 
 def test_a_truncated_webm_is_a_shorter_video(tmp_path):

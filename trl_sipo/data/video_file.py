@@ -23,6 +23,8 @@ from trl_sipo.errors import ConfigurationError, DatasetError
 # FFmpeg's own decoders of these drop the alpha channel, which the files' metadata announces.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
+_WITHOUT_TIMES = "does not say when its frames are shown; convert it to MP4"
+
 
 @dataclass(frozen=True)
 class _Index:
@@ -93,15 +95,16 @@ class VideoFile:
                 if packet.is_corrupt:
                     raise DatasetError(f"{self.name} is broken: it ends within frame {len(spans)}")
                 if packet.pts is None:
-                    raise DatasetError(f"{self.name} does not say when its frames are shown; convert it to MP4")
+                    raise DatasetError(f"{self.name} {_WITHOUT_TIMES}")
                 if packet.is_keyframe:
                     keys.append(packet.pts)
                 if not packet.is_discard and _is_shown(packet, stream.codec_context.name):
                     spans.append((packet.pts, packet.duration))
             tick = _fraction(stream.time_base)
+        # A file that was cut out of a longer one may begin with frames that refer to what is gone: FFmpeg skips them.
+        spans = sorted(span for span in spans if not keys or span[0] >= keys[0])
         if not spans:
             raise DatasetError(f"{self.name} has no frames")
-        spans.sort()
         times = tuple(pts for pts, _ in spans)
         starts = tuple((pts - times[0]) * tick for pts in times)
         return _Index(times, Timeline(starts, starts[-1] + self._length(spans[-1][1], tick)), tuple(sorted(keys)))
@@ -120,9 +123,13 @@ class VideoFile:
             durations: dict[int, int | None] = {}
             reformatter = _import_av().video.reformatter.VideoReformatter()
             for frame in _decode(container, stream, durations):
-                if frame.is_corrupt or frame.pts is None:
-                    raise DatasetError(f"{self.name} is broken: a frame at {float(frame.time or 0):.3f} s is damaged")
+                if frame.pts is None:
+                    raise DatasetError(f"{self.name} {_WITHOUT_TIMES}")
                 length = self._length(durations.pop(frame.pts, None), tick)
+                if seek_point is not None and frame.pts < seek_point:
+                    continue  # refers to what was before the seek, and no other frame refers to it
+                if frame.is_corrupt:
+                    raise DatasetError(f"{self.name} is broken: the frame at {frame.time:.3f} s is damaged")
                 if since is not None and frame.pts < since:
                     continue
                 origin = frame.pts if origin is None else origin
@@ -158,6 +165,7 @@ def _decode(container: Any, stream: Any, durations: dict[int, int | None]) -> It
     decoder = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
         decoder = _import_av().CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
+        decoder.thread_count = 1
     for packet in container.demux(stream):
         if packet.pts is not None:
             durations[packet.pts] = packet.duration
