@@ -43,7 +43,7 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
 
     @property
     def method_name(self) -> str:
-        """ "SIPO" or "DPO-C&M"."""
+        """`SIPO` or `DPO-C&M`."""
         return "SIPO" if self.args.objective == "sipo" else "DPO-C&M"
 
     @property

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every backbone through the same trainers: nothing in them knows which one it is."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import Image
+
+from tests.adapters.backbone_cases import BACKBONES, BackboneCase, spied_forward
+from tests.data.clips import write_frames
+from tests.trainer.runs import DPO, PROMPTS, SIPO, changed, collate_first, logged, make_config, snapshot
+from trl_sipo.adapters import load_pipeline
+from trl_sipo.errors import ConfigurationError
+
+each_backbone = pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case.name)
+
+
+def _case(name: str) -> BackboneCase:
+    return next(case for case in BACKBONES if case.name.split("-")[0] == name)
+
+
+def _picture(seed: int, height: int, width: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _clip(seed: int, num_frames: int, height: int, width: int) -> list[Image.Image]:
+    """A picture that moves to the side."""
+    wide = _picture(seed, height, width + 2 * num_frames)
+    return [wide.crop((2 * i, 0, 2 * i + width, height)) for i in range(num_frames)]
+
+
+def pairs_for(case: BackboneCase, folder: Path, count: int = 4, rate: float = 12, is_video: bool = True) -> Any:
+    """Pairs of pictures, or of mp4 files, of the size that the case draws."""
+    height, width, num_frames = case.size["height"], case.size["width"], case.size["num_frames"]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    if num_frames == 1 or not is_video:
+        arms = {arm: [_picture(10 * i + k, height, width) for i in range(count)] for k, arm in enumerate(_ARMS)}
+        return datasets.Dataset.from_dict({"prompt": prompts, **arms})
+    arms = {
+        arm: [
+            str(write_frames(folder / f"{arm}{i}.mp4", _clip(10 * i + k, num_frames, height, width), rate=rate))
+            for i in range(count)
+        ]
+        for k, arm in enumerate(_ARMS)
+    }
+    return datasets.Dataset.from_dict({"prompt": prompts, **arms})
+
+
+_ARMS = ("chosen", "rejected")
+
+
+def trainer_for(case: BackboneCase, folder: Path, method=SIPO, *, is_lora=True, is_video=True, **options) -> Any:
+    """A trainer of a few steps at the size of the case; the mask is off, since all of a random model is masked."""
+    size = case.size
+    settings = {
+        "resolution": [size["height"], size["width"]],
+        "num_frames": size["num_frames"] if is_video else 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        **({"mask": False} if method is SIPO else {}),
+        **options,
+    }
+
+    return method.trainer_class(
+        case.build(),
+        args=make_config(method, folder / "run", **settings),
+        train_dataset=pairs_for(case, folder, is_video=is_video),
+        **({"peft_config": LoraConfig(r=4, lora_alpha=10)} if is_lora else {}),
+    )
+
+
+@each_backbone
+def test_a_lora_trains_and_loads_in_plain_diffusers(case, tmp_path):
+    trainer = trainer_for(case, tmp_path, gradient_checkpointing=True)
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = changed(before, snapshot(trainer.model))
+    assert moved and all("lora_" in name for name in moved)
+    assert logged(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-4), "a fresh LoRA is the reference"
+    assert abs(logged(trainer, "rewards/margins")[1]) > 1e-4
+    assert all(map(math.isfinite, logged(trainer, "loss")))
+
+    trainer.save_model()
+    pipeline = trainer.adapter.pipeline
+    trainer.model.eval()
+    tuned = case.generate(pipeline, output_type="pt")
+    fresh = case.build()
+    assert (case.generate(fresh, output_type="pt") - tuned).abs().max() > 1e-4
+    case.load_lora(fresh, tmp_path / "run")
+    torch.testing.assert_close(case.generate(fresh, output_type="pt"), tuned, rtol=0, atol=1e-5)
+
+
+@each_backbone
+def test_all_weights_train_and_load_in_plain_diffusers(case, tmp_path):
+    trainer = trainer_for(case, tmp_path, DPO, is_lora=False, learning_rate=1e-3, max_steps=2)
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert changed(before, snapshot(trainer.model))
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-3)  # beta is 5000
+    assert all(map(math.isfinite, logged(trainer, "loss")))
+    trainer.save_model()
+    trainer.model.eval()
+    tuned = case.generate(trainer.adapter.pipeline, output_type="pt")
+    loaded = load_pipeline(tmp_path / "run")
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(case.generate(loaded, output_type="pt"), tuned, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan21", "ltx", "hunyuanvideo"])
+def test_a_video_model_learns_from_pairs_of_images(name, tmp_path):
+    trainer = trainer_for(_case(name), tmp_path, is_video=False)
+    trainer.train()
+    batch = collate_first(trainer, 2)
+    assert batch["chosen_pixels"].ndim == 4 and "frame_rate" not in batch
+    assert abs(logged(trainer, "rewards/margins")[1]) > 0
+
+
+@pytest.mark.parametrize(("name", "argument", "factor"), [("flux", "guidance", 1), ("hunyuanvideo", "guidance", 1000)])
+def test_a_distilled_model_is_told_the_guidance_scale(name, argument, factor, tmp_path):
+    trainer = trainer_for(_case(name), tmp_path, embedded_guidance_scale=2.5, max_steps=1)
+    with spied_forward(trainer.adapter.denoiser) as calls:
+        trainer.train()
+    assert len(calls) == 2  # reference and policy
+    for call in calls:
+        assert call[argument].unique().tolist() == [2.5 * factor]
+
+
+def test_the_frame_rate_of_the_clips_reaches_a_model_that_is_told_it(tmp_path):
+    trainer = trainer_for(_case("ltx"), tmp_path, max_steps=1)
+    with spied_forward(trainer.adapter.denoiser) as calls:
+        trainer.train()
+    temporal, *_ = calls[0]["rope_interpolation_scale"]
+    compression = trainer.adapter.pipeline.vae_temporal_compression_ratio
+    assert torch.as_tensor(temporal).unique().tolist() == pytest.approx([compression / 12])
+
+
+def test_precomputed_clips_give_the_losses_of_live_ones(tmp_path):
+    case = _case("ltx")
+    live, stored = (
+        trainer_for(case, tmp_path, precompute_latents=precompute, random_flip=False) for precompute in (False, True)
+    )
+    for trainer in (live, stored):
+        trainer.train()
+    assert collate_first(stored, 2)["frame_rate"].tolist() == [12.0, 12.0]
+    assert logged(live, "loss") == pytest.approx(logged(stored, "loss"), rel=1e-5)
+
+
+def test_levels_are_drawn_with_the_shift_of_the_resolution_or_the_one_given(tmp_path):
+    case = _case("flux")
+    sampled = trainer_for(case, tmp_path)
+    height, width = case.size["height"], case.size["width"]
+    schedule = sampled.adapter.noise_schedule_for(height, width)
+    assert sampled.noise_schedule.drawn_shift == sampled.noise_schedule.shift == schedule.shift != 1
+    even = trainer_for(case, tmp_path, timestep_shift=1.0)
+    assert even.noise_schedule.drawn_shift == 1 and even.noise_schedule.shift == schedule.shift
+    generators = [torch.Generator().manual_seed(i) for i in range(400)]
+    sigmas = even.sample_noise_levels(generators).sigma_t
+    assert abs(sigmas.mean() - 0.5) < 0.05
+    assert "shift 1," in even.describe_run()
+
+
+def test_a_shift_for_a_schedule_of_timesteps_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="`timestep_shift=3.0` shifts the levels of flow models"):
+        trainer_for(_case("sd"), tmp_path, timestep_shift=3.0)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("sdxl", None), ("flux", 1000)])
+def test_a_few_timesteps_alone_are_trained(name, scale, tmp_path):
+    trainer = trainer_for(_case(name), tmp_path, timesteps=[249, 999], importance_steps=4)
+    level = trainer.sample_noise_levels([torch.Generator().manual_seed(i) for i in range(64)])
+    drawn = level.timestep if scale is None else level.sigma_t * scale
+    assert set(drawn.round().int().tolist()) == {249, 999}
+    assert 16 < (drawn > 500).sum() < 48
+    trainer.train()
+    assert "timesteps [249, 999]" in trainer.describe_run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 4}, r"num_frames 4 .*Nearest valid: 1 or 5"),
+        ({"resolution": [17, 32]}, r"height 17 .*Nearest valid"),
+        ({"num_frames": 1, "frame_rate": 8.0}, "only acts on videos"),
+        ({"resolution": [1, 2, 3]}, "`resolution` must be"),
+        ({"timesteps": [5], "timestep_sampling": "logit_normal"}, "contradicts `timestep_sampling"),
+        ({"timesteps": [1000]}, "within 0 .. 999"),
+    ],
+)
+def test_what_the_model_would_crop_or_ignore_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        trainer_for(_case("wan21"), tmp_path, **options)
+
+
+def test_videos_for_an_image_model_are_refused(tmp_path):
+    wan, sd = _case("wan21"), _case("sd")
+    arguments = {
+        "args": make_config(SIPO, tmp_path / "run", num_frames=wan.size["num_frames"], resolution=32),
+        "train_dataset": pairs_for(wan, tmp_path),
+    }
+    with pytest.raises(ConfigurationError, match="StableDiffusionPipeline draws images: leave num_frames at 1"):
+        SIPO.trainer_class(sd.build(), **arguments)
+
+
+def test_sample_grids_of_video(tmp_path):
+    """A contact sheet of frames, the base above the current model, and both side by side in motion."""
+    case = _case("wan21")
+    options = {"sample_prompts": ["a red cat", "a boat"], "sample_every_steps": 2, "sample_num_inference_steps": 2}
+    trainer = trainer_for(case, tmp_path, frame_rate=12.0, **options)
+    trainer.train()
+    height, width, num_frames = case.size["height"], case.size["width"], case.size["num_frames"]
+    sheet = Image.open(tmp_path / "run" / "samples" / "step-000002.png")
+    assert sheet.size == (num_frames * (width + 4) - 4, 4 * (height + 4) - 4)
+    film = Image.open(tmp_path / "run" / "samples" / "step-000002.webp")
+    assert film.n_frames == num_frames and film.size == (2 * width + 4, 2 * (height + 4) - 4)
+    film.load()
+    assert film.info["duration"] == 83
+    pixels = np.asarray(sheet)
+    base, current = pixels[:height], pixels[height + 4 : 2 * height + 4]
+    assert np.abs(base.astype(int) - current).max() > 0
