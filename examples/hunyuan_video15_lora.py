@@ -7,7 +7,7 @@ A flow model of 8 billion parameters. Its pipeline cannot load a LoRA by itself,
 
 The output folder holds `pytorch_lora_weights.safetensors`, which plain diffusers loads:
 
-    pipe.transformer.load_lora_adapter("hunyuan-video15-lora", prefix=None, use_safetensors=True)
+    pipe.transformer.load_lora_adapter("hunyuan-video15-lora", use_safetensors=True)
 """
 
 import argparse
