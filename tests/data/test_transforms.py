@@ -146,3 +146,53 @@ def test_randomness_needs_a_generator(options):
 def test_image_to_tensor_covers_the_range():
     image = Image.fromarray(np.array([[[0, 127, 255]]], dtype=np.uint8))
     torch.testing.assert_close(image_to_tensor(image).flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
+
+
+@pytest.mark.parametrize("size", [(16, 28), (28, 16), [16, 28]])
+@pytest.mark.parametrize(("width", "height"), [(60, 25), (25, 60), (112, 64), (28, 16)])
+def test_height_and_width_are_covered_and_the_rest_is_cropped(size, width, height):
+    image = picture(0, width, height).point(lambda value: 64 + value // 2)
+    tall, wide = size
+    scale = max(wide / width, tall / height)
+    box_width, box_height = wide / scale, tall / scale
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    assert 0 <= left < 1e-9 or 0 <= top < 1e-9  # one side fits exactly
+    expected = image.resize(
+        (wide, tall), Image.Resampling.LANCZOS, box=(left, top, left + box_width, top + box_height)
+    )
+    chosen, _ = PairedTransform(size)(image, image)
+    assert chosen.shape == (3, tall, wide)
+    torch.testing.assert_close(chosen, to_tensor(expected), rtol=0, atol=1.01 / 127.5)
+
+
+def test_height_and_width_of_a_square_are_its_side():
+    image = picture(0, 60, 25)
+    for seed in range(5):
+        square, _ = PairedTransform(16, center_crop=False, random_flip=True)(image, image, seeded_generator(seed))
+        pair, _ = PairedTransform((16, 16), center_crop=False, random_flip=True)(image, image, seeded_generator(seed))
+        assert torch.equal(square, pair)
+
+
+@pytest.mark.parametrize("resolution", [16, (16, 24)])
+def test_all_frames_of_both_arms_have_one_crop_and_one_flip(resolution):
+    transform = PairedTransform(resolution, center_crop=False, random_flip=True)
+    image, frames = picture(0, 60, 25), 5
+    for seed in range(10):
+        alone, _ = transform(image, image, seeded_generator(seed))
+        chosen, rejected = transform([image] * frames, [image.copy()] * frames, seeded_generator(seed))
+        assert chosen.shape == (3, frames, *transform.size) and chosen.dtype == torch.float32
+        assert torch.equal(chosen, rejected) and torch.equal(chosen, alone[:, None].expand_as(chosen))
+
+
+def test_frames_stay_in_order():
+    frames = [picture(seed, 16, 16) for seed in range(4)]
+    chosen, rejected = PairedTransform(16)(frames, frames[::-1])
+    for number, frame in enumerate(frames):
+        torch.testing.assert_close(chosen[:, number], to_tensor(frame), rtol=0, atol=1e-6)
+    assert torch.equal(rejected, chosen.flip(1))
+
+
+@pytest.mark.parametrize("resolution", [(16,), (16, 16, 16), (16, 0), (16, 8.0), [], ("16", 16)])
+def test_resolution_has_two_sides(resolution):
+    with pytest.raises(ConfigurationError, match="resolution must be a positive number of pixels, or a pair"):
+        PairedTransform(resolution)
