@@ -21,6 +21,7 @@ from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
+from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.train import DataArguments, ModelArguments, parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
@@ -111,6 +112,13 @@ def test_training_commands_parse(monkeypatch):
     assert seen >= 3
 
 
+def test_audit_commands_parse():
+    audits = [words[2:] for words in _commands() if words[:2] == ["trl-sipo", "audit"]]
+    assert audits
+    for name, *argv in audits:
+        assert importlib.import_module(AUDITS[name][0]).make_parser().parse_args(argv)
+
+
 def test_files_in_commands_exist():
     for words in _commands():
         for word in words:
@@ -122,10 +130,11 @@ def test_options_in_running_text_exist():
     configs = {field.name for config in (*CONFIGS, DataArguments, ModelArguments) for field in fields(config)}
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
+    audits = {"lora", "output"}
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`
-        assert option.removeprefix("no_") in configs | scripts | launchers, option
+        assert option.removeprefix("no_") in configs | scripts | launchers | audits, option
 
 
 @each_page

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ def errors_at_levels(
     noise: Tensor,
     conditioning: Mapping[str, Tensor],
     levels: NoiseLevel,
+    *,
+    extra: Mapping[str, Any] | None = None,
     on_level: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The denoiser's error on each sample at each noise level, one forward pass a level.
@@ -60,6 +63,7 @@ def errors_at_levels(
         noise: (n, ...) float32, shared by all levels.
         conditioning: Batched tensors for the denoiser.
         levels: (levels,).
+        extra: What some backbones are told beside the prompt, as for the adapter's `forward`.
         on_level: Called after each level, for a progress bar.
 
     Returns:
@@ -71,7 +75,7 @@ def errors_at_levels(
     errors = []
     for alpha_t, sigma_t, timestep in zip(levels.alpha_t, levels.sigma_t, levels.timestep, strict=True):
         level = NoiseLevel(alpha_t.expand(count), sigma_t.expand(count), timestep.expand(count)).to(device)
-        prediction = adapter.forward(denoiser, level.add_noise(clean_latents, noise), level, conditioning)
+        prediction = adapter.forward(denoiser, level.add_noise(clean_latents, noise), level, conditioning, extra)
         target = prediction_target(clean_latents, noise, level, adapter.prediction_type)
         errors.append(prediction_error(prediction, target).float().cpu())
         on_level()
@@ -144,8 +148,17 @@ def pair_weights(
         num_steps: Steps of the sampler grid that defines the neighbour.
         on_level: Called after each level, for a progress bar.
     """
-    both = torch.cat([noise, noise])
-    errors = errors_at_levels(adapter, denoiser, pairs.latents, both, pairs.pair_conditioning, levels, on_level)
+    rate = pairs.pair_frame_rate
+    errors = errors_at_levels(
+        adapter,
+        denoiser,
+        pairs.latents,
+        torch.cat([noise, noise]),
+        pairs.pair_conditioning,
+        levels,
+        extra=None if rate is None else {"frame_rate": rate},
+        on_level=on_level,
+    )
     log_weight = log_weights(errors, levels, schedule, adapter.prediction_type, num_steps)
     return PairWeights(*errors.chunk(2, dim=1), *log_weight.chunk(2, dim=1))
 

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo audit weights`, end to end on tiny pipelines read from disk."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.data.clips import write_video
+from tests.oracles import sd15_profile
+from tests.tiny.stable_diffusion_3 import tiny_stable_diffusion_3
+from tests.tiny.wan import tiny_wan, tiny_wan_experts
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.runs import preference_pairs
+from trl_sipo.adapters import adapter_for
+from trl_sipo.adapters.stable_diffusion import StableDiffusionAdapter
+from trl_sipo.adapters.stable_diffusion_3 import StableDiffusion3Adapter
+from trl_sipo.cli.main import main
+from trl_sipo.core.parameterization import prediction_target
+from trl_sipo.core.precision import per_sample
+from trl_sipo.scripts.audit import AUDITS
+from trl_sipo.scripts.audit_weights import LORA_FILES, make_parser
+
+LEVELS = 10
+MODELS = {
+    "epsilon": tiny_stable_diffusion,
+    "v_prediction": lambda: tiny_stable_diffusion("v_prediction", rescale_betas_zero_snr=True),
+    "sd3": tiny_stable_diffusion_3,
+    "wan": tiny_wan,
+    "wan_experts": tiny_wan_experts,
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Pipelines, and pairs of images, of clips and of latents that are zeros, on disk."""
+    folder = tmp_path_factory.mktemp("material")
+    for name, build in MODELS.items():
+        build().save_pretrained(folder / name)
+    for name in ("images", "clips", "latents"):
+        (folder / name).mkdir()
+    preference_pairs(6).to_parquet(folder / "images" / "train.parquet")
+    videos = [str(write_video(folder / f"{i}.mp4", 9, size=(32, 32), first=3 * i)) for i in range(4)]
+    clips = {"prompt": ["a red cat", "two dogs"], "chosen": videos[:2], "rejected": videos[2:]}
+    datasets.Dataset.from_dict(clips).to_parquet(folder / "clips" / "train.parquet")
+    zeros = torch.zeros(3, 4, 8, 8).tolist()
+    latents = {"prompt": ["a", "b", "c"], "chosen_latents": zeros, "rejected_latents": zeros}
+    datasets.Dataset.from_dict(latents).to_parquet(folder / "latents" / "train.parquet")
+    return folder
+
+
+def _argv(material, model, data="images", *, num_pairs=2, num_levels=LEVELS):
+    paths = ["--model_name_or_path", str(material / model), "--dataset_name", str(material / data)]
+    return ["audit", "weights", *paths, "--num_pairs", str(num_pairs), "--num_levels", str(num_levels)]
+
+
+def _report(argv, folder):
+    assert main([*argv, "--output", str(folder)]) == 0
+    return json.loads((folder / "weights.json").read_text())
+
+
+def _rows(printed):
+    """The printed table, as numbers."""
+    lines = [line.replace("infinite", "inf").replace("%", "").split() for line in printed.splitlines()]
+    return [[float(word) for word in words] for words in lines if len(words) == 8 and words[0][:2] in ("0.", "1.")]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "shown"),
+    [
+        ("epsilon", "images", (), "epsilon, diffusion over 1000 timesteps"),
+        ("v_prediction", "images", ("--resolution", "16", "32"), "v_prediction, diffusion over 1000 timesteps"),
+        ("sd3", "images", (), "flow_prediction, rectified flow, shift 3 (of the times that are drawn: 3)"),
+        ("sd3", "images", ("--timestep_shift", "1"), "shift 3 (of the times that are drawn: 1)"),
+        ("wan", "images", ("--resolution", "32"), "flow_prediction, rectified flow"),
+        ("wan", "clips", ("--resolution", "32", "--num_frames", "5"), "32x32, 5 frames; 2 pairs"),
+        ("wan_experts", "clips", ("--resolution", "32", "--num_frames", "5"), "32x32, 5 frames; 2 pairs"),
+    ],
+)
+def test_the_table_the_region_and_the_files(model, data, options, shown, material, tmp_path, capsys):
+    report = _report([*_argv(material, model, data), *options], tmp_path)
+    printed = capsys.readouterr().out
+    assert shown in printed and "Masked: " in printed and "`sipo/masked_fraction`" in printed
+    rows, levels = _rows(printed), report["levels"]
+    assert len(rows) == len(levels) == LEVELS
+    unit = "timestep" if "timestep" in printed.splitlines()[0] else "sigma"
+    for row, level in zip(rows, levels, strict=True):
+        time, position, log_snr, error, chosen, rejected, pair, masked = row
+        assert time == pytest.approx(level["time"], abs=1e-3) and position == pytest.approx(level[unit], abs=1e-4)
+        assert log_snr == pytest.approx(level["log_snr"], abs=0.01)
+        assert error > 0 and 0 <= pair <= min(chosen, rejected) + 1e-4 and max(chosen, rejected) <= 1
+        assert masked == pytest.approx(100 * level["masked_share"], abs=1)
+        if level["masked_share"] in (0, 1):
+            assert level["masked_share"] == (level["median_pair_weight"] < 0.9)
+    share = sum(level["masked_share"] for level in levels) / LEVELS
+    assert report["masked_share"] == pytest.approx(share) and share > 0
+    assert (tmp_path / "weights.png").read_bytes()[:4] == b"\x89PNG"
+    assert report["command"].startswith("trl-sipo audit weights --model_name_or_path")
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter_class", "unit", "low", "high"),
+    [
+        ("epsilon", StableDiffusionAdapter, "timestep", 62, 73),  # the exact cut is at 66..68; 50 levels are 20 apart
+        ("sd3", StableDiffusion3Adapter, "sigma", 0.245, 0.275),  # 0.259 at shift 3
+    ],
+)
+def test_a_known_error_masks_the_known_region(
+    model, adapter_class, unit, low, high, material, tmp_path, monkeypatch, capsys
+):
+    """The error of SD1.5 as published, in place of the denoiser's: on zeros, the noise is x_t / sigma_t."""
+
+    def forward(self, denoiser, noisy_latents, level, conditioning, extra=None):
+        noise = noisy_latents / per_sample(level.sigma_t, noisy_latents)
+        target = prediction_target(torch.zeros_like(noise), noise, level, self.prediction_type)
+        error = torch.from_numpy(sd15_profile.epsilon_error_at_log_snr(level.log_snr.double().numpy())).float()
+        if self.prediction_type == "flow_prediction":
+            error = error / level.alpha_t**2
+        return target + per_sample(error.sqrt(), target)
+
+    monkeypatch.setattr(adapter_class, "forward", forward)
+    report = _report(_argv(material, model, "latents", num_levels=50), tmp_path)
+    region = report["masked_regions"][0]
+    assert region["time"][0] == 0 and low <= region[unit][1] <= high
+    assert f"{unit} <= " in report["reading"][0] and report["reading"][0] in capsys.readouterr().out
+    if model == "epsilon":
+        assert len(report["masked_regions"]) == 1 and "Fig. 4" in report["reading"][-1]
+        assert report["masked_share"] == pytest.approx(0.06)  # three of the fifty levels lie below the cut
+
+
+@pytest.mark.parametrize(("error", "words"), [(0.0, "Masked: no level"), (1e3, "Masked: every timestep")])
+def test_nothing_and_everything(error, words, material, tmp_path, monkeypatch):
+    def forward(self, denoiser, noisy_latents, level, conditioning, extra=None):
+        return noisy_latents / per_sample(level.sigma_t, noisy_latents) + error**0.5
+
+    monkeypatch.setattr(StableDiffusionAdapter, "forward", forward)
+    # From a grid as fine as the timesteps each has a predecessor.
+    report = _report([*_argv(material, "epsilon", "latents"), "--importance_steps", "1000"], tmp_path)
+    assert report["reading"][0].startswith(words)
+    assert report["masked_share"] == (1 if error else 0)
+    assert ("mask_threshold" in report["reading"][-1]) == bool(error)
+
+
+@pytest.mark.parametrize("model", ["epsilon", "sd3"])
+def test_a_lora_is_measured(model, material, tmp_path):
+    adapter = adapter_for(MODELS[model]())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        options = {"target_modules": adapter.lora_target_modules, "init_lora_weights": False}
+        options["target_modules"] = (
+            options["target_modules"]
+            if isinstance(options["target_modules"], str)
+            else list(options["target_modules"])
+        )
+        denoiser = get_peft_model(adapter.denoiser, LoraConfig(r=4, lora_alpha=16, **options))
+    adapter.save_lora(denoiser, tmp_path / "lora")
+    plain = _report(_argv(material, model), tmp_path / "plain")
+    tuned = _report([*_argv(material, model), "--lora", str(tmp_path / "lora")], tmp_path / "tuned")
+    again = _report(_argv(material, model), tmp_path / "again")
+    errors = [[level["chosen_error"] for level in report["levels"]] for report in (plain, tuned, again)]
+    assert errors[0] == errors[2]
+    assert all(abs(one - other) > 1e-5 for one, other in zip(*errors[:2], strict=True))
+
+
+MISTAKES = {
+    "model": (["--model_name_or_path", "./nothing"], "./nothing"),
+    "data": (["--dataset_name", "./nowhere"], "./nowhere"),
+    "split": (["--dataset_split", "trian"], "trian"),
+    "pairs": (["--num_pairs", "7"], "has 6 pairs"),
+    "no_pairs": (["--num_pairs", "0"], "`num_pairs` must be at least 1"),
+    "levels": (["--num_levels", "1"], "`num_levels` must be at least 2"),
+    "resolution": (["--resolution", "33"], "Nearest valid"),
+    "frames": (["--num_frames", "5"], "num_frames 5"),
+    "steps": (["--importance_steps", "2000"], "num_steps=2000"),
+    "clip_range": (["--clip_range", "1.5"], "clip_range"),
+    "threshold": (["--mask_threshold", "1"], "mask_threshold"),
+    "shift": (["--timestep_shift", "3"], "timestep_shift"),
+    "no_lora": (["--lora", "./no_lora"], LORA_FILES[0]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_exit_with_2_in_one_line(case, material, capsys):
+    options, message = MISTAKES[case]
+    code = main([*_argv(material, "epsilon"), *options])
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("trl-sipo audit: ")]
+    assert code == 2 and "Traceback" not in errors and message in errors[errors.index(line) :]
+
+
+def test_latents_of_another_model(material, capsys):
+    assert main(_argv(material, "wan", "latents")) == 2
+    assert "holds latents of the shape (4, 8, 8)" in capsys.readouterr().err
+
+
+def test_a_lora_of_another_model(material, tmp_path, capsys):
+    adapter = adapter_for(tiny_stable_diffusion_3())
+    denoiser = get_peft_model(adapter.denoiser, LoraConfig(r=2, target_modules=["to_q"]))
+    adapter.save_lora(denoiser, tmp_path)
+    assert main([*_argv(material, "epsilon"), "--lora", str(tmp_path)]) == 2
+    assert "is not one of a StableDiffusionPipeline" in capsys.readouterr().err
+
+
+def test_options_are_strict_and_listed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        make_parser().parse_args(["--model", "x"])
+    assert exit_.value.code == 2 and "--model_name_or_path" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        main(["audit", "weights", "--help"])
+    assert exit_.value.code == 0 and "--importance_steps" in capsys.readouterr().out
+
+
+def test_audits_are_listed(capsys):
+    assert main(["audit"]) == main(["audit", "--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in AUDITS)
+    assert main(["audit", "wights"]) == 2
+    assert "known are weights" in capsys.readouterr().err
