@@ -94,6 +94,8 @@ class BackboneCase:
     """(pipeline, folder): how a user of plain diffusers loads the LoRA."""
     denoisers: Callable[[BackboneAdapter], Sequence[nn.Module]] = lambda adapter: [adapter.denoiser]
     """The modules that inference calls."""
+    added_frames: int = 0
+    """By how many frames the pipeline lengthens a video of the default length, before it draws latents for it."""
     timestep_atol: float = 0.0
     """By how much inference rounds the timestep that it gives the denoiser."""
     grid_atol: float = 1e-5
@@ -168,6 +170,7 @@ FAMILIES = (
     "stable_diffusion",
     "stable_diffusion_3",
     "stable_diffusion_xl",
+    "cogvideox",
     "flux",
     "flux2",
     "hunyuan_video",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trl_sipo.adapters.base import BackboneAdapter
 
 ADAPTERS: dict[str, str] = {
+    "CogVideoXPipeline": "trl_sipo.adapters.cogvideox:CogVideoXAdapter",
     "Flux2KleinPipeline": "trl_sipo.adapters.flux2:Flux2KleinAdapter",
     "Flux2Pipeline": "trl_sipo.adapters.flux2:Flux2Adapter",
     "FluxPipeline": "trl_sipo.adapters.flux:FluxAdapter",

@@ -8,7 +8,7 @@ Euler keep a rescaled, variance-exploding copy of the schedule in it.
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
 
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.errors import BackboneError
@@ -23,6 +23,8 @@ _BETA_FIELDS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
+# CogVideoX divides the signal-to-noise ratio by it, before the rescaling to zero; DDPMScheduler drops it.
+_SHIFT_FIELD = "snr_shift_scale"
 
 
 def vp_prediction_type(scheduler: Any) -> str:
@@ -43,7 +45,8 @@ def vp_prediction_type(scheduler: Any) -> str:
 
 
 def vp_noise_schedule(scheduler: Any) -> VPSchedule:
-    """The training noise process of a scheduler: the betas of its configuration, zero-SNR rescaling included.
+    """The training noise process of a scheduler: the betas of its configuration, the shift of the
+    signal-to-noise ratio and its rescaling to zero included.
 
     Returns:
         Schedule over `num_train_timesteps` steps; the cumulative product is taken in float64.
@@ -58,10 +61,14 @@ def vp_noise_schedule(scheduler: Any) -> VPSchedule:
             f"{name} has no beta schedule, so it does not describe the noise this backbone was trained with. Give the "
             "pipeline a DDIMScheduler (or DDPM, PNDM, Euler, DPM-Solver) with the model's own betas."
         )
+    fields = {field: config[field] for field in _BETA_FIELDS if field in config}
     try:
-        # DDPMScheduler's tables are those of training whatever the sampler. Not by from_config, which replaces values
+        # These classes' tables are those of training whatever the sampler. Not by from_config, which replaces values
         # that are the sampler's own defaults (LCM's betas, say) by DDPMScheduler's, which differ.
-        ddpm: Any = DDPMScheduler(**{field: config[field] for field in _BETA_FIELDS if field in config})
+        if _SHIFT_FIELD in config:
+            shifted: Any = CogVideoXDDIMScheduler(**fields, **{_SHIFT_FIELD: config[_SHIFT_FIELD]})
+            return VPSchedule(shifted.alphas_cumprod)
+        ddpm: Any = DDPMScheduler(**fields)
         betas = ddpm.betas.to(torch.float64)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise BackboneError(f"The betas of the {name} cannot be computed from its configuration: {error}") from error
