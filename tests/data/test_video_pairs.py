@@ -199,6 +199,8 @@ def test_fingerprints_tell_lists_of_frames_apart(tmp_path):
 
 def test_report(tmp_path, caplog):
     rows = video_pairs(tmp_path, 3, label=[1.0, 0.5, 1.0])
+    for row in range(3):
+        write_video(tmp_path / f"rejected {row}.webm", 14, first=5)  # unlike the chosen ones
     report = check_preference_dataset(rows, clip=CLIP)
     assert report == {
         "format": "canonical",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.clips import write_video
 from tests.docs.pages import SOURCE, blocks
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import Method, changed, logged, make_trainer, preference_pairs, trained_weights
@@ -92,3 +93,16 @@ def test_the_importance_curve_of_the_documentation(tmp_path, capsys):
     fine, coarse = (set(timesteps.split(", ")) for _, timesteps in printed)
     assert [steps for steps, _ in printed] == ["50", "25"] and fine < coarse  # a coarser grid masks more
     assert len(names["weights"]) == 50 and names["weights"][0] == 0.0
+
+
+def test_the_video_data_of_the_documentation(tmp_path, capsys):
+    for arm in ("chosen", "rejected"):
+        write_video(tmp_path / arm / "0001.mp4", 20, rate=16)
+        write_video(tmp_path / arm / "0002.webm", 27, rate=24)
+    (tmp_path / "metadata.csv").write_text("id,prompt\n0001,a cat\n0002,a dog\n")
+    names = _run("video_data.md", 0, **{'"pairs"': repr(str(tmp_path)), "(480, 832)": "(24, 32)"})
+    assert names["pair"]["chosen_pixels"].shape == (3, 17, 24, 32)
+    assert capsys.readouterr().out.splitlines() == [
+        "18 {16.0: 2, 24.0: 2}",
+        "a cat torch.Size([3, 17, 24, 32]) 16.0",
+    ]
