@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from trl_sipo.demo import pretrain
+from trl_sipo.demo import pretrain, training
 from trl_sipo.demo.fashion import ASSETS, all_prompts
 from trl_sipo.demo.latents import decode, encode
 from trl_sipo.demo.model import build_pipeline, load_pipeline_assets
@@ -46,16 +46,16 @@ def test_an_interrupted_denoiser_continues_exactly(few_photographs, tmp_path, mo
     options = {"num_steps": 4, "batch_size": 4, "learning_rate": 1e-3, "seed": 0, "device": "cpu"}
     whole, stopped, resumed = build_pipeline(0), build_pipeline(0), build_pipeline(0)
     pretrain.train_denoiser(whole, **options, state_file=tmp_path / "whole.pt")
-    real_save = pretrain.DenoiserTraining.save
+    real_save = pretrain.Training.save
 
     def save_and_stop(self, path):
         real_save(self, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain.DenoiserTraining, "save", save_and_stop)
+    monkeypatch.setattr(pretrain.Training, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain.train_denoiser(stopped, **options, state_file=tmp_path / "stopped.pt")
-    monkeypatch.setattr(pretrain.DenoiserTraining, "save", real_save)
+    monkeypatch.setattr(pretrain.Training, "save", real_save)
     pretrain.train_denoiser(resumed, **options, state_file=tmp_path / "stopped.pt")
     for a, b in zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
@@ -73,7 +73,7 @@ def test_autoencoder_is_scaled_to_unit_latents_and_codes_both_ways(few_photograp
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = [pretrain.learning_rate_at(step, 1000, 1.0) for step in range(1000)]
+    rates = [training.learning_rate_at(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) in (99, 100)
@@ -82,7 +82,7 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_weight_average_of_constant_weights_is_the_weights_and_lags_behind_a_jump():
     layer = torch.nn.Linear(2, 2)
-    average = pretrain.WeightAverage([layer], decay=0.5)
+    average = training.WeightAverage([layer], decay=0.5)
     start = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1.0

@@ -9,9 +9,7 @@ own (`train_verifiers`). The result is a `StableDiffusionPipeline` folder, the v
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import platform
 import shlex
 import shutil
@@ -30,53 +28,14 @@ from trl_sipo.demo.fashion import ASSETS, COLOURS, FashionPrompt, all_prompts, c
 from trl_sipo.demo.latents import encode
 from trl_sipo.demo.model import build_pipeline, load_pipeline_assets
 from trl_sipo.demo.sampling import prompt_ids, sample_images
+from trl_sipo.demo.training import Training, WeightAverage, learning_rate_at, set_learning_rate
 from trl_sipo.demo.verifier import TRAINING_SPLITS, load_verifiers, save_verifier
 from trl_sipo.demo.verifier_training import accuracies, ceiling, train_verifier
 
 KL_WEIGHT = 1e-4
 CAPTION_DROPOUT = 0.1
-EMA_DECAY = 0.9995
 LOG_EVERY = 100
 RESUME_EVERY = 500
-
-
-def learning_rate_at(step: int, num_steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a half cosine to 2 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    return peak * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
-class WeightAverage:
-    """Exponential moving average of the parameters of some modules, warmed up over the first steps."""
-
-    def __init__(self, modules: Sequence[torch.nn.Module], decay: float) -> None:
-        self.modules = list(modules)
-        self.decay = decay
-        self.num_updates = 0
-        self.averages = [copy.deepcopy(list(module.parameters())) for module in self.modules]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the current parameters."""
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for module, averages in zip(self.modules, self.averages, strict=True):
-            torch._foreach_lerp_(averages, list(module.parameters()), 1 - decay)
-
-    @torch.no_grad()
-    def copy_to_modules(self) -> None:
-        """Overwrite the parameters with their averages."""
-        for module, averages in zip(self.modules, self.averages, strict=True):
-            for parameter, average in zip(module.parameters(), averages, strict=True):
-                parameter.copy_(average)
 
 
 def random_tints(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -142,45 +101,6 @@ def tokenize(pipeline: StableDiffusionPipeline, prompts: Sequence[FashionPrompt]
     return pipeline.tokenizer(texts, max_length=pipeline.tokenizer.model_max_length, **options).input_ids
 
 
-class DenoiserTraining:
-    """State of the denoiser's training: everything that has to be restored to continue it exactly."""
-
-    def __init__(self, pipeline: StableDiffusionPipeline, learning_rate: float, seed: int, device: str) -> None:
-        self.unet = pipeline.unet.to(device).train()
-        self.text_encoder = pipeline.text_encoder.to(device).train()
-        self.parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.average = WeightAverage([self.unet, self.text_encoder], EMA_DECAY)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.step = 0
-        self.log: list[dict] = []
-
-    def save(self, path: Path) -> None:
-        """Write the state to one file, replacing it only when the new one is complete."""
-        state = {
-            "unet": self.unet.state_dict(),
-            "text_encoder": self.text_encoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averages": self.average.averages,
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "log": self.log,
-        }
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-
-    def load(self, path: Path) -> None:
-        """Continue from a file that `save` wrote."""
-        state = torch.load(path, map_location=self.generator.device, weights_only=True)
-        self.unet.load_state_dict(state["unet"])
-        self.text_encoder.load_state_dict(state["text_encoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.averages = state["averages"]
-        self.average.num_updates = self.step = state["step"]
-        self.generator.set_state(state["generator"].cpu())
-        self.log = state["log"]
-
-
 def train_denoiser(
     pipeline: StableDiffusionPipeline,
     *,
@@ -199,14 +119,19 @@ def train_denoiser(
     means, stds, prompt_ids = (part.to(device) for part in bank)
     tokens = tokenize(pipeline, all_prompts()).to(device)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
-    training = DenoiserTraining(pipeline, learning_rate, seed, device)
+    training = Training(
+        {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder},
+        learning_rate=learning_rate,
+        num_steps=num_steps,
+        seed=seed,
+        device=device,
+    )
     if state_file.is_file():
         training.load(state_file)
     draw = {"generator": training.generator, "device": device}
     running = torch.zeros((), device=device)
     progress = tqdm(total=num_steps, initial=training.step, desc="denoiser", unit="step")
     while training.step < num_steps:
-        set_learning_rate(training.optimizer, learning_rate_at(training.step, num_steps, learning_rate))
         chosen = torch.randint(len(means), (batch_size,), **draw)
         clean = means[chosen] + stds[chosen] * torch.randn(batch_size, *means.shape[1:], **draw)
         dropped = torch.rand(batch_size, **draw) < CAPTION_DROPOUT
@@ -216,14 +141,9 @@ def train_denoiser(
         signal = alphas_cumprod[timesteps][:, None, None, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
         # The 65 distinct captions are encoded once, then shared out.
-        hidden = training.text_encoder(tokens).last_hidden_state[captions]
-        loss = F.mse_loss(training.unet(noisy, timesteps, hidden, return_dict=False)[0], noise)
-        training.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(training.parameters, 1.0)
-        training.optimizer.step()
-        training.average.update()
-        training.step += 1
+        hidden = pipeline.text_encoder(tokens).last_hidden_state[captions]
+        loss = F.mse_loss(pipeline.unet(noisy, timesteps, hidden, return_dict=False)[0], noise)
+        training.update(loss)
         running += loss.detach()
         progress.update()
         if training.step % LOG_EVERY == 0:
@@ -233,10 +153,7 @@ def train_denoiser(
         if training.step % RESUME_EVERY == 0:
             training.save(state_file)
     progress.close()
-    training.average.copy_to_modules()
-    training.unet.eval()
-    training.text_encoder.eval()
-    return training.log
+    return training.finish()
 
 
 def train_verifiers(vae: AutoencoderKL, *, num_steps: int, seed: int, device: str, output: Path) -> dict[str, dict]:
