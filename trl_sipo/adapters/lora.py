@@ -11,6 +11,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,26 +101,33 @@ def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, dire
     layers = lora_state_dict(model)
     if denoiser_name == "unet":
         layers = _conventional_unet_keys(layers)
-    path = Path(directory) / LORA_FILE_NAME
-    write_lora_file(pipeline_class, denoiser_name, layers, model.peft_config[ADAPTER_NAME], path)
+    loras = {LORA_FILE_NAME: (layers, model.peft_config[ADAPTER_NAME])}
+    write_lora_files(pipeline_class, denoiser_name, loras, directory)
 
 
-def write_lora_file(
-    pipeline_class: Any, component_name: str, layers: dict[str, Tensor], config: PeftConfig, path: Path
+def write_lora_files(
+    pipeline_class: Any,
+    component_name: str,
+    loras: Mapping[str, tuple[dict[str, Tensor], PeftConfig]],
+    directory: str | os.PathLike[str],
 ) -> None:
-    """Write one component's LoRA and its configuration, whole or not at all; arguments as in [`save_lora`]."""
-    metadata = config.to_dict()
-    # diffusers adds the layers in train mode to a pipeline in eval mode: with dropout, inference would be random.
-    metadata["lora_dropout"] = 0.0
-    arguments = {
-        f"{component_name}_lora_layers": {key: value.detach().cpu().contiguous() for key, value in layers.items()},
-        f"{component_name}_lora_adapter_metadata": metadata,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place: a run killed here leaves the earlier file or none, never a torn one.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        _lora_writer(pipeline_class).save_lora_weights(temporary, weight_name=path.name, **arguments)
-        os.replace(Path(temporary) / path.name, path)
+    """Write LoRAs of one kind of component, weights and configuration of each by the name of its file.
+
+    All are written before any takes its place, so that a save that fails leaves the earlier files, or none. Arguments
+    as in [`save_lora`].
+    """
+    writer, target = _lora_writer(pipeline_class), Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
+        for file_name, (layers, config) in loras.items():
+            # diffusers adds the layers in train mode to a pipeline in eval mode: with dropout, inference would be
+            # random.
+            metadata = {**config.to_dict(), "lora_dropout": 0.0}
+            weights = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
+            arguments = {f"{component_name}_lora_layers": weights, f"{component_name}_lora_adapter_metadata": metadata}
+            writer.save_lora_weights(temporary, weight_name=file_name, **arguments)
+        for file_name in loras:
+            os.replace(Path(temporary) / file_name, target / file_name)
 
 
 def _lora_writer(pipeline_class: Any) -> Any:

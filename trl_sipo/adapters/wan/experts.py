@@ -139,9 +139,10 @@ def save_experts_lora(pipeline_class: Any, denoiser: nn.Module, directory: str |
     """Write one LoRA file per expert that carries one; see `LORA_FILES` and [`lora.save_lora`]."""
     model = lora.check_exportable(denoiser)
     weights = lora.lora_state_dict(model)
-    for name, config in _configs_of_experts(model).items():
-        path = Path(directory) / LORA_FILES[name]
-        lora.write_lora_file(pipeline_class, _NAME_IN_FILES, _of_expert(weights, name), config, path)
+    loras = {
+        LORA_FILES[name]: (_of_expert(weights, name), config) for name, config in _configs_of_experts(model).items()
+    }
+    lora.write_lora_files(pipeline_class, _NAME_IN_FILES, loras, directory)
 
 
 def load_experts_lora(denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
