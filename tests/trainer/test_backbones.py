@@ -2,6 +2,7 @@
 """Every backbone through the same trainers: nothing in them knows which one it is."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,43 @@ def test_sample_grids_of_video(tmp_path):
     pixels = np.asarray(sheet)
     base, current = pixels[:height], pixels[height + 4 : 2 * height + 4]
     assert np.abs(base.astype(int) - current).max() > 0
+
+
+@pytest.mark.parametrize(("missing", "within"), [("transformer", [0.0, 0.5]), ("transformer_2", [0.9, 1.0])])
+def test_one_expert_alone_is_trained_on_its_levels(missing, within, tmp_path):
+    case = replace(_case("wan22_a14b"), build=lambda: _without(_case("wan22_a14b").build(), missing))
+    with pytest.raises(ConfigurationError, match="`timestep_range=.* expert that is not loaded"):
+        trainer_for(case, tmp_path)
+    trainer = trainer_for(case, tmp_path, timestep_range=within)
+    trainer.train()
+    metrics = trainer.evaluate(pairs_for(case, tmp_path))
+    assert math.isfinite(metrics["eval_loss"])
+
+
+def _without(pipeline: Any, name: str) -> Any:
+    setattr(pipeline, name, None)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("sdxl", ['pipe.load_lora_weights("card")']),
+        ("hunyuanvideo15", ['pipe.transformer.load_lora_adapter("card", use_safetensors=True)']),
+        (
+            "wan22_a14b",
+            [
+                'pipe.load_lora_weights("card")',
+                'load_into_transformer_2=True, weight_name="pytorch_lora_weights_2',
+                "frames = pipe(",
+            ],
+        ),
+    ],
+)
+def test_the_model_card_says_how_to_load_the_lora(name, lines, tmp_path):
+    trainer = trainer_for(_case(name), tmp_path, max_steps=1)
+    trainer.train()
+    trainer.create_model_card(model_name="card")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert all(line in card for line in lines)
+    assert f"pipeline_tag: text-to-{'video' if trainer.adapter.is_video else 'image'}" in card

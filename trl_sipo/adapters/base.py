@@ -50,6 +50,8 @@ class BackboneAdapter(ABC):
     is_video: ClassVar[bool] = False
     lora_target_modules: ClassVar[tuple[str, ...] | str]
     """The field's conventional layers: ends of their names, or one regular expression for their whole names."""
+    lora_loading_code: ClassVar[tuple[str, ...]] = ('pipe.load_lora_weights("{path}")',)
+    """How a user of plain diffusers loads what [`save_lora`] wrote, for the model card."""
     frame_rate: float = 16.0
     """Frames per second at which the published model's videos play; of no meaning for image models."""
     guidance_argument: ClassVar[str] = "guidance_scale"

@@ -32,6 +32,7 @@ class HunyuanVideo15Adapter(BackboneAdapter):
     # The text stream has layers of its own (add_q_proj, ...), of which the last block's never reach the prediction:
     # LoRA in them would get no gradient, which distributed training refuses.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    lora_loading_code = ('pipe.transformer.load_lora_adapter("{path}", use_safetensors=True)',)
     input_layer_name = "x_embedder.proj"
     # The attention mask of this VAE has the wrong shape for more than one video.
     vae_slice_size = 1

@@ -313,9 +313,10 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
         count = self.args.eval_noise_levels
+        low, high = self.adapter.time_range
         per_level = []
         for position in range(count):
-            time = (position + 0.5) / count
+            time = low + (high - low) * (position + 0.5) / count
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
             level = self.noise_schedule.level_at(torch.full((len(generators),), time)).to(self.accelerator.device)
             noise = draw_noise(pairs.chosen_latents, generators)

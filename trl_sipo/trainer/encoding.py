@@ -76,8 +76,14 @@ def training_schedule(
     """The noise process at the size of the training media, with the shift that the settings ask for.
 
     Raises:
-        ConfigurationError: A shift for a process that has none.
+        ConfigurationError: A shift for a process that has none, or a range that the loaded denoiser does not take.
     """
+    (low, high), (first, last) = args.timestep_range, adapter.time_range
+    if args.timesteps is None and not first <= low < high <= last:
+        raise ConfigurationError(
+            f"`timestep_range={[low, high]}` holds noise levels of an expert that is not loaded; the other takes "
+            f"[{first:.4f}, {last:.4f}]. Set `timestep_range` within it, or load both experts."
+        )
     schedule = adapter.noise_schedule_for(*size, args.num_frames, args.importance_steps)
     if args.timestep_shift is None:
         return schedule

@@ -42,6 +42,7 @@ def save_run_card(
         pipeline_class=type(pipeline).__name__,
         is_lora=isinstance(trainer.unwrapped_model, PeftModel),
         is_video=trainer.adapter.is_video,
+        lora_loading_code=trainer.adapter.lora_loading_code,
         prompt=(args.sample_prompts or [None])[0],
         sample_grid=f"samples/{grids[-1].name}" if grids else None,
     )
@@ -60,12 +61,14 @@ def save_model_card(
     pipeline_class: str,
     is_lora: bool,
     is_video: bool,
+    lora_loading_code: tuple[str, ...],
     prompt: str | None,
     sample_grid: str | None,
 ) -> None:
     """Write `README.md` into `directory`: how to load the model, what it was trained with, and what to cite.
 
     Args:
+        lora_loading_code: Lines of Python; `{path}` stands for the model's name.
         base_model: Hub id of the base, or `None` when it came from a local folder.
         paper: `title`, `citation`, and optionally `id` (arXiv) of the method.
         prompt: A prompt of the sample grids, for the loading example.
@@ -94,6 +97,7 @@ def save_model_card(
         pipeline_class=pipeline_class,
         is_lora=is_lora,
         is_video=is_video,
+        lora_loading_code="\n".join(lora_loading_code).format(path=model_name),
         prompt=prompt or "a photo of a cat",
         sample_grid=sample_grid,
         trackio_url=get_trackio_space_url(),

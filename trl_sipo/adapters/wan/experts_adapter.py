@@ -30,6 +30,11 @@ class WanExpertsAdapter(WanAdapter):
     """
 
     optional_names = ("transformer",)
+    lora_loading_code = (
+        'pipe.load_lora_weights("{path}")',
+        'pipe.load_lora_weights("{path}", load_into_transformer_2=True, '
+        f'weight_name="{LORA_FILES["transformer_2"]}")',
+    )
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
