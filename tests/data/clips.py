@@ -89,6 +89,16 @@ def write_frames(
     return path
 
 
+def damaged(path: Path, begin: float, end: float) -> Path:
+    """Damage an MP4 in this range of its pictures; the index, at the end of the file, stays whole."""
+    content = bytearray(path.read_bytes())
+    pictures, index = content.index(b"mdat") + 4, content.rindex(b"moov") - 4
+    for position in range(pictures + int(begin * (index - pictures)), pictures + int(end * (index - pictures)), 23):
+        content[position] ^= 0x5A
+    path.write_bytes(content)
+    return path
+
+
 def write_animation(path: Path, milliseconds: list[int]) -> Path:
     """A GIF or WebP by Pillow, whose frames are shown for these times."""
     first, *others = [grey(number) for number in range(len(milliseconds))]

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -18,6 +19,7 @@ from tests.data.clips import (
     MPEG4,
     SUFFIXES,
     VP8,
+    damaged,
     grey,
     numbers,
     write_animation,
@@ -84,13 +86,14 @@ def test_without_a_random_start_it_is_the_first_frames(tmp_path):
         (24, 23.976, [0, 1, 2, 3, 4, 5]),
         (30, 16, [0, 2, 4, 6, 7, 9]),  # 0, 1.875, 3.75, 5.625, 7.5, 9.375
         (30, 24, [0, 1, 2, 4, 5, 6]),  # 0, 1.25, 2.5, 3.75, 5, 6.25
+        (30, 12, [0, 2, 5, 7, 10, 12]),  # 2.5 and 12.5, which times in milliseconds put on either side of the middle
         (12, 24, [0, 0, 1, 1, 2, 2]),
         (30000 / 1001, 15, [0, 2, 4, 6, 8, 10]),
     ],
 )
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])  # exact times, and times in milliseconds
 def test_frame_rate_takes_the_nearest_frames(tmp_path, suffix, rate, frame_rate, expected):
-    path = write_video(tmp_path / f"video{suffix}", 20, rate=rate)
+    path = write_video(tmp_path / f"video{suffix}", 22, rate=rate)
     assert clip_of(path, 6, frame_rate=frame_rate) == expected
     assert open_clips(path, path, ClipSampler(6, frame_rate=frame_rate))[2] == frame_rate
     for start in range(2):
@@ -187,6 +190,9 @@ def test_only_what_is_needed_is_decoded_and_converted(tmp_path, monkeypatch):
     decoded.clear(), converted.clear()
     assert numbers(read_clip(video, ClipSampler(3, frame_rate=6), 0)) == [0, 4, 8]
     assert len(converted) == 3 and len(decoded) <= 10
+    decoded.clear(), converted.clear()
+    assert numbers(read_clip(video, ClipSampler(2, frame_rate=12), 11)) == [22, 24]
+    assert len(converted) == 2 and len(decoded) <= 10
 
 
 def test_a_seek_that_lands_too_late_is_noticed(tmp_path, monkeypatch):
@@ -368,17 +374,8 @@ def truncated(path: Path, keep: float) -> Path:
     return path
 
 
-def damaged(path: Path) -> Path:
-    """Damage to the middle of the pictures; the index is whole."""
-    content = bytearray(path.read_bytes())
-    for position in range(content.index(b"mdat") + 1200, content.index(b"moov") - 40, 23):
-        content[position] ^= 0x5A
-    path.write_bytes(content)
-    return path
-
-
-def noise(path: Path, num_frames: int = 24) -> Path:
-    return write_frames(path, [picture(seed, 64, 64) for seed in range(num_frames)])
+def noise(path: Path, num_frames: int = 24, **options: Any) -> Path:
+    return write_frames(path, [picture(seed, 64, 64) for seed in range(num_frames)], **options)
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -400,7 +397,7 @@ def audio_only(path: Path) -> Path:
     ("make", "message"),
     [
         (lambda path: truncated(write_video(path), 0.9), "is broken, or no video"),
-        (lambda path: damaged(noise(path)), "is broken"),
+        (lambda path: damaged(noise(path), 0.1, 0.9), "is broken"),
         (lambda path: written(path, b""), r"is empty \(0 bytes\)"),
         (lambda path: written(path, b"a text, and no video at all\n" * 20), "is broken, or no video"),
         (lambda path: written(path, encoded(picture(0))), "is an image, where a video is expected.*`num_frames`"),
@@ -423,14 +420,39 @@ def test_broken_files_are_named(tmp_path, make, message):
 @pytest.mark.parametrize("make", [lambda path: truncated(path, 0.6)], ids=["truncated"])
 def test_a_truncated_file_with_its_index_first(tmp_path, make):
     """The beginning can still be read, until the frames are missing."""
-    path = write_frames(
-        tmp_path / "a.mp4", [picture(seed, 64, 64) for seed in range(20)], container={"movflags": "faststart"}
-    )
+    path = noise(tmp_path / "a.mp4", 20, container={"movflags": "faststart"})
     assert len(read_clip(open_video(make(path)), ClipSampler(3))) == 3
     with pytest.raises(DatasetError, match="a.mp4' is broken"):
         read_clip(open_video(path), ClipSampler(18))
     with pytest.raises(DatasetError, match="a.mp4' is broken: it ends within frame"):
         open_video(path).timeline()
+
+
+def test_a_frame_that_the_decoder_mends_is_named(tmp_path):
+    """What is damaged is concealed by the decoder, with whatever was there before."""
+    path = damaged(noise(tmp_path / "a.mp4", 20, codec=MPEG4), 0.55, 0.6)
+    assert len(read_clip(open_video(path), ClipSampler(6))) == 6
+    with pytest.raises(DatasetError, match=r"a.mp4' is broken: the frame at 0.\d\d\d s is damaged"):
+        read_clip(open_video(path), ClipSampler(18))
+
+
+@pytest.mark.parametrize(("offset", "is_used"), [(-1, False), (1, True)])
+def test_after_a_seek_only_frames_that_may_be_referred_to_must_be_whole(tmp_path, monkeypatch, offset, is_used):
+    video = open_video(write_video(tmp_path / "a.mp4", 20))
+    start = next(number for number in range(10, 20) if video._index.times[number] not in video._index.keys)
+    key = video._index.seek_point(video._index.times[start])
+    decode = video_file._decode
+
+    def with_a_damaged_frame(*given: Any) -> Any:
+        yield SimpleNamespace(pts=key + offset, time=0.4, is_corrupt=True)
+        yield from decode(*given)
+
+    monkeypatch.setattr(video_file, "_decode", with_a_damaged_frame)
+    if is_used:
+        with pytest.raises(DatasetError, match="is damaged"):
+            read_clip(video, ClipSampler(3), start)
+    else:
+        assert numbers(read_clip(video, ClipSampler(3), start)) == [start, start + 1, start + 2]
 
 
 def test_a_stream_without_times(tmp_path):

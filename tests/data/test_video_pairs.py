@@ -14,7 +14,16 @@ from datasets import Dataset, Video
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.data.clips import grey, numbers, write_animation, write_folder, write_video
+from tests.data.clips import (
+    MPEG4,
+    damaged,
+    grey,
+    numbers,
+    write_animation,
+    write_folder,
+    write_frames,
+    write_video,
+)
 from tests.data.pictures import canonical, encoded, picture
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.loading import load_preference_dataset
@@ -267,12 +276,10 @@ def test_missing_and_empty_files_are_found_without_opening(tmp_path):
 
 
 def test_the_end_is_checked_where_a_clip_may_come_from_it(tmp_path):
-    """A file that was cut off in the middle of a frame."""
     rows = video_pairs(tmp_path, 1)
-    path = tmp_path / "chosen 0.mp4"
-    write_video(path, 20, container={"movflags": "faststart"})
-    path.write_bytes(path.read_bytes()[:-20])
-    assert PreferenceDataset(rows, transform=CENTRE, clip=CLIP)[0]["chosen_pixels"].shape[1] == 5
+    write_frames(tmp_path / "chosen 0.mp4", [picture(seed, 64, 64) for seed in range(20)], codec=MPEG4)
+    damaged(tmp_path / "chosen 0.mp4", 0.9, 0.95)
+    assert check_preference_dataset(rows, clip=CLIP)["num_checked"] == 1
     with pytest.raises(DatasetError, match="row 0, the chosen video.*chosen 0.mp4' is broken"):
         check_preference_dataset(rows, clip=RANDOM_CLIP)
 
@@ -357,7 +364,7 @@ def test_folders_of_pairs(tmp_path, metadata):
     assert [item["frame_rate"] for item in items] == [24.0, 24.0, 24.0, 25.0]
     (tmp_path / "rejected" / "0002.webm").unlink()
     (tmp_path / "chosen" / "notes").mkdir()  # a folder without frames is no video
-    with pytest.raises(DatasetError, match=r"rejected/ has nothing for \['0002'\]$"):
+    with pytest.raises(DatasetError, match=r"partners: rejected/ has nothing for \['0002'\]$"):
         load_preference_dataset(tmp_path)
 
 
