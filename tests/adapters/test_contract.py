@@ -586,11 +586,10 @@ def test_class_facts_hold_for_the_pipeline(case):
 
 
 def test_every_adapter_of_the_table_has_a_case():
-    covered = {type(case.build()).__name__ for case in BACKBONES}
-    assert covered == set(ADAPTERS)
-    for class_name in ADAPTERS:
-        adapter = adapter_for(next(p for case in BACKBONES if type(p := case.build()).__name__ == class_name))
-        assert adapter.pipeline_class_name == class_name
+    pipelines = {type(pipeline).__name__: pipeline for pipeline in (case.build() for case in BACKBONES)}
+    assert pipelines.keys() == ADAPTERS.keys()
+    for class_name, pipeline in pipelines.items():
+        assert adapter_for(pipeline).pipeline_class_name == class_name
 
 
 @each_backbone
