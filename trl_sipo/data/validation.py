@@ -51,23 +51,20 @@ def check_preference_dataset(
     All rows: labels in range. All pairs: prompts that are text and not empty; images or videos that are there and not
     empty (bytes, or a path), without opening them. `num_checked_images` pairs, evenly spaced, are opened for good:
     both images verified and decoded; of both videos, the index of frames read and the first clip decoded (with a
-    random start, the last one too). So a set of no more pairs than that is known to be whole, and of a larger one only
-    those are: in the others an arm can still be broken, which ends the training run that comes to it. Of a stream,
-    only the first few rows can be looked at.
+    random start, the last one too). In the pairs that are not opened an arm can still be broken, which ends the
+    training run that comes to it. Of a stream, only the first few rows can be looked at.
 
     Args:
         dataset: the rows, ties included.
         fmt: its format; None: from its columns.
         num_checked_images: how many pairs have both arms opened; all when there are fewer. Some 400 pairs of JPEG a
-            second at 512 px, and 70 of PNG, but few pairs of videos; a progress bar is shown from a few hundred on.
+            second at 512 px, and 70 of PNG, but few of videos.
         clip: the arms are videos, of which these frames are needed. None, or one frame: they are images.
 
     Returns:
         `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
         `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
-        (pixels; None for latents). Of videos also `shortest_frames` and `longest_frames` (how many frames they have,
-        at `frame_rate` if that is set), `frame_rates` (of the files, with the number of videos of each) and
-        `num_irregular` (videos whose frames are not all shown for as long). For a stream, the number of rows, ties,
+        (pixels; None for latents); of videos also what `_video_report` says. For a stream, the number of rows, ties,
         unlabelled and pairs are of the rows looked at, and `streaming` is True.
 
     Raises:
@@ -332,6 +329,11 @@ def _video_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
 
 
 def _video_report(arms: Sequence[_Arm]) -> dict[str, Any]:
+    """`shortest_frames`, `longest_frames` (at `frame_rate`, if set), `frame_rates`, `num_irregular`.
+
+    `frame_rates` are those of the files, with the number of videos of each; irregular are videos whose frames are not
+    all shown for as long.
+    """
     lengths = [arm.num_frames for arm in arms if arm.num_frames is not None]
     rates = Counter(arm.rate for arm in arms if arm.rate is not None)
     return {
