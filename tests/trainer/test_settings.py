@@ -338,7 +338,8 @@ def test_frozen_prompts_are_encoded_once(tmp_path):
 
 
 def test_the_prompt_cache_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_sipo.trainer.encoding.PROMPT_CACHE_SIZE", 2)
+    one_prompt = 16 * 16 * 4  # tokens, dimensions, float32
+    monkeypatch.setattr("trl_sipo.trainer.encoding.PROMPT_CACHE_BYTES", 2 * one_prompt)
     trainer = make_trainer(DPO, tmp_path, per_device_train_batch_size=8)
     steps = _spy_on_steps(trainer)
     trainer.train()

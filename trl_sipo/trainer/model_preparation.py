@@ -181,7 +181,7 @@ def _load(
 def _loading_options(
     args: DiffusionPreferenceConfig, peft_config: PeftConfig | None, quantization_config: Any
 ) -> dict[str, Any]:
-    options = {name: value for name, value in (args.model_init_kwargs or {}).items() if value is not None}
+    options = dict(args.model_init_kwargs or {})  # None is a value: the pipeline is loaded without this component
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     if quantization_config is not None:
@@ -195,7 +195,7 @@ def _loading_options(
     # overflow in float16, and it is small.
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     frozen = half if peft_config is not None else torch.float32
-    dtype = options.pop("torch_dtype", options.get("dtype", frozen))  # `torch_dtype` is the former name
+    dtype = options.pop("torch_dtype", None) or options.get("dtype") or frozen  # `torch_dtype` is the former name
     if isinstance(dtype, str):
         dtype = _dtype_of(dtype)
     options["dtype"] = {"default": dtype, "vae": torch.float32} if isinstance(dtype, torch.dtype) else dtype
