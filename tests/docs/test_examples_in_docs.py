@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples of the documentation run."""
 
-import re
+import json
+import shlex
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.data.clips import write_video
 from tests.docs.pages import SOURCE, blocks
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import Method, changed, logged, make_trainer, preference_pairs, trained_weights
-from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.cli.main import main
 from trl_sipo.errors import ConfigurationError
 
 
@@ -70,29 +71,27 @@ def test_the_example_hook(tmp_path):
     assert trainer.mask_timesteps(weights.log() + 1e-6).tolist() == [False, True, True, False]
 
 
-def test_the_example_adapter_is_complete():
-    adapter = _run("add_a_backbone.md", 0)["MyAdapter"]
-    assert issubclass(adapter, BackboneAdapter) and not adapter.__abstractmethods__
-    facts = ("pipeline_class_name", "denoiser_name", "frozen_names", "lora_target_modules", "input_layer_name")
-    assert all(getattr(adapter, fact) for fact in facts)
-
-
-def test_the_importance_curve_of_the_documentation(tmp_path, capsys):
+def test_the_audits_of_the_documentation(tmp_path, capsys):
     tiny_stable_diffusion().save_pretrained(tmp_path / "base")
     preference_pairs(8).to_parquet(tmp_path / "pairs.parquet")
-    names = _run(
-        "sipo.md",
-        0,
-        **{
-            '"stable-diffusion-v1-5/stable-diffusion-v1-5"': repr(str(tmp_path / "base")),
-            '"your/preferences"': repr(str(tmp_path / "pairs.parquet")),
-            "PairedTransform(512)": "PairedTransform(32)",
-        },
-    )
-    printed = re.findall(r"^(\d+) steps: masked \[(.*)\]$", capsys.readouterr().out, re.M)
-    fine, coarse = (set(timesteps.split(", ")) for _, timesteps in printed)
-    assert [steps for steps, _ in printed] == ["50", "25"] and fine < coarse  # a coarser grid masks more
-    assert len(names["weights"]) == 50 and names["weights"][0] == 0.0
+    tiny = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": str(tmp_path / "base"),
+        "your/preferences": str(tmp_path / "pairs.parquet"),
+        "512": "32",
+        "audit": str(tmp_path / "audit"),
+    }
+    commands = [
+        shlex.split(block.code.replace("\\\n", " "))
+        for page in ("quickstart.md", "sipo.md")
+        for block in blocks(SOURCE / page, "bash")
+        if block.code.startswith("trl-sipo audit")
+    ]
+    assert len(commands) == 2
+    for program, command, *words in commands:
+        assert program == "trl-sipo"
+        assert main([command, *(tiny.get(word, word) for word in words), "--num_levels", "5"]) == 0
+        assert "Masked: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "audit" / "weights.json").read_text())["settings"]["num_pairs"] == 8
 
 
 def test_the_video_data_of_the_documentation(tmp_path, capsys):
