@@ -26,16 +26,15 @@ CONTRACT = {
 }
 
 
-@pytest.fixture(scope="module")
-def aura_flow():
+@pytest.fixture
+def aura_flow(monkeypatch):
     """The row of add_a_backbone.md, with its adapter in the table."""
     module: Any = types.ModuleType(_MODULE)
     for block in blocks(SOURCE / "add_a_backbone.md", "python"):
         exec(compile(block.code, str(block), "exec"), module.__dict__)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, _MODULE, module)
-        patch.setitem(ADAPTERS, "AuraFlowPipeline", f"{_MODULE}:AuraFlowAdapter")
-        yield module.CASES[0]
+    monkeypatch.setitem(sys.modules, _MODULE, module)
+    monkeypatch.setitem(ADAPTERS, "AuraFlowPipeline", f"{_MODULE}:AuraFlowAdapter")
+    return module.CASES[0]
 
 
 @pytest.mark.parametrize("name", CONTRACT)
