@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.data.clips import write_video
 from tests.oracles import sd15_profile
+from tests.tiny.hunyuan_video15 import tiny_hunyuan_video15
 from tests.tiny.stable_diffusion_3 import tiny_stable_diffusion_3
 from tests.tiny.wan import tiny_wan, tiny_wan_experts
 from tests.tiny_models import tiny_stable_diffusion
@@ -30,6 +31,7 @@ MODELS = {
     "sd3": tiny_stable_diffusion_3,
     "wan": tiny_wan,
     "wan_experts": tiny_wan_experts,
+    "hunyuan_video15": tiny_hunyuan_video15,
 }
 
 
@@ -143,8 +145,9 @@ def test_nothing_and_everything(error, words, material, tmp_path, monkeypatch):
     assert ("mask_threshold" in report["reading"][-1]) == bool(error)
 
 
-@pytest.mark.parametrize("model", ["epsilon", "sd3"])
+@pytest.mark.parametrize("model", ["epsilon", "sd3", "wan_experts", "hunyuan_video15"])
 def test_a_lora_is_measured(model, material, tmp_path):
+    """Also of two denoisers, and of a pipeline without methods for a LoRA."""
     adapter = adapter_for(MODELS[model]())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -156,9 +159,9 @@ def test_a_lora_is_measured(model, material, tmp_path):
         )
         denoiser = get_peft_model(adapter.denoiser, LoraConfig(r=4, lora_alpha=16, **options))
     adapter.save_lora(denoiser, tmp_path / "lora")
-    plain = _report(_argv(material, model), tmp_path / "plain")
-    tuned = _report([*_argv(material, model), "--lora", str(tmp_path / "lora")], tmp_path / "tuned")
-    again = _report(_argv(material, model), tmp_path / "again")
+    argv = [*_argv(material, model), "--resolution", "32"]
+    plain, again = _report(argv, tmp_path / "plain"), _report(argv, tmp_path / "again")
+    tuned = _report([*argv, "--lora", str(tmp_path / "lora")], tmp_path / "tuned")
     errors = [[level["chosen_error"] for level in report["levels"]] for report in (plain, tuned, again)]
     assert errors[0] == errors[2]
     assert all(abs(one - other) > 1e-5 for one, other in zip(*errors[:2], strict=True))
