@@ -1,67 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a LoRA on FLUX.1-dev from preference pairs of images, with SIPO.
 
-    python examples/flux_lora.py --dataset your/preferences --output flux-lora
+    python examples/flux_lora.py --dataset_name your/preferences
 
 A guidance-distilled flow model, which is told a guidance scale in training too. The shift of its noise levels
 grows with the resolution. The repository is gated: accept its licence and run `hf auth login`.
 
-The output folder holds `pytorch_lora_weights.safetensors`, which plain diffusers loads:
+Every setting below, and every other one of `trl-sipo sipo --help`, can be given on the command line. The output folder
+holds the LoRA and a model card; plain diffusers loads it:
 
     pipe.load_lora_weights("flux-lora")
 """
 
-import argparse
-from pathlib import Path
+import sys
 
-from peft import LoraConfig
+from trl_sipo.scripts.train import run_as_script
 
-from trl_sipo import DiffusionSIPOConfig, DiffusionSIPOTrainer, load_preference_dataset
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The script's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="hub id or folder")
-    parser.add_argument("--dataset", required=True, help="hub id, folder or table with prompt, chosen, rejected")
-    parser.add_argument("--output", type=Path, default=Path("flux-lora"))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=1, help="pairs per forward pass")
-    parser.add_argument("--accumulation", type=int, default=64, help="forward passes per step")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--beta", type=float, default=1000.0, help="pull to the reference, Diffusion-DPO convention")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
-    parser.add_argument("--resolution", type=int, nargs="+", default=[1024], help="one side, or height and width")
-    parser.add_argument("--guidance", type=float, default=3.5, help="guidance scale that the model is told")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
-
-
-def main(options: argparse.Namespace) -> None:
-    """Train and save."""
-    config = DiffusionSIPOConfig(
-        str(options.output),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        beta=options.beta,
-        resolution=options.resolution,
-        timestep_sampling="logit_normal",
-        embedded_guidance_scale=options.guidance,
-        logging_steps=min(10, options.steps),
-        seed=options.seed,
-    )
-    trainer = DiffusionSIPOTrainer(
-        model=options.model,
-        args=config,
-        train_dataset=load_preference_dataset(options.dataset, split="train"),
-        peft_config=LoraConfig(r=options.rank, lora_alpha=options.rank, init_lora_weights="gaussian"),
-    )
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card()
-
+SETTINGS = {
+    "model_name_or_path": "black-forest-labs/FLUX.1-dev",
+    "output_dir": "flux-lora",
+    "beta": 1000.0,  # pull to the reference, in the Diffusion-DPO convention
+    "resolution": [1024],  # one side of a square, or height and width
+    "timestep_sampling": "logit_normal",  # as the model was trained
+    "embedded_guidance_scale": 3.5,  # what the pipeline tells the model by default
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "learning_rate": 1e-5,  # below the 1e-4 usual for LoRA on purpose
+    "per_device_train_batch_size": 1,  # pairs of a forward pass
+    "gradient_accumulation_steps": 64,
+    "max_steps": 1000,
+}
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    run_as_script("sipo", sys.argv[1:], SETTINGS)

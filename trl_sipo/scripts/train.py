@@ -101,9 +101,16 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
     return TrlParser(arguments, prog=prog or f"trl-sipo {method}", allow_abbrev=False)
 
 
-def parse(method: str, argv: list[str]) -> tuple[DataArguments, Any, ModelArguments]:
-    """Arguments from a YAML file (`--config`) and the command line, which wins. Unknown keys are errors."""
+def parse(
+    method: str, argv: list[str], defaults: dict[str, Any] | None = None
+) -> tuple[DataArguments, Any, ModelArguments]:
+    """Arguments from a YAML file (`--config`) and the command line, which wins. Unknown keys are errors.
+
+    Args:
+        defaults: Settings where neither says anything.
+    """
     parser = make_parser(method)
+    parser.set_defaults(**(defaults or {}))
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         _check_config_file(*argv[argv.index("--config") + 1 :][:1])
@@ -331,16 +338,24 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
     trainer.end()
 
 
-def run(command: str, argv: list[str]) -> None:
+def run(command: str, argv: list[str], defaults: dict[str, Any] | None = None) -> None:
     """Entry point of the three training commands."""
-    main(command, *parse(command, argv))
+    main(command, *parse(command, argv, defaults))
+
+
+def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None = None) -> None:
+    """Train with settings of a script's own, which the command line overrides.
+
+    A mistake of the user ends the process with one line and status 2.
+    """
+    try:
+        run(method, argv, defaults)
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+        print(f"{method}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
         sys.exit(f"usage: python -m trl_sipo.scripts.train {{{','.join(METHODS)}}} --config file.yaml [--overrides]")
-    try:
-        run(sys.argv[1], sys.argv[2:])
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
-        print(f"{sys.argv[1]}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_as_script(sys.argv[1], sys.argv[2:])
