@@ -17,6 +17,8 @@ from PIL import Image
 
 from trl_sipo.demo.arm import DemoFiles
 from trl_sipo.demo.demo import run_demo as run_in_process
+from trl_sipo.demo.fashion import ASSETS
+from trl_sipo.demo.images import IMAGES
 from trl_sipo.demo.prepare import protocol_digest
 from trl_sipo.demo.settings import FULL, QUICK
 from trl_sipo.errors import ConfigurationError
@@ -98,7 +100,7 @@ def test_a_wrong_arm_is_named_before_anything_is_done(tmp_path):
 def test_without_matplotlib_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigurationError, match="plots"):
-        run_in_process(QUICK, DemoFiles(tmp_path / "out"), workers=1, command="demo")
+        run_in_process(QUICK, DemoFiles(tmp_path / "out", ASSETS), IMAGES, workers=1, command="demo")
     assert not (tmp_path / "out").exists()
 
 
@@ -135,7 +137,7 @@ def is_group_alive(group: int) -> bool:
 
 
 def test_another_base_model_is_another_protocol(tmp_path):
-    shipped = DemoFiles(tmp_path)
+    shipped = DemoFiles(tmp_path, ASSETS)
     other = DemoFiles(tmp_path, base=tmp_path / "base")
     shutil.copytree(shipped.base_pipeline, other.base_pipeline)
     shutil.copytree(shipped.verifiers, other.verifiers)

@@ -5,8 +5,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from trl_sipo.demo.images import IMAGES
 from trl_sipo.demo.settings import FULL, QUICK, DemoSettings, Part
-from trl_sipo.demo.summary import MEASURES, aggregate, verdict
+from trl_sipo.demo.summary import aggregate, measures, verdict
 from trl_sipo.errors import ConfigurationError
 
 CEILING = {"primary": {kind: {"class": 0.94, "colour": 1.0, "both": 0.93} for kind in ("real", "reconstructed")}}
@@ -15,7 +16,9 @@ BASE = {"accuracy": 0.9, "frechet_distance": 10.0, "diversity": 0.8}
 
 def run(arm: str, seed: int, accuracies: list[float], **last: float) -> dict:
     """A run's result with the given accuracies over the steps; the other measures of the last step by name."""
-    records = [{"step": 100 * i, **dict.fromkeys(MEASURES, 0.5), "accuracy": a} for i, a in enumerate(accuracies)]
+    records = [
+        {"step": 100 * i, **dict.fromkeys(measures(IMAGES), 0.5), "accuracy": a} for i, a in enumerate(accuracies)
+    ]
     records[-1].update(last)
     return {"arm": arm, "seed": seed, "records": records}
 
@@ -23,14 +26,14 @@ def run(arm: str, seed: int, accuracies: list[float], **last: float) -> dict:
 def summary_of(runs: list[dict]) -> dict:
     return {
         "ceiling": CEILING,
-        "parts": {"off_policy": {"methods": aggregate(runs, BASE)}},
+        "parts": {"off_policy": {"methods": aggregate(runs, BASE, IMAGES)}},
         "base": BASE,
         "settings": asdict(FULL),
     }
 
 
 def test_aggregate_takes_the_last_step_and_the_spread_over_seeds():
-    methods = aggregate([run("dpo", 0, [0.9, 0.95, 0.2]), run("dpo", 1, [0.9, 0.9, 0.6])], BASE)
+    methods = aggregate([run("dpo", 0, [0.9, 0.95, 0.2]), run("dpo", 1, [0.9, 0.9, 0.6])], BASE, IMAGES)
     final = methods["dpo"]["final"]["accuracy"]
     assert final == {"mean": pytest.approx(0.4), "min": 0.2, "max": 0.6, "values": [0.2, 0.6]}
     assert methods["dpo"]["best_accuracy"]["values"] == [0.95, 0.9]
@@ -39,7 +42,7 @@ def test_aggregate_takes_the_last_step_and_the_spread_over_seeds():
 
 
 def sentences_of(runs: list[dict]) -> str:
-    return " ".join(verdict(summary_of(runs))["off_policy"])
+    return " ".join(verdict(summary_of(runs), IMAGES)["off_policy"])
 
 
 def test_the_verdict_claims_a_difference_only_when_every_pair_of_seeds_shows_it():
@@ -66,7 +69,7 @@ def test_the_verdict_sets_sipo_against_a_well_chosen_beta():
 
 
 def test_the_ceiling_is_said_with_class_and_colour_apart():
-    text = " ".join(verdict(summary_of([run("dpo", 0, [0.9, 0.9])]))["base"])
+    text = " ".join(verdict(summary_of([run("dpo", 0, [0.9, 0.9])]), IMAGES)["base"])
     assert "93% of real test photographs (class 94%, colour 100%)" in text
 
 

@@ -9,27 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.loading import load_preference_dataset
-from trl_sipo.data.preference_dataset import PreferenceDataset
-from trl_sipo.data.transforms import PairedTransform
-from trl_sipo.demo.fashion import ASSETS, IMAGE_SIZE, FashionPrompt, all_prompts
-from trl_sipo.demo.model import load_pipeline_assets
-from trl_sipo.demo.pairs import prompt_ids, sample_images
+from trl_sipo.demo.medium import Medium
 from trl_sipo.demo.settings import ARMS, Arm, DemoSettings
 from trl_sipo.demo.verifier import Verifier, load_verifiers
 from trl_sipo.evaluation.importance_curve import importance_weight_curve
 from trl_sipo.evaluation.metrics import frechet_distance, within_group_diversity
 from trl_sipo.trainer.methods import method_classes
 
-# Seed of the images of every measurement: the same starting noise for every method, seed and step.
+# Seed of the samples of every measurement: the same starting noise for every method, seed and step.
 MEASUREMENT_SEED = 1234
-# Timesteps at which w(t) is measured, denser where it moves.
-CURVE_TIMESTEPS = (*range(0, 200, 10), *range(200, 1000, 50))
+# Pairs over which w(t) is averaged.
 CURVE_PAIRS = 32
 
 
@@ -39,11 +34,12 @@ class DemoFiles:
 
     Attributes:
         root: The demo's own folder.
-        base: Folder with `pipeline/`, `verifier/` and `training_log.json`: the shipped one, or one made by `pretrain`.
+        base: Folder with `pipeline/`, `verifier/` and `training_log.json`: the one that is shipped for the
+            medium, or one made by its `pretrain`.
     """
 
     root: Path
-    base: Path = ASSETS
+    base: Path
 
     @property
     def base_pipeline(self) -> Path:
@@ -57,17 +53,17 @@ class DemoFiles:
 
     @property
     def training_log(self) -> Path:
-        """How base and verifiers were trained, and the verifiers' accuracies on real images."""
+        """How base and verifiers were trained, and the verifiers' accuracies on real media."""
         return self.base / "training_log.json"
 
     @property
     def reference_features(self) -> Path:
-        """Features of real images, for the Frechet distance."""
+        """Features of real media, for the Frechet distance."""
         return self.root / "reference_features.safetensors"
 
     @property
     def base_images(self) -> Path:
-        """The base model's images of a measurement."""
+        """The base model's samples of a measurement."""
         return self.root / "base_images.safetensors"
 
     def pairs_directory(self, source: str) -> Path:
@@ -91,49 +87,52 @@ class DemoFiles:
         return self.run_directory(source, arm_name, seed) / "result.json"
 
 
-def measurement_prompts(settings: DemoSettings) -> list[FashionPrompt]:
-    """The prompts whose images are measured: every combination, several times."""
-    return [prompt for prompt in all_prompts() for _ in range(settings.samples_per_prompt)]
+def measurement_prompts(settings: DemoSettings, medium: Medium) -> list[Any]:
+    """The prompts whose samples are measured: every combination, several times."""
+    return [prompt for prompt in medium.all_prompts() for _ in range(settings.samples_per_prompt)]
 
 
-def measure_images(
-    images: torch.Tensor, prompts: list[FashionPrompt], verifiers: tuple[Verifier, Verifier], reference: torch.Tensor
+def measure_samples(
+    samples: torch.Tensor,
+    prompts: list[Any],
+    verifiers: tuple[Verifier, Verifier],
+    reference: torch.Tensor,
+    medium: Medium,
 ) -> dict[str, float]:
-    """Accuracy by both verifiers, Frechet distance and within-class diversity of generated images.
+    """Accuracy by both verifiers, Frechet distance and within-class diversity of generated media.
 
     Args:
-        images: (n, 3, 32, 32) in [-1, 1].
-        prompts: One per image.
+        samples: (n, 3, ...) in [-1, 1].
+        prompts: One per sample.
         verifiers: The primary one, which ranked the pairs, and the second, which did not.
-        reference: Features of real images, by the second verifier, (m, features).
+        reference: Features of real media, by the second verifier, (m, features).
     """
     primary, second = verifiers
-    ids = prompt_ids(prompts)
-    judged, checked = primary.scores(images, *ids), second.scores(images, *ids)
-    features = second.features(images)
+    judged, checked = (medium.judge(verifier, samples, prompts) for verifier in (primary, second))
+    features = medium.features(second, samples)
     return {
-        "class_accuracy": judged["class_correct"].float().mean().item(),
-        "colour_accuracy": judged["colour_correct"].float().mean().item(),
-        "accuracy": judged["both_correct"].float().mean().item(),
-        "second_accuracy": checked["both_correct"].float().mean().item(),
+        **{f"{name}_accuracy": judged[f"{name}_correct"].float().mean().item() for name in medium.attributes},
+        "accuracy": judged["correct"].float().mean().item(),
+        "second_accuracy": checked["correct"].float().mean().item(),
         "reward": judged["log_prob"].mean().item(),
         "frechet_distance": frechet_distance(features, reference),
-        "diversity": within_group_diversity(features, ids[0]),
+        "diversity": within_group_diversity(features, medium.class_ids(prompts)),
     }
 
 
 class MeasureCallback(TrainerCallback):
-    """After each evaluation, samples from the policy, measures the images and writes the record."""
+    """After each evaluation, samples from the policy, measures what it drew and writes the record."""
 
-    def __init__(self, settings: DemoSettings, files: DemoFiles, report: Callable[[int], None]):
+    def __init__(self, settings: DemoSettings, files: DemoFiles, medium: Medium, report: Callable[[int], None]):
         self.settings = settings
+        self.medium = medium
         self.report = report
         self.verifiers = load_verifiers(files.verifiers)
         self.reference = load_file(files.reference_features)["features"]
-        self.prompts = measurement_prompts(settings)
+        self.prompts = measurement_prompts(settings, medium)
         self.records: list[dict[str, Any]] = []
-        self.pipeline: StableDiffusionPipeline | None = None
-        self.images = torch.empty(0)
+        self.pipeline: DiffusionPipeline | None = None
+        self.samples = torch.empty(0)
         self._masked: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -147,10 +146,10 @@ class MeasureCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Sample and measure."""
-        self.images = draw(self.pipeline, self.prompts, self.settings)
+        self.samples = draw(self.pipeline, self.prompts, self.settings, self.medium)
         record = {
             "step": state.global_step,
-            **measure_images(self.images, self.prompts, self.verifiers, self.reference),
+            **measure_samples(self.samples, self.prompts, self.verifiers, self.reference, self.medium),
         }
         for name in (
             "rewards/accuracies",
@@ -165,25 +164,21 @@ class MeasureCallback(TrainerCallback):
         self.records.append(record)
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: list[FashionPrompt], settings: DemoSettings) -> torch.Tensor:
-    """The images of one measurement, (n, 3, 32, 32) in [-1, 1]; the training mode of the denoiser is kept."""
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
+def draw(pipeline: DiffusionPipeline, prompts: list[Any], settings: DemoSettings, medium: Medium) -> torch.Tensor:
+    """The samples of one measurement, (n, 3, ...) in [-1, 1]; every module comes back in the mode it had."""
+    modes = {module: module.training for module in pipeline.components.values() if isinstance(module, torch.nn.Module)}
+    for module in modes:
+        module.eval()
     try:
-        return sample_images(
-            pipeline,
-            [prompt.text for prompt in prompts],
-            MEASUREMENT_SEED,
-            settings.num_inference_steps,
-            settings.guidance_scale,
-        )
+        return medium.sample(pipeline, [prompt.text for prompt in prompts], MEASUREMENT_SEED, settings)
     finally:
-        pipeline.unet.train(was_training)
+        for module, was_training in modes.items():
+            module.train(was_training)
 
 
-def make_config(arm: Arm, seed: int, settings: DemoSettings, directory: Path):
+def make_config(arm: Arm, seed: int, settings: DemoSettings, medium: Medium, directory: Path):
     """The method's configuration for one run."""
-    options = {"importance_steps": settings.importance_steps, **arm.overrides}
+    options = {"importance_steps": settings.importance_steps, **medium.training_options, **arm.overrides}
     if arm.method == "poly-dpo":
         options["poly_alpha"] = settings.poly_alpha
     return method_classes(arm.method)[0](
@@ -216,6 +211,7 @@ def run_arm(
     seed: int,
     settings: DemoSettings,
     files: DemoFiles,
+    medium: Medium,
     report: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
     """Train one arm with one seed and measure it; the result is also written, so that a stopped demo continues.
@@ -229,10 +225,10 @@ def run_arm(
     arm = ARMS[arm_name]
     directory = files.run_directory(source, arm_name, seed)
     directory.mkdir(parents=True, exist_ok=True)
-    callback = MeasureCallback(settings, files, report)
+    callback = MeasureCallback(settings, files, medium, report)
     trainer = method_classes(arm.method)[1](
-        load_pipeline_assets(files.base_pipeline),
-        args=make_config(arm, seed, settings, directory),
+        medium.load_pipeline(files.base_pipeline),
+        args=make_config(arm, seed, settings, medium, directory),
         train_dataset=load_preference_dataset(str(files.train_pairs(source))),
         eval_dataset=load_preference_dataset(str(files.held_out_pairs(source))),
         callbacks=[callback],
@@ -245,10 +241,10 @@ def run_arm(
         "arm": arm_name,
         "seed": seed,
         "records": callback.records,
-        "weight_curve": weight_curve(trainer.adapter, source, settings.importance_steps, files),
+        "weight_curve": weight_curve(trainer.adapter, source, settings.importance_steps, files, medium),
         "log": [row for row in trainer.state.log_history if "rewards/chosen" in row],
     }
-    save_file({"images": to_bytes(callback.images)}, directory / "images.safetensors")
+    save_file({"images": to_bytes(callback.samples)}, directory / "images.safetensors")
     write_json(files.result(source, arm_name, seed), result)
     return result
 
@@ -260,27 +256,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_bytes(samples: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] as uint8."""
+    return ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def weight_curve(adapter: BackboneAdapter, source: str, num_steps: int, files: DemoFiles) -> list[float]:
-    """Mean importance weight w(t) of the pipeline's denoiser on held-out chosen images, at `CURVE_TIMESTEPS`.
+def weight_curve(
+    adapter: BackboneAdapter, source: str, num_steps: int, files: DemoFiles, medium: Medium
+) -> list[float]:
+    """Mean importance weight w(t) of the pipeline's denoiser on held-out chosen media, at the medium's levels.
 
     Args:
         num_steps: Steps of the grid on which w is defined.
     """
-    pairs = PreferenceDataset(
-        load_preference_dataset(str(files.held_out_pairs(source))), transform=PairedTransform(IMAGE_SIZE)
-    )
-    count = min(CURVE_PAIRS, len(pairs))
-    items = [pairs[i * len(pairs) // count] for i in range(count)]
-    return importance_weight_curve(
-        adapter,
-        adapter.denoiser,
-        adapter.encode_media(torch.stack([item["chosen_pixels"] for item in items])),
-        [item["prompt"] for item in items],
-        adapter.noise_schedule.level(torch.tensor(CURVE_TIMESTEPS)),
-        num_steps=num_steps,
-    )
+    pairs = load_preference_dataset(str(files.held_out_pairs(source)))
+    latents, prompts = medium.chosen_latents(adapter, pairs, CURVE_PAIRS)
+    levels = medium.levels(adapter)
+    return importance_weight_curve(adapter, adapter.denoiser, latents, prompts, levels, num_steps=num_steps)

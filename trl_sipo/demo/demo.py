@@ -25,7 +25,7 @@ from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
 from trl_sipo.demo.arm import DemoFiles, run_arm, write_json
-from trl_sipo.demo.model import load_pipeline_assets
+from trl_sipo.demo.medium import Medium
 from trl_sipo.demo.prepare import prepare_base, prepare_pairs, protocol_digest
 from trl_sipo.demo.report import write_report
 from trl_sipo.demo.settings import DemoSettings
@@ -37,7 +37,9 @@ from trl_sipo.reporting.figures import check_plotting
 POLL_SECONDS = 0.3
 
 
-def run_demo(settings: DemoSettings, files: DemoFiles, *, workers: int, command: str) -> dict[str, Any]:
+def run_demo(
+    settings: DemoSettings, files: DemoFiles, medium: Medium, *, workers: int, command: str
+) -> dict[str, Any]:
     """Run the demo and write `summary.json`, the figures and `report.html` into its folder.
 
     Runs that are already there for the same settings are kept, so that a demo that was stopped continues.
@@ -45,6 +47,7 @@ def run_demo(settings: DemoSettings, files: DemoFiles, *, workers: int, command:
     Args:
         settings: The protocol.
         files: The demo's folder (made if it is missing) and its base model.
+        medium: What that model draws.
         workers: Training processes at a time, one thread each.
         command: The command line, for the record.
 
@@ -55,8 +58,8 @@ def run_demo(settings: DemoSettings, files: DemoFiles, *, workers: int, command:
     check_plotting()
     hush_libraries()
     files.root.mkdir(parents=True, exist_ok=True)
-    base = _prepare(settings, files, workers)
-    num_kept = _run_all(settings, files, workers)
+    base = _prepare(settings, files, medium, workers)
+    num_kept = _run_all(settings, files, medium, workers)
     results = [json.loads(files.result(part.source, *run).read_text()) for part in settings.parts for run in part.runs]
     parts = {part.source: [run for run in results if run["source"] == part.source] for part in settings.parts}
     summary = {
@@ -72,20 +75,20 @@ def run_demo(settings: DemoSettings, files: DemoFiles, *, workers: int, command:
             source: {
                 "num_train_pairs": read_metadata(files.train_pairs(source)).num_rows,
                 "num_held_out_pairs": read_metadata(files.held_out_pairs(source)).num_rows,
-                "methods": aggregate(runs, base),
+                "methods": aggregate(runs, base, medium),
                 "runs": records(runs),
             }
             for source, runs in parts.items()
         },
     }
-    summary["verdict"] = verdict(summary)
+    summary["verdict"] = verdict(summary, medium)
     write_json(files.root / "summary.json", summary)
     print("Drawing the figures and the report")
-    write_report(summary, parts, files)
+    write_report(summary, parts, files, medium)
     return summary
 
 
-def _prepare(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str, Any]:
+def _prepare(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: int) -> dict[str, Any]:
     """The measures of the base; pairs and base are made unless they are there for the same protocol."""
     path, digest = files.root / "base.json", protocol_digest(settings, files)
     record = json.loads(path.read_text()) if path.is_file() else {}
@@ -97,17 +100,17 @@ def _prepare(settings: DemoSettings, files: DemoFiles, workers: int) -> dict[str
         for result in [*files.root.glob("runs/*/result.json"), *files.root.glob("pairs/*/*.parquet")]:
             result.unlink()
     torch.set_num_threads(workers)
-    pipeline, verifiers = load_pipeline_assets(files.base_pipeline), load_verifiers(files.verifiers)
+    pipeline, verifiers = medium.load_pipeline(files.base_pipeline), load_verifiers(files.verifiers)
     print("Making preference pairs and ranking them by the verifier")
     for source in sources:
-        prepare_pairs(pipeline, verifiers[0], settings, source, files)
+        prepare_pairs(pipeline, verifiers[0], settings, source, files, medium)
     print("Measuring the base model")
-    record = {"protocol": digest, **prepare_base(pipeline, verifiers, settings, files)}
+    record = {"protocol": digest, **prepare_base(pipeline, verifiers, settings, files, medium)}
     write_json(path, record)
     return record
 
 
-def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> int:
+def _run_all(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: int) -> int:
     """Train what is not there yet; returns the number of runs that were."""
     runs = [(part.source, *run) for part in settings.parts for run in part.runs]
     todo = [run for run in runs if not files.result(*run).is_file()]
@@ -124,7 +127,7 @@ def _run_all(settings: DemoSettings, files: DemoFiles, workers: int) -> int:
             smoothing=0.05,
         )
         try:
-            futures = [pool.submit(_work, *run, settings, files, steps) for run in todo]
+            futures = [pool.submit(_work, *run, settings, files, medium, steps) for run in todo]
             _wait(futures, steps, bar)
         except BaseException:
             # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
@@ -171,17 +174,19 @@ def hush_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def _work(source: str, arm: str, seed: int, settings: DemoSettings, files: DemoFiles, steps: Any) -> None:
+def _work(
+    source: str, arm: str, seed: int, settings: DemoSettings, files: DemoFiles, medium: Medium, steps: Any
+) -> None:
     report: Callable[[int], None] = steps.put
     log = files.run_directory(source, arm, seed) / "output.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     # What a run prints goes to its folder; on the screen it would break the progress bar.
     with open(log, "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
-        run_arm(source, arm, seed, settings, files, report)
+        run_arm(source, arm, seed, settings, files, medium, report)
 
 
 def _ceiling(files: DemoFiles) -> dict[str, Any]:
-    """The verifiers' own accuracies on real test images, as they are and after the autoencoder."""
+    """The verifiers' own accuracies on real test media, as they are and after the autoencoder."""
     log = json.loads(files.training_log.read_text())
     return {name: log["verifiers"][name]["accuracy_on_real_test_photographs"] for name in TRAINING_SPLITS}
 

@@ -9,10 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_sipo.adapters import adapter_for
-from trl_sipo.demo.arm import CURVE_TIMESTEPS, DemoFiles, weight_curve
-from trl_sipo.demo.fashion import CLASSES, COLOURS, all_prompts
-from trl_sipo.demo.model import load_pipeline_assets
-from trl_sipo.demo.settings import ARMS, SOURCES
+from trl_sipo.demo.arm import DemoFiles, weight_curve
+from trl_sipo.demo.medium import Medium
+from trl_sipo.demo.settings import ARMS
 from trl_sipo.reporting.figures import (
     Series,
     importance_weight_figure,
@@ -22,15 +21,6 @@ from trl_sipo.reporting.figures import (
 )
 from trl_sipo.reporting.page import Page, png_bytes
 
-# Measures drawn over the steps: field of a record -> panel title.
-QUALITY_PANELS = {
-    "accuracy": "Accuracy (class and colour)",
-    "second_accuracy": "Accuracy by the second verifier",
-    "frechet_distance": "Frechet distance (lower is better)",
-    "diversity": "Diversity within a class",
-    "held_out_accuracies": "Held-out implicit accuracy",
-    "masked_share": "Masked share of training pairs",
-}
 MASK_THRESHOLD = 0.9
 # The grid that reproduces Fig. 4 of the SIPO paper on Stable Diffusion 1.5.
 PAPER_STEPS = 50
@@ -39,29 +29,35 @@ PAPER_STEPS = 50
 Runs = list[dict[str, Any]]
 
 
-def write_report(summary: dict[str, Any], parts: dict[str, Runs], files: DemoFiles) -> Path:
+def write_report(summary: dict[str, Any], parts: dict[str, Runs], files: DemoFiles, medium: Medium) -> Path:
     """Write `figures/*.png` and `report.html`; returns the report's path.
 
     Args:
         summary: As in `summary.json`.
         parts: The results of each source's runs.
     """
-    figures = {source: _figures(summary, runs, files) for source, runs in parts.items()}
+    figures = {source: _figures(summary, runs, files, medium) for source, runs in parts.items()}
     folder = files.root / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for source, drawn in figures.items():
         for name, png in drawn.items():
             (folder / f"{source}_{name}.png").write_bytes(png)
     path = files.root / "report.html"
-    path.write_text(_page(summary, figures).render())
+    path.write_text(_page(summary, figures, medium).render())
     return path
 
 
-def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles) -> dict[str, bytes]:
-    curves = importance_weight_figure(CURVE_TIMESTEPS, _curves(summary, runs, files), MASK_THRESHOLD)
+def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles, medium: Medium) -> dict[str, bytes]:
+    curves = importance_weight_figure(
+        medium.curve_levels,
+        _curves(summary, runs, files, medium),
+        MASK_THRESHOLD,
+        title=f"Importance weight w(t) on held-out {medium.noun}",
+        level_label=medium.level_label,
+    )
     return {
-        "samples": png_bytes(_samples(summary, runs, files)),
-        "quality": png_bytes(quality_figure(_quality_panels(runs))),
+        "samples": png_bytes(_samples(summary, runs, files, medium)),
+        "quality": png_bytes(quality_figure(_quality_panels(runs, medium))),
         "rewards": png_bytes(reward_figure(_reward_panels(runs))),
         "importance_weight": png_bytes(curves),
     }
@@ -79,11 +75,12 @@ def _series(label: str, runs: list[dict[str, Any]], name: str) -> Series:
     return Series(label, steps, [[record[name] for record in run["records"]] for run in runs])
 
 
-def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles) -> dict[str, list[float]]:
+def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles, medium: Medium) -> dict[str, list[float]]:
     source, num_steps = results[0]["source"], summary["settings"]["importance_steps"]
-    adapter = adapter_for(load_pipeline_assets(files.base_pipeline))
+    adapter = adapter_for(medium.load_pipeline(files.base_pipeline))
     curves = {
-        f"base model, {steps} steps": weight_curve(adapter, source, steps, files) for steps in (PAPER_STEPS, num_steps)
+        f"base model, {steps} steps": weight_curve(adapter, source, steps, files, medium)
+        for steps in (PAPER_STEPS, num_steps)
     }
     for arm, runs in _by_arm(results).items():
         columns = zip(*(run["weight_curve"] for run in runs), strict=True)
@@ -98,61 +95,63 @@ def _reward_panels(results: Runs) -> dict[str, tuple[Series, Series]]:
     }
 
 
-def _quality_panels(results: Runs) -> dict[str, list[Series]]:
+def _quality_panels(results: Runs, medium: Medium) -> dict[str, list[Series]]:
+    # Measures drawn over the steps: field of a record -> panel title.
+    panels = {
+        "accuracy": f"Accuracy ({medium.wanted})",
+        "second_accuracy": "Accuracy by the second verifier",
+        "frechet_distance": "Frechet distance (lower is better)",
+        "diversity": "Diversity within a class",
+        "held_out_accuracies": "Held-out implicit accuracy",
+        "masked_share": "Masked share of training pairs",
+    }
     arms = _by_arm(results)
     return {
-        title: [_series(ARMS[arm].label, runs, name) for arm, runs in arms.items()]
-        for name, title in QUALITY_PANELS.items()
+        title: [_series(ARMS[arm].label, runs, name) for arm, runs in arms.items()] for name, title in panels.items()
     }
 
 
-def _samples(summary: dict[str, Any], runs: Runs, files: DemoFiles) -> Image.Image:
+def _samples(summary: dict[str, Any], runs: Runs, files: DemoFiles, medium: Medium) -> Image.Image:
     """The same prompts and starting noise for the base and each method's first seed."""
     samples_per_prompt = summary["settings"]["samples_per_prompt"]
-    prompts = all_prompts()
-    # One class and one colour a row: prompts come class by class, each with its colours in turn.
-    rows = [row * len(COLOURS) + row for row in range(len(CLASSES))]
+    prompts, rows = medium.all_prompts(), medium.sheet_rows()
     chosen = [row * samples_per_prompt for row in rows]
-    columns = {"base": _images(files.base_images, chosen)}
+    columns = {"base": _pictures(files.base_images, chosen, medium)}
     for arm, (first, *_) in _by_arm(runs).items():
         path = files.run_directory(first["source"], arm, first["seed"]) / "images.safetensors"
-        columns[ARMS[arm].label] = _images(path, chosen)
+        columns[ARMS[arm].label] = _pictures(path, chosen, medium)
     return sample_grid(columns, [prompts[row].text for row in rows])
 
 
-def _images(path: Path, indices: list[int]) -> list[Image.Image]:
-    images = load_file(path)["images"]
-    return [Image.fromarray(images[index].permute(1, 2, 0).numpy()) for index in indices]
+def _pictures(path: Path, indices: list[int], medium: Medium) -> list[Image.Image]:
+    samples = load_file(path)["images"]
+    return [medium.picture(samples[index]) for index in indices]
 
 
-def _page(summary: dict[str, Any], figures: dict[str, dict[str, bytes]]) -> Page:
-    page = Page("Diffusion-DPO, DPO-C&M, SIPO and Poly-DPO on a small text-to-image model")
-    page.paragraph(
-        "A real but tiny Stable Diffusion pipeline draws tinted clothes and shoes from prompts such as 'a red "
-        "sneaker'. Each method trains it on the same preference pairs, with the same noise per seed, through the same "
-        "trainers as any other model. This page shows what was measured on this machine, and nothing else."
-    )
+def _page(summary: dict[str, Any], figures: dict[str, dict[str, bytes]], medium: Medium) -> Page:
+    page = Page(medium.title)
+    page.paragraph(medium.introduction)
     for sentence in summary["verdict"]["base"]:
         page.paragraph(sentence, "verdict")
     for source, drawn in figures.items():
-        _add_part(page, summary, source, drawn)
+        _add_part(page, summary, source, drawn, medium)
     page.heading("Protocol")
-    page.paragraph(HOW_TO_READ)
+    page.paragraph(medium.measures)
     page.paragraph(_protocol(summary["settings"]))
     page.code(json.dumps({"command": summary["command"], **summary["environment"], **summary["settings"]}, indent=1))
     return page
 
 
-def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[str, bytes]) -> None:
+def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[str, bytes], medium: Medium) -> None:
     """One comparison: sentences, table, pictures."""
-    page.heading(f"{source.replace('_', '-').capitalize()}: {SOURCES[source]}")
+    page.heading(f"{source.replace('_', '-').capitalize()}: {medium.sources[source]}")
     for sentence in summary["verdict"][source]:
         page.paragraph(sentence, "verdict")
-    page.table(*_table(summary, source))
+    page.table(*_table(summary, source, medium))
     page.figure(
         figures["samples"],
-        "Same prompts and starting noise in each row; first seed, last step.",
-        "Grid of generated images, one column per model",
+        medium.sheet_caption,
+        f"Grid of generated {medium.noun}, one column per model",
     )
     page.figure(
         figures["quality"],
@@ -164,7 +163,7 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     page.figure(
         figures["rewards"],
         "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both fall: "
-        "the model then prefers the chosen image only by getting worse at the rejected one faster.",
+        "the model then prefers the chosen one only by getting worse at the rejected one faster.",
         "Line charts of chosen and rejected reward over steps, one panel per method",
     )
     page.figure(
@@ -175,14 +174,6 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
         "brake.",
         "Line chart of the importance weight against the timestep",
     )
-
-
-HOW_TO_READ = (
-    "Accuracy: share of images in which a verifier, trained on photographs that the model never saw, finds both "
-    "class and colour. The second verifier did not rank the pairs. Frechet distance: to real test photographs, in "
-    "the second verifier's features. Diversity: standard deviation of these features within a class. Brackets: "
-    "smallest and largest value over seeds."
-)
 
 
 def _protocol(settings: dict[str, Any]) -> str:
@@ -196,9 +187,9 @@ def _protocol(settings: dict[str, Any]) -> str:
     )
 
 
-def _table(summary: dict[str, Any], source: str) -> tuple[list[str], list[list[str]]]:
-    accuracies = ("accuracy", "class_accuracy", "colour_accuracy", "second_accuracy")
-    header = ["method", "beta", "accuracy", "class", "colour", "second verifier"]
+def _table(summary: dict[str, Any], source: str, medium: Medium) -> tuple[list[str], list[list[str]]]:
+    accuracies = ("accuracy", *(f"{name}_accuracy" for name in medium.attributes), "second_accuracy")
+    header = ["method", "beta", "accuracy", *medium.attributes, "second verifier"]
     header += ["Frechet", "diversity", "implicit accuracy", "masked"]
     base = summary["base"]
     base_cells = [f"{base[name]:.0%}" for name in accuracies]

@@ -39,6 +39,9 @@ ARMS = {
 }
 DEFAULT_ARMS = ("dpo", "dpo_cm", "sipo", "poly_dpo", "dpo_best")
 
+# What is added to the seed of the data for the held-out pairs.
+HELD_OUT_SEED_OFFSET = 1000
+
 # Where the pairs of a comparison come from.
 SOURCES = {
     "off_policy": "pairs that the base model could not have drawn: photographs, turned and mirrored",

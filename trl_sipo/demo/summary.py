@@ -4,23 +4,26 @@
 from statistics import mean
 from typing import Any
 
+from trl_sipo.demo.medium import Medium
 from trl_sipo.demo.settings import ARMS
 
-# Fields of a record that are reported per method at the end of training.
-MEASURES = (
-    "accuracy",
-    "class_accuracy",
-    "colour_accuracy",
-    "second_accuracy",
-    "frechet_distance",
-    "diversity",
-    "held_out_accuracies",
-    "held_out_chosen",
-    "held_out_rejected",
-    "masked_share",
-)
 # A method has collapsed when it keeps less than this share of the base's accuracy.
 COLLAPSED_SHARE = 0.5
+
+
+def measures(medium: Medium) -> tuple[str, ...]:
+    """Fields of a record that are reported per method at the end of training."""
+    return (
+        "accuracy",
+        *(f"{name}_accuracy" for name in medium.attributes),
+        "second_accuracy",
+        "frechet_distance",
+        "diversity",
+        "held_out_accuracies",
+        "held_out_chosen",
+        "held_out_rejected",
+        "masked_share",
+    )
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -28,7 +31,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": mean(values), "min": min(values), "max": max(values), "values": values}
 
 
-def aggregate(results: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+def aggregate(results: list[dict[str, Any]], base: dict[str, Any], medium: Medium) -> dict[str, Any]:
     """Per arm: each measure at the last step over seeds, the best accuracy on the way, and how many runs collapsed."""
     methods = {}
     for arm in dict.fromkeys(result["arm"] for result in results):
@@ -38,7 +41,7 @@ def aggregate(results: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, 
         methods[arm] = {
             "label": ARMS[arm].label,
             "num_seeds": len(runs),
-            "final": {name: spread([record[name] for record in last]) for name in MEASURES},
+            "final": {name: spread([record[name] for record in last]) for name in measures(medium)},
             "best_accuracy": spread([max(record["accuracy"] for record in run["records"]) for run in runs]),
             "num_collapsed": sum(collapsed),
         }
@@ -53,17 +56,17 @@ def records(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def verdict(summary: dict[str, Any]) -> dict[str, list[str]]:
+def verdict(summary: dict[str, Any], medium: Medium) -> dict[str, list[str]]:
     """What was measured, in sentences that hold for these numbers and no others: of the base, and of each part."""
     base = summary["base"]
     ceiling = summary["ceiling"]["primary"]
+    attributes = ", ".join(f"{name} {ceiling['real'][name]:.0%}" for name in medium.attributes)
     base_sentences = [
-        f"The base model draws what the prompt says in {base['accuracy']:.0%} of its images (Frechet distance "
+        f"The base model draws what the prompt says in {base['accuracy']:.0%} of its {medium.noun} (Frechet distance "
         f"{base['frechet_distance']:.0f}, diversity {base['diversity']:.2f}).",
-        f"Ceiling: the verifier finds class and colour in {ceiling['real']['both']:.0%} of real test photographs "
-        f"(class {ceiling['real']['class']:.0%}, colour {ceiling['real']['colour']:.0%}), and in "
-        f"{ceiling['reconstructed']['both']:.0%} of them after the autoencoder. More than that means images that "
-        "please the verifier.",
+        f"Ceiling: the verifier finds {medium.wanted} in {ceiling['real'][medium.all_attributes]:.0%} of "
+        f"{medium.real} ({attributes}), and in {ceiling['reconstructed'][medium.all_attributes]:.0%} of them after "
+        f"the autoencoder. More than that means {medium.noun} that please the verifier.",
     ]
     parts = {source: part_verdict(part["methods"], summary["settings"]) for source, part in summary["parts"].items()}
     return {"base": base_sentences, **parts}

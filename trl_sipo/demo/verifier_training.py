@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,20 @@ def train_verifier(
     """Train one judge on its own split of photographs; returns it, ready for inference, and its loss curve."""
     generator = torch.Generator().manual_seed(seed)
     pictures = TrainingPictures(load_split(TRAINING_SPLITS[name]), vae, generator, device)
+    return fit_verifier(name, pictures.batch, generator, num_steps=num_steps, seed=seed, device=device)
+
+
+def fit_verifier(
+    name: str,
+    draw_batch: Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    generator: torch.Generator,
+    *,
+    num_steps: int,
+    seed: int,
+    device: str,
+) -> tuple[Verifier, list[dict[str, float]]]:
+    """Train a judge on what `draw_batch(size, generator)` gives (see `TrainingPictures.batch`); `seed` is that of its
+    first weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         verifier = Verifier(name).to(device)
@@ -100,7 +115,7 @@ def train_verifier(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / num_steps)))
     log = []
     for step in tqdm(range(num_steps), desc=f"{name} verifier", unit="step"):
-        images, class_ids, colour_ids = (part.to(device) for part in pictures.batch(BATCH_SIZE, generator))
+        images, class_ids, colour_ids = (part.to(device) for part in draw_batch(BATCH_SIZE, generator))
         class_logits, colour_logits = verifier(images)
         loss = F.cross_entropy(class_logits, class_ids, label_smoothing=0.02)
         loss = loss + F.cross_entropy(colour_logits[: len(colour_ids)], colour_ids, label_smoothing=0.02)

@@ -141,23 +141,26 @@ def sample_grid(
     Args:
         columns: Model name to one image per row.
         row_labels: The prompts.
-        cell: Side of an image in the grid, in pixels; small images are enlarged without smoothing.
+        cell: Height of an image in the grid, in pixels; small images are enlarged without smoothing. All are of one
+            shape, such as a clip's frames side by side.
     """
     from PIL import ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=12)
     left = 10 + max(int(font.getlength(label)) for label in row_labels)
     top, gap = 34, 6
-    width, height = left + len(columns) * (cell + gap), top + len(row_labels) * (cell + gap)
+    first = next(iter(columns.values()))[0]
+    cell_width = round(cell * first.width / first.height)
+    width, height = left + len(columns) * (cell_width + gap), top + len(row_labels) * (cell + gap)
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
     for row, label in enumerate(row_labels):
         draw.text((4, top + row * (cell + gap) + cell // 2 - 8), label, fill="black", font=font)
     for column, (name, images) in enumerate(columns.items()):
-        x = left + column * (cell + gap)
-        draw.multiline_text((x, 2), _wrapped(name, cell, font), fill="black", font=font, spacing=1)
+        x = left + column * (cell_width + gap)
+        draw.multiline_text((x, 2), _wrapped(name, cell_width, font), fill="black", font=font, spacing=1)
         for row, image in enumerate(images):
-            grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (x, top + row * (cell + gap)))
+            grid.paste(image.resize((cell_width, cell), Image.Resampling.NEAREST), (x, top + row * (cell + gap)))
     return grid
 
 

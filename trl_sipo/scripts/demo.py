@@ -70,11 +70,11 @@ def run(command: str, argv: list[str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from trl_sipo.demo.arm import DemoFiles
     from trl_sipo.demo.demo import run_demo
+    from trl_sipo.demo.images import IMAGES
 
-    files = DemoFiles(arguments.output)
-    if arguments.retrain:
-        files = DemoFiles(arguments.output, base=retrain(arguments.output / "base", workers))
-    summary = run_demo(settings, files, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
+    base = retrain(arguments.output / "base", workers) if arguments.retrain else IMAGES.base
+    files = DemoFiles(arguments.output, base)
+    summary = run_demo(settings, files, IMAGES, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
     print()
     for part, sentences in summary["verdict"].items():
         print(f"{part.replace('_', '-')}:")
