@@ -165,3 +165,12 @@ def test_the_lora_layers_of_the_table_are_the_adapters(pipeline):
     else:
         of_sd3 = _code(LORA_LAYERS["StableDiffusion3Pipeline"]) if "those of SD3" in cell else []
         assert sorted([*of_sd3, *_code(cell)]) == sorted(targets)
+
+
+def test_the_page_loads_a_lora_as_the_model_cards_do():
+    shown = {line for block in blocks(PAGE, "python") for line in block.code.splitlines()}
+    particular = {"wan22_a14b": "wan22-lora", "hunyuanvideo15": "hunyuan-video15-lora"}
+    for name, folder in particular.items():
+        assert {line.format(path=folder) for line in _adapters(name)[0].lora_loading_code} <= shown
+    for name in MODELS.keys() - particular.keys():
+        assert _adapters(name)[0].lora_loading_code == BackboneAdapter.lora_loading_code
