@@ -52,15 +52,15 @@ def first_latents(adapter: BackboneAdapter, clean: Tensor, noise: Tensor, steps:
     return start
 
 
-def _load_lora(pipeline: Any, directory: Any) -> None:
-    pipeline.load_lora_weights(directory)
+def _load_lora(pipeline: Any, directory: Any, **options: Any) -> None:
+    pipeline.load_lora_weights(directory, **options)
 
 
 def _identity(_adapter: BackboneAdapter, tensor: Any) -> Any:
     return tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BackboneCase:
     """A tiny pipeline and how its inference is observed."""
 
@@ -90,8 +90,8 @@ class BackboneCase:
     """Pixels in [-1, 1] through the VAE and back, without the adapter; None: encode, mean, decode."""
     decoded_by_pipeline: Callable[[BackboneAdapter, Tensor], Tensor] | None = None
     """Pixels in [0, 1] that the pipeline itself makes of latents; None: by a step callback."""
-    load_lora: Callable[[Any, Any], None] = _load_lora
-    """(pipeline, folder): how a user of plain diffusers loads the LoRA."""
+    load_lora: Callable[..., None] = _load_lora
+    """(pipeline, folder, **options): how a user of plain diffusers loads the LoRA; an option is its adapter_name."""
     denoisers: Callable[[BackboneAdapter], Sequence[nn.Module]] = lambda adapter: [adapter.denoiser]
     """The modules that inference calls."""
     added_frames: int = 0
@@ -164,8 +164,8 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-# Modules of `tests.adapters.cases`, each with `CASES`. Of the rows whose names begin alike ("wan21" of "wan21-unipc") the
-# first is the one for tests that do not depend on the scheduler.
+# Modules of `tests.adapters.cases`, each with `CASES`. Of the rows whose names begin alike ("wan21" of "wan21-unipc")
+# the first is the one for tests that do not depend on the scheduler.
 FAMILIES = (
     "stable_diffusion",
     "stable_diffusion_3",

@@ -41,9 +41,9 @@ def reconstruct(pipeline: Any, pixels: Tensor) -> Tensor:
     return torch.cat([pipeline.vae.decode(video).sample for video in latents])
 
 
-def load_lora(pipeline: Any, directory: Any) -> None:
+def load_lora(pipeline: Any, directory: Any, **options: Any) -> None:
     """Into the transformer."""
-    pipeline.transformer.load_lora_adapter(directory, use_safetensors=True)
+    pipeline.transformer.load_lora_adapter(directory, use_safetensors=True, **options)
 
 
 CASE = HunyuanVideo15Case(

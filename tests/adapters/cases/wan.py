@@ -9,11 +9,11 @@ from tests.adapters.backbone_cases import BackboneCase, sampler_level_of_call
 from tests.tiny.wan import tiny_wan, tiny_wan_experts, tiny_wan_ti2v
 
 
-def load_experts_lora(pipeline: WanPipeline, directory: Any) -> None:
+def load_experts_lora(pipeline: WanPipeline, directory: Any, **options: Any) -> None:
     """As the adapter's class says."""
-    pipeline.load_lora_weights(directory)
+    pipeline.load_lora_weights(directory, **options)
     second = "pytorch_lora_weights_2.safetensors"
-    pipeline.load_lora_weights(directory, weight_name=second, load_into_transformer_2=True)
+    pipeline.load_lora_weights(directory, weight_name=second, load_into_transformer_2=True, **options)
 
 
 def _wan(name: str, build: Any, height: int, width: int, **fields: Any) -> BackboneCase:
