@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.tiny.stable_diffusion_3 import tiny_stable_diffusion_3
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import (
     DPO,
@@ -65,13 +66,13 @@ def test_half_precision_weights_cannot_be_fine_tuned(dtype, tmp_path):
 
 @pytest.mark.parametrize(("bf16", "is_lora"), [(True, True), (True, False), (False, True)])
 def test_what_is_loaded_by_name(bf16, is_lora, tmp_path):
-    """A frozen base is loaded in half precision, trained weights never, the VAE never."""
+    """What is frozen is loaded in half precision, trained weights never, the VAE never."""
     tiny_stable_diffusion().save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     trainer = make_trainer(DPO, tmp_path / "run", model=base, is_lora=is_lora, bf16=bf16, max_steps=1)
     pipeline = trainer.adapter.pipeline
-    expected = torch.bfloat16 if bf16 and is_lora else torch.float32
-    assert pipeline.unet.conv_in.weight.dtype == pipeline.text_encoder.dtype == expected
+    assert pipeline.unet.conv_in.weight.dtype == (torch.bfloat16 if bf16 and is_lora else torch.float32)
+    assert pipeline.text_encoder.dtype == (torch.bfloat16 if bf16 else torch.float32)
     assert pipeline.vae.dtype == torch.float32
     trainer.train()
 
@@ -192,3 +193,12 @@ def test_half_precision_on_a_gpu(precision, is_lora, tmp_path):
     trainer.train()
     assert changed(before, snapshot(trainer.model)) and all(math.isfinite(loss) for loss in logged(trainer, "loss"))
     assert predict(trainer.adapter.pipeline.to("cpu")).isfinite().all()
+
+
+def test_a_component_can_be_left_out(tmp_path):
+    tiny_stable_diffusion_3().save_pretrained(tmp_path / "base")
+    left_out = {"text_encoder_3": None, "tokenizer_3": None}
+    options = {"model": str(tmp_path / "base"), "model_init_kwargs": left_out, "resolution": 32, "max_steps": 1}
+    trainer = make_trainer(DPO, tmp_path / "run", **options)
+    assert trainer.adapter.pipeline.text_encoder_3 is None
+    trainer.train()
