@@ -15,6 +15,7 @@ from tests.tiny.stable_diffusion_3 import tiny_stable_diffusion_3
 from tests.tiny.wan import tiny_wan, tiny_wan_experts
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import preference_pairs
+from trl_sipo import DiffusionSIPOConfig, DiffusionSIPOTrainer
 from trl_sipo.adapters import adapter_for
 from trl_sipo.adapters.stable_diffusion import StableDiffusionAdapter
 from trl_sipo.adapters.stable_diffusion_3 import StableDiffusion3Adapter
@@ -130,6 +131,22 @@ def test_a_known_error_masks_the_known_region(
     if model == "epsilon":
         assert len(report["masked_regions"]) == 1 and "Fig. 4" in report["reading"][-1]
         assert report["masked_share"] == pytest.approx(0.06)  # three of the fifty levels lie below the cut
+
+
+@pytest.mark.parametrize("model", ["v_prediction", "sd3"])
+def test_the_share_is_that_of_a_trainer(model, material, tmp_path):
+    """The trainer evaluates the same pairs at the same levels, with other noise."""
+    report = _report(_argv(material, model, num_pairs=6, num_levels=50), tmp_path)
+    settings = {"eval_noise_levels": 50, "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    trainer = DiffusionSIPOTrainer(
+        str(material / model),
+        args=DiffusionSIPOConfig(tmp_path / "run", **settings),
+        train_dataset=preference_pairs(6),
+        eval_dataset=preference_pairs(6),
+        peft_config=LoraConfig(r=2),
+    )
+    logged = trainer.evaluate()["eval_sipo/masked_fraction"]
+    assert report["masked_share"] == pytest.approx(logged, abs=0.03) and 0.1 < logged < 0.3
 
 
 @pytest.mark.parametrize(("error", "words"), [(0.0, "Masked: no level"), (1e3, "Masked: every timestep")])
