@@ -491,7 +491,6 @@ def test_a_truncated_webm_is_a_shorter_video(tmp_path):
         ([picture(0), b"broken"], "frame 1: not an image"),
         ([picture(0), None], "frame 1: the image is missing"),
     ],
-    ids=str,
 )
 def test_what_is_no_video_is_named(value: Any, message: str):
     good = [picture(seed) for seed in range(3)]
