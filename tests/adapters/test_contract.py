@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from tests.adapters.backbone_cases import (
     BackboneCase,
     first_latents,
     integer_level_of_call,
+    sampler_level_of_call,
     spied_forward,
 )
 from trl_sipo.adapters import ADAPTERS, adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.parameterization import PREDICTION_TYPES, prediction_target
 from trl_sipo.errors import BackboneError, ConfigurationError
 
@@ -89,6 +92,31 @@ def test_conditioning_has_no_graph_and_owns_its_memory(case):
 
 
 @each_backbone
+def test_text_encoders_in_train_mode_give_the_same_conditioning(case):
+    """Dropout, in whatever mode the modules were left, is none of inference's."""
+    adapter = adapter_for(case.build())
+    prompts = [*PROMPTS, 'a sign that says "open"']
+    expected = adapter.encode_prompts(prompts)
+    names = [name for name in adapter.frozen_names if name.startswith("text_encoder")]
+    encoders = {name: module for name in names if (module := getattr(adapter.pipeline, name)) is not None}
+    modes: dict[str, bool] = {}
+
+    def drop_half(name: str, embedding: nn.Module, output: Tensor) -> Tensor:
+        modes[name] = embedding.training
+        return nn.functional.dropout(output, 0.5, embedding.training)
+
+    for name, encoder in encoders.items():
+        encoder.train()
+        for module in encoder.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda module, _, output, name=name: drop_half(name, module, output))
+    for item, other in zip(adapter.encode_prompts(prompts), expected, strict=True):
+        for key in other:
+            assert torch.equal(item[key], other[key]), key
+    assert modes == dict.fromkeys(encoders, False)
+
+
+@each_backbone
 def test_collate_adds_the_batch_dimension_and_pads_with_zeros(case):
     adapter = adapter_for(case.build())
     items = [*adapter.encode_prompts(PROMPTS), adapter.null_conditioning()]
@@ -128,25 +156,45 @@ def _inference_of_empty_prompts(pipeline, adapter: BackboneAdapter, case: Backbo
 
 @each_case
 def test_training_gives_the_denoiser_what_inference_gives_it(case):
-    pipeline = case.build()
+    for training, inference in _calls_of_training_and_inference(case, case.build(), case.level_of_call):
+        _assert_same_arguments(training, inference, timestep_atol=case.timestep_atol)
+
+
+@each_backbone
+def test_training_gives_a_bfloat16_denoiser_what_inference_gives_it(case):
+    """Rounded where the pipeline rounds, if the case does not say that the adapter knows better."""
+    # Not `case.level_of_call`, which may read a rounded timestep.
+    is_flow = case.level_of_call is not integer_level_of_call
+    level_of_call = sampler_level_of_call if is_flow else integer_level_of_call
+    calls = _calls_of_training_and_inference(case, case.build().to(torch.bfloat16), level_of_call)
+    for training, inference in calls:
+        ignored = {*case.not_as_in_bfloat16}
+        _assert_same_arguments(training, inference, ignore=ignored, timestep_atol=case.timestep_atol)
+    for name in case.not_as_in_bfloat16:
+        dtypes = [(_flat(training)[name].dtype, _flat(inference)[name].dtype) for training, inference in calls]
+        assert (torch.float32, torch.bfloat16) in dtypes
+
+
+def _calls_of_training_and_inference(
+    case: BackboneCase, pipeline, level_of_call: Callable[[BackboneAdapter, dict], NoiseLevel]
+) -> list[tuple[dict, dict]]:
+    """The denoiser's arguments in each step of the sampler, and in training from the same latents and level."""
     adapter = adapter_for(pipeline)
     conditioning = adapter.collate(adapter.encode_prompts(PROMPTS))
-    levels: list = []
-    with spied_forward(case.denoisers(adapter), lambda call: _spied_level(adapter, case, call, levels)) as inference:
+    levels: list[NoiseLevel] = []
+
+    def some_of_the_latents(call: dict):
+        levels.append(level_of_call(adapter, call))  # while the sampler is there
+        return _as_denoiser_output(adapter, case, case.canonical(adapter, call[case.latents_argument]) / 2)
+
+    with spied_forward(case.denoisers(adapter), some_of_the_latents) as inference:
         case.generate(pipeline, steps=3, output_type="latent")
     assert len(inference) >= 3
-    for call, level in zip(inference, levels, strict=True):
-        with spied_forward(case.denoisers(adapter)) as training, torch.no_grad():
+    with spied_forward(case.denoisers(adapter)) as training, torch.no_grad():
+        for call, level in zip(inference, levels, strict=True):
             latents = case.canonical(adapter, call[case.latents_argument])
             adapter.forward(adapter.denoiser, latents, level, conditioning)
-        assert len(training) == 1
-        _assert_same_arguments(training[0], case.visible(call), timestep_atol=case.timestep_atol)
-
-
-def _spied_level(adapter: BackboneAdapter, case: BackboneCase, call: dict, levels: list):
-    """Note the level while the sampler is there; predict some of the latents themselves."""
-    levels.append(case.level_of_call(adapter, call))
-    return _as_denoiser_output(adapter, case, case.canonical(adapter, call[case.latents_argument]) / 2)
+    return list(zip(training, map(case.visible, inference), strict=True))
 
 
 def _as_denoiser_output(adapter: BackboneAdapter, case: BackboneCase, prediction: Tensor):
@@ -156,26 +204,34 @@ def _as_denoiser_output(adapter: BackboneAdapter, case: BackboneCase, prediction
 def _assert_same_arguments(
     actual: dict, expected: dict, ignore: set[str] = frozenset(), timestep_atol: float = 0.0
 ) -> None:
+    actual, expected = _flat(actual), _flat(expected)
     assert actual.keys() - ignore == expected.keys() - ignore
     for name in actual.keys() - ignore:
-        is_time = name in ("timestep", "t")
-        _assert_same(
-            actual[name], expected[name], name, atol=timestep_atol if is_time else 0.0, check_dtype=not is_time
-        )
+        if name in ("timestep", "t"):
+            # Integers are as good as float32: the embedding makes the same of both. Half precision is not.
+            times = (value[name] for value in (actual, expected))
+            one, other = (time if time.is_floating_point() else time.float() for time in times)
+            _assert_same(one, other, name, atol=timestep_atol)
+        else:
+            _assert_same(actual[name], expected[name], name)
 
 
-def _assert_same(actual, expected, name: str, atol: float, check_dtype: bool) -> None:
+def _flat(arguments: dict, prefix: str = "") -> dict:
+    """Arguments and, of those that are dicts, the items as `argument.item`."""
+    flat: dict = {}
+    for name, value in arguments.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _assert_same(actual, expected, name: str, atol: float = 0.0) -> None:
     if isinstance(actual, Tensor):
         value = expected.expand_as(actual)  # inference gives one timestep for the batch
-        torch.testing.assert_close(actual, value, rtol=0, atol=atol, check_dtype=check_dtype, msg=name)
-    elif isinstance(actual, dict):
-        assert actual.keys() == expected.keys(), name
-        for key in actual:
-            _assert_same(actual[key], expected[key], f"{name}.{key}", atol, check_dtype)
+        torch.testing.assert_close(actual, value, rtol=0, atol=atol, msg=name)
     elif isinstance(actual, list | tuple):
         assert len(actual) == len(expected), name
         for one, other in zip(actual, expected, strict=True):
-            _assert_same(one, other, name, atol, check_dtype)
+            _assert_same(one, other, name, atol)
     else:
         assert actual == expected, name
 

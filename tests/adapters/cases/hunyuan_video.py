@@ -13,6 +13,7 @@ CASES = (
         media_shape=(3, 5, 16, 32),
         linear_targets=("to_q", "ff.net.2"),
         level_of_call=sampler_level_of_call,
+        not_as_in_bfloat16=("timestep",),
         masks={"encoder_hidden_states": "encoder_attention_mask"},
     ),
 )

@@ -25,6 +25,7 @@ def _case(prediction_type: str, scheduler: str, **options: Any) -> BackboneCase:
         latents_argument="sample",
         call_options={"guidance_scale": 1.0},
         unconditional=unconditional,
+        not_as_in_bfloat16=("added_cond_kwargs.time_ids",),
     )
 
 
