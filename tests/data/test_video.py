@@ -506,3 +506,11 @@ def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch, read: Callable[[
         read(path)
     frames = [grey(number) for number in range(3)]
     assert numbers(open_clips(frames, frames, ClipSampler(3))[0]) == [0, 1, 2]  # needs none
+
+
+def test_a_file_in_deep_folders_is_named_to_its_end(tmp_path):
+    path = tmp_path / ("deep " * 20) / "clip 07.mp4"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    with pytest.raises(DatasetError, match="clip 07.mp4' is empty"):
+        open_clips(path, path, ClipSampler(5), where="row 3")

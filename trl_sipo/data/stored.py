@@ -26,6 +26,7 @@ IMAGE_INSTEAD = "where a video is expected: to train on images, leave `num_frame
 VIDEO_INSTEAD = "where an image is expected: to train on videos, set `num_frames` above 1"
 
 _MAX_QUOTED = 80
+_MAX_PATH = 300
 _HEAD = 12  # bytes that tell the kind of a file
 
 
@@ -61,14 +62,14 @@ def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path
     text = os.fspath(value)
     if os.path.exists(text):
         if os.path.isfile(text) and os.path.getsize(text) == 0:
-            raise DatasetError(f"{where}: the file {quoted(text)} is empty (0 bytes)")
+            raise DatasetError(f"{where}: the file {quoted_path(text)} is empty (0 bytes)")
         return Path(text)
     if isinstance(text, str) and looks_like_text(text):
         raise DatasetError(
             f"{where}: expected {EXPECTED[kind]}, found the text {quoted(text)}. Preference data of language models "
             f"cannot be used here: 'chosen' and 'rejected' must hold {kind}s."
         )
-    raise DatasetError(f"{where}: there is no file {quoted(text)}")
+    raise DatasetError(f"{where}: there is no file {quoted_path(text)}")
 
 
 def is_video(file: bytes | Path) -> bool:
@@ -93,6 +94,11 @@ def looks_like_text(value: str) -> bool:
 def quoted(text: str | bytes) -> str:
     """For an error: the text in quotation marks, its beginning when it is long."""
     return repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED]) + ("..." if len(text) > _MAX_QUOTED else "")
+
+
+def quoted_path(path: str | bytes) -> str:
+    """For an error: a path in quotation marks, its end when it is longer than any useful one."""
+    return repr(path) if len(path) <= _MAX_PATH else "..." + repr(path[-_MAX_PATH:])
 
 
 def described(value: Any, kind: str) -> str:

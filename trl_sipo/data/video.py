@@ -23,7 +23,7 @@ from trl_sipo.data.frame_source import (
     frames_of_images,
     frames_of_webp,
 )
-from trl_sipo.data.stored import EXPECTED, IMAGE_INSTEAD, checked_value, described, is_webp, quoted
+from trl_sipo.data.stored import EXPECTED, IMAGE_INSTEAD, checked_value, described, is_webp, quoted_path
 from trl_sipo.data.video_file import VideoFile
 from trl_sipo.errors import ConfigurationError, DatasetError
 
@@ -250,7 +250,7 @@ def _too_short(video: FrameSource, sampler: ClipSampler, length: int) -> str:
 def _file_name(value: Any) -> str:
     """The path of a video, if it has one, as a part of its name in errors."""
     path = value.get("path") if isinstance(value, Mapping) else value
-    return f" {quoted(os.fspath(path))}" if isinstance(path, str | os.PathLike) else ""
+    return f" {quoted_path(os.fspath(path))}" if isinstance(path, str | os.PathLike) else ""
 
 
 def _is_conversation(value: Sequence[Any]) -> bool:
