@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row per backbone: everything in `test_contract.py` runs on each.
+"""One row per backbone: everything in `test_contract*.py` runs on each.
 
 The rows live beside one another in `cases/`, one file per family; `FAMILIES` lists them.
 """

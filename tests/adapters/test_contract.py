@@ -2,12 +2,10 @@
 """What every adapter owes: training calls the denoiser as inference does, and what is saved is what was trained."""
 
 import copy
-import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,27 +19,14 @@ from tests.adapters.backbone_cases import (
     sampler_level_of_call,
     spied_forward,
 )
+from tests.adapters.contract import each_backbone, each_case, latents_for, trained_lora
 from trl_sipo.adapters import ADAPTERS, adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.parameterization import PREDICTION_TYPES, prediction_target
 from trl_sipo.errors import BackboneError, ConfigurationError
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 FLOW_CASES = [case for case in CASES if case.level_of_call is not integer_level_of_call]
-each_backbone = pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case.name)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def media(case: BackboneCase, batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.rand(batch, *case.media_shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def latents_for(adapter: BackboneAdapter, case: BackboneCase, batch: int = len(PROMPTS), seed: int = 0) -> Tensor:
-    return randn(batch, *adapter.latent_shape(**case.size), seed=seed)
 
 
 def loss_and_gradients(adapter: BackboneAdapter, denoiser: nn.Module, case: BackboneCase) -> tuple[Tensor, dict]:
@@ -53,15 +38,6 @@ def loss_and_gradients(adapter: BackboneAdapter, denoiser: nn.Module, case: Back
     loss = prediction.float().square().mean()
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in denoiser.named_parameters() if p.grad is not None}
-
-
-def trained_lora(adapter: BackboneAdapter, **options) -> nn.Module:
-    """A PEFT model whose LoRA does something."""
-    torch.manual_seed(1)
-    arguments = {"r": 4, "target_modules": adapter.lora_target_modules, "init_lora_weights": False, **options}
-    if isinstance(arguments["target_modules"], tuple):
-        arguments["target_modules"] = list(arguments["target_modules"])
-    return get_peft_model(adapter.denoiser, LoraConfig(**arguments))
 
 
 # Prompts
@@ -369,182 +345,6 @@ def _count_calls(model: nn.Module) -> dict[str, int]:
             runs[key] = 0
             block.register_forward_pre_hook(lambda *_, key=key: runs.update({key: runs[key] + 1}))
     return runs
-
-
-# Media
-
-
-@each_backbone
-def test_the_pipelines_decode_undoes_encode_media(case):
-    """Latents put into the pipeline's last step come out as the VAE's own reconstruction; 10 % off does not."""
-    pipeline = case.build()
-    adapter = adapter_for(pipeline)
-    pixels = media(case)
-    with torch.no_grad():
-        expected = ((case.reconstruct or _through_the_vae)(pipeline, pixels) / 2 + 0.5).clamp(0, 1)
-
-    latents = adapter.encode_media(pixels)
-    assert latents.shape[1:] == adapter.latent_shape(**case.size)
-    decoded = _decoded_by_pipeline(adapter, case, latents)
-    assert decoded.shape == pixels.shape
-    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
-    assert (_decoded_by_pipeline(adapter, case, latents * 1.1) - expected).abs().max() > 1e-3
-    torch.testing.assert_close(adapter.decode(latents), expected * 2 - 1, rtol=0, atol=2e-5)
-
-
-def _through_the_vae(pipeline, pixels: Tensor) -> Tensor:
-    posterior = pipeline.vae.encode(pixels).latent_dist
-    return pipeline.vae.decode(posterior.mean, return_dict=False)[0]
-
-
-def _decoded_by_pipeline(adapter: BackboneAdapter, case: BackboneCase, latents: Tensor) -> Tensor:
-    if case.decoded_by_pipeline is not None:
-        return case.decoded_by_pipeline(adapter, latents)
-
-    def inject(_pipeline, step: int, _timestep, tensors: dict) -> dict:
-        return {"latents": case.native(adapter, latents)} if step == 1 else tensors
-
-    return case.generate(adapter.pipeline, steps=2, output_type="pt", callback_on_step_end=inject)
-
-
-@each_backbone
-def test_encode_media_samples_the_posterior_with_the_given_noise(case):
-    pipeline = case.build()
-    adapter = adapter_for(pipeline)
-    pixels = media(case, batch=1)
-    mean = adapter.encode_media(pixels)
-    assert mean.shape == (1, *adapter.latent_shape(**case.size)) and mean.dtype == torch.float32
-    noise = randn(*mean.shape, seed=3)
-    sampled = adapter.encode_media(pixels, noise=noise)
-    assert torch.equal(adapter.encode_media(pixels, noise=torch.zeros_like(noise)), mean)
-    unit = adapter.normalize_latents(torch.ones_like(mean)) - adapter.normalize_latents(torch.zeros_like(mean))
-    with torch.no_grad():
-        posterior = adapter._vae_encode(pipeline.vae, pixels)
-    torch.testing.assert_close(sampled - mean, posterior.std * noise * unit, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(adapter.denormalize_latents(mean), posterior.mean, rtol=1e-5, atol=1e-5)
-
-
-@each_backbone
-def test_a_large_batch_is_encoded_and_decoded_in_slices(case, monkeypatch):
-    adapter = adapter_for(case.build())
-    batch = 2 * adapter.vae_slice_size + 1
-    pixels = media(case, batch)
-    encode, sizes = adapter.pipeline.vae.encode, []
-    monkeypatch.setattr(adapter.pipeline.vae, "encode", lambda x, *args: [sizes.append(len(x)), encode(x, *args)][1])
-    latents = adapter.encode_media(pixels)
-    assert sizes == [adapter.vae_slice_size] * 2 + [1]
-    decoded = adapter.decode(latents)
-    assert latents.shape[0] == decoded.shape[0] == batch
-    last = batch - 1
-    torch.testing.assert_close(latents[last], adapter.encode_media(pixels[last:])[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(decoded[last], adapter.decode(latents[last:])[0], rtol=1e-4, atol=1e-5)
-
-
-@each_backbone
-def test_a_video_model_takes_images_for_single_frames(case):
-    adapter = adapter_for(case.build())
-    height, width = case.size["height"], case.size["width"]
-    if not adapter.is_video:
-        with pytest.raises(ConfigurationError, match="draws images"):
-            adapter.latent_shape(height, width, 5)
-        return
-    try:
-        shape = adapter.latent_shape(height, width, 1)
-    except ConfigurationError as error:
-        assert "num_frames 1 " in str(error)
-        return
-    images = media(case)[:, :, 0]
-    latents = adapter.encode_media(images)
-    assert latents.shape == (2, *shape)
-    assert adapter.decode(latents).shape == (2, 3, 1, height, width)
-    conditioning = adapter.collate(adapter.encode_prompts(PROMPTS))
-    with torch.no_grad():
-        level = adapter.noise_schedule.level_at(torch.tensor([0.3, 0.8]))
-        assert adapter.forward(adapter.denoiser, latents, level, conditioning).shape == latents.shape
-
-
-@each_backbone
-def test_frozen_parts_keep_their_own_dtype_inside_autocast(case):
-    adapter = adapter_for(case.build())
-    pixels = media(case)
-    latents = latents_for(adapter, case)
-
-    def encoded_and_decoded() -> tuple:
-        return adapter.encode_media(pixels), adapter.encode_prompts(PROMPTS)[0], adapter.decode(latents)
-
-    outside = encoded_and_decoded()
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = encoded_and_decoded()
-    assert torch.equal(outside[0], inside[0]) and torch.equal(outside[2], inside[2])
-    for key in outside[1]:
-        assert torch.equal(outside[1][key], inside[1][key])
-
-
-@each_backbone
-def test_a_half_precision_vae_gives_float32_latents(case):
-    adapter = adapter_for(case.build())
-    expected = adapter.encode_media(media(case))
-    adapter.pipeline.vae.to(torch.bfloat16)
-    latents = adapter.encode_media(media(case))
-    assert latents.dtype == adapter.decode(latents).dtype == torch.float32
-    assert (latents - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@each_backbone
-def test_freeze_leaves_the_denoiser_alone(case):
-    pipeline = case.build()
-    adapter = adapter_for(pipeline)
-    adapter.denoiser.train()
-    for module in adapter.frozen_modules():
-        module.train()
-    adapter.freeze()
-    for module in adapter.frozen_modules():
-        assert not any(p.requires_grad for p in module.parameters())
-        assert not any(m.training for m in module.modules())
-    assert adapter.denoiser.training and all(p.requires_grad for p in adapter.denoiser.parameters())
-
-
-@each_backbone
-def test_sizes_are_checked_with_the_nearest_valid_ones(case):
-    adapter = adapter_for(case.build())
-    multiple, valid = adapter.spatial_multiple, case.size
-    adapter.validate_size(**valid)
-    side = valid["width"]
-    with pytest.raises(ConfigurationError, match=rf"width {side + 1} .* {side} or {side + multiple}"):
-        adapter.validate_size(**{**valid, "width": side + 1})
-    with pytest.raises(ConfigurationError, match=rf"height 0 .*Nearest valid: {multiple}\."):
-        adapter.latent_shape(0, multiple, valid["num_frames"])
-    if adapter.is_video:
-        frames = valid["num_frames"]
-        with pytest.raises(ConfigurationError, match=rf"num_frames {frames + 1} .*{frames} or "):
-            adapter.validate_size(**{**valid, "num_frames": frames + 1})
-
-
-class _StopHere(Exception):
-    pass
-
-
-@each_backbone
-def test_default_sizes_are_those_of_the_pipelines_call(case, monkeypatch):
-    pipeline = case.build()
-    adapter = adapter_for(pipeline)
-    prepare = pipeline.prepare_latents
-    seen = {}
-
-    def stop(*args, **kwargs):
-        seen.update(inspect.signature(prepare).bind(*args, **kwargs).arguments)
-        raise _StopHere
-
-    monkeypatch.setattr(pipeline, "prepare_latents", stop)
-    options = {name: value for name, value in case.call_options.items() if name not in case.size}
-    with pytest.raises(_StopHere):
-        pipeline(prompt=PROMPTS[0], num_inference_steps=1, **options)
-    assert adapter.default_size == (seen["height"], seen["width"])
-    if adapter.is_video:
-        frames = next(value for name, value in seen.items() if name in ("num_frames", "frames"))
-        assert adapter.default_num_frames + case.added_frames == frames
-    else:
-        assert adapter.default_num_frames == 1
 
 
 # Saving

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import test_contract
+from tests.adapters import test_contract, test_contract_media
 from tests.adapters.backbone_cases import CASES
 from tests.docs.pages import SOURCE, blocks, read
 from trl_sipo.adapters import ADAPTERS, adapter_for
@@ -21,7 +21,7 @@ _FIXTURES = {"case", "tmp_path", "monkeypatch"}
 
 CONTRACT = {
     name: test
-    for name, test in vars(test_contract).items()
+    for name, test in {**vars(test_contract), **vars(test_contract_media)}.items()
     if name.startswith("test_") and "case" in (arguments := set(inspect.signature(test).parameters)) <= _FIXTURES
 }
 
