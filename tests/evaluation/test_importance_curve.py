@@ -122,8 +122,8 @@ def test_a_known_error_masks_the_published_timesteps(prediction_type):
 def test_a_known_error_masks_the_sigmas_of_its_shift(shift, cut):
     adapter = OfKnownError(FlowSchedule(shift), "flow_prediction", _sd15_error("flow_prediction"))
     levels, weights = _known_weights(adapter, 4000, num_pairs=1)
-    # Beyond the first region: the profile ends at sigma = 0.93, and its last epsilon error, held constant, is large for
-    # a velocity.
+    # Beyond the first region: the profile ends at sigma = 0.93, where its last epsilon error, held constant, is large
+    # for a velocity.
     start, end = masked_regions(stratum_midpoints(4000).tolist(), weights.pair.exp()[:, 0].tolist(), 0.9)[0]
     assert start == 0
     assert adapter.noise_schedule.level_at(torch.tensor([end])).sigma_t.item() == pytest.approx(cut, abs=0.0015)
