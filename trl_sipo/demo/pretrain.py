@@ -32,6 +32,7 @@ from trl_sipo.demo.training import Training, WeightAverage, learning_rate_at, se
 from trl_sipo.demo.verifier import TRAINING_SPLITS, load_verifiers, save_verifier
 from trl_sipo.demo.verifier_training import accuracies, ceiling, train_verifier
 
+MODULE = "trl_sipo.demo.pretrain"
 KL_WEIGHT = 1e-4
 CAPTION_DROPOUT = 0.1
 LOG_EVERY = 100
@@ -180,19 +181,16 @@ def judge_samples(output: Path, *, images_per_prompt: int, seed: int) -> dict[st
     return result
 
 
-def environment(args: argparse.Namespace) -> dict[str, object]:
+def environment(args: argparse.Namespace, module: str, device: str = "cpu") -> dict[str, object]:
     """What made this checkpoint, in words that fit any machine; the command spells out the defaults, without paths."""
-    machine = f"CPU, {args.threads} thread(s)" if args.device == "cpu" else f"one {args.device} device"
+    machine = f"CPU, {args.threads} thread(s)" if device == "cpu" else f"one {device} device"
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    switches = ["--verifiers-only"] if args.verifiers_only else []
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("output", "resume", "verifiers_only")
-    }
-    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    options += switches
-    command = shlex.join(["python", "-m", "trl_sipo.demo.pretrain", *options])
-    return {"command": command, "machine": machine, "versions": versions}
+    options = []
+    for name, value in vars(args).items():
+        if name not in ("output", "resume") and value is not False:
+            options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return {"command": shlex.join(["python", "-m", module, *options]), "machine": machine, "versions": versions}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -269,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.verifiers_only:
         log = json.loads(log_file.read_text())
     else:
-        log = {"pipeline": environment(args), **pretrain_pipeline(args, state)}
+        log = {"pipeline": environment(args, MODULE, args.device), **pretrain_pipeline(args, state)}
         log["pipeline"]["wall_seconds"] = round(time.perf_counter() - started)
     # The written weights are 16-bit floats: the judges learn from what will be loaded.
     vae = load_pipeline_assets(args.output / "pipeline").vae.to(args.device)
@@ -277,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     verifiers = train_verifiers(
         vae, num_steps=args.verifier_steps, seed=args.seed + 2, device=args.device, output=args.output / "verifier"
     )
-    log["verifiers"] = {**environment(args), "wall_seconds": round(time.perf_counter() - started), **verifiers}
+    made_by = environment(args, MODULE, args.device)
+    log["verifiers"] = {**made_by, "wall_seconds": round(time.perf_counter() - started), **verifiers}
     log["samples"] = judge_samples(args.output, images_per_prompt=args.images_per_prompt, seed=args.seed + 4)
     write_log(log_file, log)
     shutil.rmtree(state)

@@ -123,3 +123,13 @@ class DemoSettings:
 
 FULL = DemoSettings((Part("off_policy", DEFAULT_ARMS, (0, 1, 2)), Part("on_policy", ("dpo", "sipo"), (0, 1))))
 QUICK = replace(FULL, parts=(Part("off_policy", ("dpo", "sipo"), (0,)),))
+
+# The video demo.
+VIDEO_FULL = DemoSettings(
+    (Part("off_policy", ("dpo", "sipo"), (0, 1)),),
+    max_steps=120,
+    eval_every=40,
+    learning_rate=1e-4,
+    samples_per_prompt=3,
+)
+VIDEO_QUICK = replace(VIDEO_FULL, parts=(Part("off_policy", ("dpo", "sipo"), (0,)),))

@@ -4,6 +4,7 @@
 import argparse
 import os
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 from trl_sipo.errors import ConfigurationError
@@ -13,10 +14,12 @@ def make_parser(prog: str = "trl-sipo demo") -> argparse.ArgumentParser:
     """The command's options; what is not given comes from `trl_sipo.demo.settings`."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train a tiny Stable Diffusion with Diffusion-DPO, DPO-C&M, SIPO and Poly-DPO, and compare them.",
+        description="Train a tiny Stable Diffusion with Diffusion-DPO, DPO-C&M, SIPO and Poly-DPO, and compare them. "
+        "With --video: a tiny Wan, with Diffusion-DPO and SIPO.",
     )
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two methods, one seed, under two minutes")
+    parser.add_argument("--video", action="store_true", help="clips of moving clothes instead of images")
+    parser.add_argument("--output", type=Path, help="folder (default: demo_output; with --video, demo_output/video)")
+    parser.add_argument("--quick", action="store_true", help="two methods, one seed, about a minute")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="methods to run; an unknown one lists them all")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="training seeds")
     parser.add_argument("--beta", type=float, help="the matched beta (Diffusion-DPO convention)")
@@ -34,9 +37,10 @@ def settings_from(arguments: argparse.Namespace):
     """
     from dataclasses import replace
 
-    from trl_sipo.demo.settings import FULL, QUICK
+    from trl_sipo.demo.settings import FULL, QUICK, VIDEO_FULL, VIDEO_QUICK
 
-    settings = QUICK if arguments.quick else FULL
+    full, quick = (VIDEO_FULL, VIDEO_QUICK) if arguments.video else (FULL, QUICK)
+    settings = quick if arguments.quick else full
     parts = tuple(
         replace(
             part,
@@ -49,12 +53,11 @@ def settings_from(arguments: argparse.Namespace):
     return replace(settings, parts=parts, **{name: value for name, value in given.items() if value is not None})
 
 
-def retrain(folder: Path, threads: int) -> Path:
+def retrain(folder: Path, threads: int, *, video: bool = False) -> Path:
     """Train base and verifiers into `folder`, unless they are there; an interrupted training continues."""
     if not (folder / "training_log.json").is_file():
-        from trl_sipo.demo.pretrain import main as pretrain
-
-        pretrain(["--output", str(folder), "--threads", str(threads), "--resume"])
+        module = import_module("trl_sipo.demo.video.pretrain" if video else "trl_sipo.demo.pretrain")
+        module.main(["--output", str(folder), "--threads", str(threads), "--resume"])
     return folder
 
 
@@ -70,15 +73,19 @@ def run(command: str, argv: list[str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from trl_sipo.demo.arm import DemoFiles
     from trl_sipo.demo.demo import run_demo
-    from trl_sipo.demo.images import IMAGES
 
-    base = retrain(arguments.output / "base", workers) if arguments.retrain else IMAGES.base
-    files = DemoFiles(arguments.output, base)
-    summary = run_demo(settings, files, IMAGES, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
+    if arguments.video:
+        from trl_sipo.demo.video.clips import CLIPS as medium
+    else:
+        from trl_sipo.demo.images import IMAGES as medium
+    output = arguments.output or (Path("demo_output/video") if arguments.video else Path("demo_output"))
+    base = retrain(output / "base", workers, video=arguments.video) if arguments.retrain else medium.base
+    files = DemoFiles(output, base)
+    summary = run_demo(settings, files, medium, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
     print()
     for part, sentences in summary["verdict"].items():
         print(f"{part.replace('_', '-')}:")
         for sentence in sentences:
             print(f"- {sentence}")
     kept = f" ({summary['num_runs_kept']} runs were there already)" if summary["num_runs_kept"] else ""
-    print(f"\n{summary['seconds']:.0f} s{kept}. Open {arguments.output / 'report.html'}; numbers are in summary.json.")
+    print(f"\n{summary['seconds']:.0f} s{kept}. Open {output / 'report.html'}; numbers are in summary.json.")
