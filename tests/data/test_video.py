@@ -486,7 +486,14 @@ def test_a_truncated_webm_is_a_shorter_video(tmp_path):
         (np.zeros((4, 8, 8, 3), np.float32), r"an array of float32.*must be of uint8"),
         (np.zeros((4, 3, 8, 8), np.uint8), r"of the shape \(4, 3, 8, 8\)"),
         ([[1, 2], [3]], "no regular array"),
-        ([[[[300, 0, 0]]]], "from 0 to 255"),
+        ([[[[300, 0, 0]]]], "integers from 0 to 255.*0 to 300"),
+        ([[[[-1, 0, 0]]]], "integers from 0 to 255.*-1 to 0"),
+        (
+            [[[[0.2, 0.5, 1.0]]]],
+            "integers from 0 to 255.*float64.*multiply by 255",
+        ),  # as `datasets` stores float arrays
+        ([[[[True, False, True]]]], "integers from 0 to 255.*bool"),
+        ([[]], "integers from 0 to 255"),
         ([picture(0), picture(1, 8, 8)], r"frames of different sizes .*\(8, 8\), \(40, 30\)"),
         ([picture(0), b"broken"], "frame 1: not an image"),
         ([picture(0), None], "frame 1: the image is missing"),

@@ -263,7 +263,15 @@ def _is_nested(value: Sequence[Any]) -> bool:
 
 
 def _as_array(value: Sequence[Any], name: str) -> np.ndarray:
+    """Checked before it is made uint8: conversion would cut values within [0, 1] to black, and wrap others."""
+    what = f"{name} is no regular array of integers from 0 to 255"
     try:
-        return np.array(value, dtype=np.uint8)
+        array = np.array(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise DatasetError(f"{name} is no regular array of integers from 0 to 255 ({error})") from error
+        raise DatasetError(f"{what} ({error})") from error
+    if array.dtype.kind not in "iu":
+        way_out = "; multiply by 255 what lies within [0, 1], and store it as uint8" * (array.dtype.kind == "f")
+        raise DatasetError(f"{what}: it is of {array.dtype}{way_out}")
+    if array.size and not 0 <= array.min() <= array.max() <= 255:
+        raise DatasetError(f"{what}: its values are from {array.min()} to {array.max()}")
+    return array.astype(np.uint8)
