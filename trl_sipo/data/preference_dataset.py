@@ -225,7 +225,8 @@ def _stored_bytes(value: Any) -> bytes:
     if isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes | Mapping | Image.Image):
         return b"".join(hashlib.blake2b(_stored_bytes(frame)).digest() for frame in value)
     if isinstance(value, list | tuple | np.ndarray | torch.Tensor):
-        return np.asarray(value, dtype=np.float32).tobytes()
+        is_clip = not isinstance(value, list | tuple) and np.asarray(value).dtype.kind in "iu"
+        return np.asarray(value, dtype=None if is_clip else np.float32).tobytes()
     return str(value).encode("utf-8", "surrogatepass")
 
 
