@@ -4,6 +4,7 @@
 import json
 import logging
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,19 @@ def test_fingerprints_tell_lists_of_frames_apart(tmp_path):
     assert fingerprint(np.zeros((2, 4, 4, 3), np.uint8)) != fingerprint(np.ones((2, 4, 4, 3), np.uint8))
 
 
+def test_fingerprints_of_clips_take_the_memory_of_one_copy_and_those_of_latents_do_not_change():
+    clip = np.zeros((8, 128, 128, 3), np.uint8)
+    tracemalloc.start()
+    pair_fingerprint({"prompt": "a", "chosen": clip, "rejected": torch.from_numpy(clip)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * clip.nbytes
+    latents = (np.arange(24, dtype=np.float32) / 7).reshape(2, 3, 4)
+    for stored in (latents, latents.tolist(), latents.astype(np.float64), torch.from_numpy(latents)):
+        fingerprint = pair_fingerprint({"prompt": "a", "chosen": stored, "rejected": stored})
+        assert fingerprint == 7388675375532115069  # it chooses the noise: published runs depend on it
+
+
 # --- checking
 
 
@@ -227,6 +241,7 @@ def test_report(tmp_path, caplog):
         "longest_frames": 14,
         "frame_rates": {24.0: 4},
         "num_irregular": 0,
+        "num_decoded": 2,
     }
     assert not caplog.records
     at_rate = check_preference_dataset(rows, clip=ClipSampler(4, frame_rate=8))
@@ -238,6 +253,7 @@ def test_report(tmp_path, caplog):
         "longest_frames",
         "frame_rates",
         "num_irregular",
+        "num_decoded",
     }
 
 
@@ -282,6 +298,36 @@ def test_the_end_is_checked_where_a_clip_may_come_from_it(tmp_path):
     assert check_preference_dataset(rows, clip=CLIP)["num_checked"] == 1
     with pytest.raises(DatasetError, match="row 0, the chosen video.*chosen 0.mp4' is broken"):
         check_preference_dataset(rows, clip=RANDOM_CLIP)
+
+
+def _is_refused(rows: Dataset, **options: Any) -> bool:
+    try:
+        check_preference_dataset(rows, clip=CLIP, **options)
+    except DatasetError:
+        return True
+    return False
+
+
+def test_most_videos_are_known_by_their_index_and_some_decoded(tmp_path):
+    """An index costs milliseconds, and tells what is short, of another rate or no video; decoding tells the rest."""
+    frames = [picture(seed, 64, 64) for seed in range(20)]
+    whole, broken = (write_frames(tmp_path / name, frames, codec=MPEG4) for name in ("a.mp4", "b.mp4"))
+    damaged(broken, 0.1, 0.9)
+    refused = []
+    for row in range(5):
+        chosen = [str(broken if row == other else whole) for other in range(5)]
+        rows = Dataset.from_dict({"prompt": ["a"] * 5, "chosen": chosen, "rejected": [str(whole)] * 5})
+        refused.append(_is_refused(rows, num_decoded_videos=3))
+        assert _is_refused(rows)
+        if not refused[-1]:
+            report = check_preference_dataset(rows, num_decoded_videos=3, clip=CLIP)
+            assert (report["num_checked"], report["num_decoded"], report["num_identical_arms"]) == (5, 3, 3)
+            assert (report["shortest_frames"], report["frame_rates"], report["smallest_side"]) == (20, {24.0: 10}, 64)
+    assert refused == [True, False, True, False, True]  # evenly spaced
+    for num_frames, rate in ((4, 24), (12, 30)):
+        write_video(tmp_path / "c.mp4", num_frames, rate=rate)
+        odd = {"prompt": ["a"] * 3, "chosen": [str(tmp_path / "c.mp4")] * 3, "rejected": [str(whole)] * 3}
+        assert _is_refused(Dataset.from_dict(odd), num_decoded_videos=0)
 
 
 def test_what_makes_no_sense_is_warned_about(tmp_path, caplog):

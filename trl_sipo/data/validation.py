@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _NUM_NAMED = 5  # problems that an error names
 _NUM_STREAMED = 8  # rows of a stream that are looked at: what is read here is read again for training
 _BATCH = 10_000
+_NUM_DECODED_VIDEOS = 64  # pairs: a minute at 81 frames of 480x832
 _NUM_SILENT = {"image": 500, "video": 20}  # rows that are opened without a progress bar
 
 
@@ -44,34 +45,40 @@ def check_preference_dataset(
     fmt: PreferenceFormat | None = None,
     *,
     num_checked_images: int = 2000,
+    num_decoded_videos: int = _NUM_DECODED_VIDEOS,
     clip: ClipSampler | None = None,
 ) -> dict[str, Any]:
     """Check preference data, and count what is in it.
 
     All rows: labels in range. All pairs: prompts that are text and not empty; images or videos that are there and not
-    empty (bytes, or a path), without opening them. `num_checked_images` pairs, evenly spaced, are opened for good:
-    both images verified and decoded; of both videos, the index of frames read and the first clip decoded (with a
-    random start, the last one too). In the pairs that are not opened an arm can still be broken, which ends the
+    empty (bytes, or a path), without opening them. `num_checked_images` pairs, evenly spaced, are opened: both images
+    verified and decoded; of both videos, the index of frames read, which tells their length and rate in milliseconds,
+    and of `num_decoded_videos` pairs among these, again evenly spaced, the first clip decoded (with a random start,
+    the last one too). In the pairs that are not opened or not decoded an arm can still be broken, which ends the
     training run that comes to it. Of a stream, only the first few rows can be looked at.
 
     Args:
         dataset: the rows, ties included.
         fmt: its format; None: from its columns.
         num_checked_images: how many pairs have both arms opened; all when there are fewer. Some 400 pairs of JPEG a
-            second at 512 px, and 70 of PNG, but few of videos.
+            second at 512 px, and 70 of PNG.
+        num_decoded_videos: of how many of these clips are decoded, if they are videos: one or two pairs a second at 81
+            frames of 480x832.
         clip: the arms are videos, of which these frames are needed. None, or one frame: they are images.
 
     Returns:
         `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
         `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
-        (pixels; None for latents); of videos also what `_video_report` says. For a stream, the number of rows, ties,
+        (pixels; None for latents); of videos also what `_video_report` says, and `num_decoded`, of which the three
+        before are then. For a stream, the number of rows, ties,
         unlabelled and pairs are of the rows looked at, and `streaming` is True.
 
     Raises:
         DatasetError: with the rows concerned and what to do.
     """
-    if num_checked_images < 0:
-        raise DatasetError(f"num_checked_images must not be negative, found {num_checked_images}")
+    for name, count in (("num_checked_images", num_checked_images), ("num_decoded_videos", num_decoded_videos)):
+        if count < 0:
+            raise DatasetError(f"{name} must not be negative, found {count}")
     clip = of_videos(clip)
     kind = "image" if clip is None else "video"
     if isinstance(dataset, IterableDataset):
@@ -87,6 +94,7 @@ def check_preference_dataset(
     if not fmt.holds_latents:
         _check_stored_media(rows, fmt, selection.kept, kind)
     checked = selection.kept[_evenly_spaced(len(selection.kept), num_checked_images)]
+    decoded = set(checked[_evenly_spaced(len(checked), num_decoded_videos)].tolist())
     report = {
         "format": fmt.name,
         "streaming": False,
@@ -95,7 +103,7 @@ def check_preference_dataset(
         "num_unlabelled": selection.num_unlabelled,
         "num_swapped": selection.num_swapped,
         "num_pairs": len(selection.kept),
-        **_check_arms(((int(row), rows[int(row)]) for row in _with_progress(checked, kind)), fmt, clip),
+        **_check_arms(((int(row), rows[int(row)]) for row in _with_progress(checked, kind)), fmt, clip, decoded),
     }
     _warn(report, fmt, clip)
     return report
@@ -126,7 +134,7 @@ def _check_stream(
         "num_unlabelled": len(unlabelled),
         "num_swapped": sum(fmt.is_swapped(row) for _, row in pairs),
         "num_pairs": len(pairs),
-        **_check_arms(iter(pairs), fmt, clip),
+        **_check_arms(iter(pairs), fmt, clip, {number for number, _ in pairs}),
     }
     _warn(report, fmt, clip)
     return report
@@ -224,14 +232,14 @@ class _Arm:
     """What is noted of an arm that was opened.
 
     Args:
-        content: pixels or latents.
-        size: width and height in pixels; None for latents.
+        content: pixels or latents; None for a video that was not decoded.
+        size: width and height in pixels; None for latents, and for a video that was not decoded.
         num_frames: of a video, at the rate that is asked for.
         rate: of a video file, in frames per second.
         is_irregular: the frames of the video are not all shown for as long.
     """
 
-    content: bytes
+    content: bytes | None
     size: tuple[int, int] | None = None
     num_frames: int | None = None
     rate: float | None = None
@@ -239,9 +247,12 @@ class _Arm:
 
 
 def _check_arms(
-    rows: Iterator[tuple[int, Mapping[str, Any]]], fmt: PreferenceFormat, clip: ClipSampler | None
+    rows: Iterator[tuple[int, Mapping[str, Any]]],
+    fmt: PreferenceFormat,
+    clip: ClipSampler | None,
+    decoded: Collection[int],
 ) -> dict[str, Any]:
-    """Open both arms of each row."""
+    """Open both arms of each row; of videos, decode those of the rows `decoded`."""
     pairs: list[tuple[_Arm, _Arm]] = []
     num_identical = 0
     problems = []
@@ -251,11 +262,17 @@ def _check_arms(
         except DatasetError as error:
             problems.append(str(error))
             continue
-        chosen, rejected = _opened_arms(pair, fmt, clip, f"row {number}", problems)
+        where = f"row {number}"
+        if clip is not None and not fmt.holds_latents:
+            look = _decoded_arm if number in decoded else _indexed_arm
+            chosen, rejected = _video_arms(pair, clip, look, where, problems)
+        else:
+            chosen, rejected = _still_arms(pair, fmt, where, problems)
         if chosen is None or rejected is None:
             continue
-        num_identical += (chosen.content, chosen.size) == (rejected.content, rejected.size)
-        pairs.append((replace(chosen, content=b""), replace(rejected, content=b"")))
+        if chosen.content is not None:
+            num_identical += (chosen.content, chosen.size) == (rejected.content, rejected.size)
+        pairs.append((replace(chosen, content=None), replace(rejected, content=None)))
     _raise_all(problems, "")
     arms = [arm for pair in pairs for arm in pair]
     report = {
@@ -267,19 +284,17 @@ def _check_arms(
     return report if clip is None or fmt.holds_latents else {**report, **_video_report(arms)}
 
 
-def _opened_arms(
-    pair: Mapping[str, Any], fmt: PreferenceFormat, clip: ClipSampler | None, where: str, problems: list[str]
+def _still_arms(
+    pair: Mapping[str, Any], fmt: PreferenceFormat, where: str, problems: list[str]
 ) -> tuple[_Arm, _Arm] | tuple[None, None]:
-    """Both arms; None where one does not open, of which `problems` then says why."""
+    """Both images or latents; None where one does not open, of which `problems` then says why."""
     try:
         if fmt.holds_latents:
             return _latent_arms(pair, where)
-        if clip is None:
-            return _image_arm(pair, "chosen", where), _image_arm(pair, "rejected", where)
+        return _image_arm(pair, "chosen", where), _image_arm(pair, "rejected", where)
     except DatasetError as error:
         problems.append(str(error))
         return None, None
-    return _video_arms(pair, clip, where, problems)
 
 
 def _latent_arms(pair: Mapping[str, Any], where: str) -> tuple[_Arm, _Arm]:
@@ -293,14 +308,18 @@ def _image_arm(pair: Mapping[str, Any], arm: str, where: str) -> _Arm:
 
 
 def _video_arms(
-    pair: Mapping[str, Any], clip: ClipSampler, where: str, problems: list[str]
+    pair: Mapping[str, Any],
+    clip: ClipSampler,
+    look: Callable[[FrameSource, ClipSampler], _Arm],
+    where: str,
+    problems: list[str],
 ) -> tuple[_Arm, _Arm] | tuple[None, None]:
     """Both are opened even if the first is broken, so that all broken files are named at once."""
     videos, arms = [], []
     for arm in ("chosen", "rejected"):
         try:
             video = open_video(pair[arm], frame_rate=clip.rate, where=f"{where}, the {arm} video")
-            arms.append(_video_arm(video, clip))
+            arms.append(look(video, clip))
             videos.append(video)
         except DatasetError as error:
             problems.append(str(error))
@@ -314,25 +333,29 @@ def _video_arms(
     return arms[0], arms[1]
 
 
-def _video_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
-    num_frames = checked_length(video, clip)
+def _decoded_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
+    arm = _indexed_arm(video, clip)
     images = read_clip(video, clip)
     if clip.random_start:
-        read_clip(video, clip, num_frames - clip.num_frames)
+        read_clip(video, clip, checked_length(video, clip) - clip.num_frames)
+    return replace(arm, content=b"".join(image.tobytes() for image in images), size=images[0].size)
+
+
+def _indexed_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
+    """Only when its frames are shown: for most files, without decoding them."""
     return _Arm(
-        content=b"".join(image.tobytes() for image in images),
-        size=images[0].size,
-        num_frames=num_frames,
+        content=None,
+        num_frames=checked_length(video, clip),
         rate=None if video.rate is None else round(float(video.rate), 3),
         is_irregular=not video.timeline().is_regular,
     )
 
 
 def _video_report(arms: Sequence[_Arm]) -> dict[str, Any]:
-    """`shortest_frames`, `longest_frames` (at `frame_rate`, if set), `frame_rates`, `num_irregular`.
+    """`shortest_frames`, `longest_frames` (at `frame_rate`, if set), `frame_rates`, `num_irregular`, `num_decoded`.
 
     `frame_rates` are those of the files, with the number of videos of each; irregular are videos whose frames are not
-    all shown for as long.
+    all shown for as long; decoded are pairs.
     """
     lengths = [arm.num_frames for arm in arms if arm.num_frames is not None]
     rates = Counter(arm.rate for arm in arms if arm.rate is not None)
@@ -341,6 +364,7 @@ def _video_report(arms: Sequence[_Arm]) -> dict[str, Any]:
         "longest_frames": max(lengths, default=None),
         "frame_rates": dict(sorted(rates.items())),
         "num_irregular": sum(arm.is_irregular for arm in arms),
+        "num_decoded": sum(arm.size is not None for arm in arms) // 2,
     }
 
 
@@ -363,7 +387,7 @@ def _warn(report: Mapping[str, Any], fmt: PreferenceFormat, clip: ClipSampler | 
         logger.warning(
             "%d of %d checked pairs have the same picture or video as chosen and rejected; they teach nothing.",
             report["num_identical_arms"],
-            report["num_checked"],
+            report.get("num_decoded", report["num_checked"]),
         )
     if report["num_swapped"] and fmt.first.startswith("chosen"):
         logger.warning(
