@@ -170,17 +170,13 @@ def test_only_the_experts_of_the_batch_get_gradients():
 
 
 @pytest.mark.parametrize(
-    "missing, kept, beyond, message",
-    [
-        ("transformer_2", NOISY, CLEAN, r"timestep_range=\(0\.7, 1\)"),
-        ("transformer", CLEAN, NOISY, r"timestep_range=\(0, 0\.7\)"),
-    ],
+    "missing, kept, beyond", [("transformer_2", NOISY, CLEAN), ("transformer", CLEAN, NOISY)]
 )
-def test_one_expert_alone_takes_the_levels_on_its_side(missing, kept, beyond, message):
+def test_one_expert_alone_takes_the_levels_on_its_side(missing, kept, beyond):
     both = adapter_for(tiny_wan_experts())
     adapter = adapter_for(tiny_wan_experts(**{missing: None}))
     torch.testing.assert_close(predict(adapter, [kept, kept]), predict(both, [kept, kept]))
-    with pytest.raises(ConfigurationError, match=f"level of the {missing}, which is not loaded.*{message}"):
+    with pytest.raises(ConfigurationError, match=f"level of the {missing}, which is not loaded.*boundary is 875"):
         predict(adapter, [kept, beyond])
     with pytest.raises(ConfigurationError, match=f"Sampling needs both experts, but the {missing} is not loaded"):
         adapter.sample("a cat", 16, 32, num_frames=5, num_inference_steps=2)

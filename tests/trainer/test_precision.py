@@ -66,13 +66,13 @@ def test_half_precision_weights_cannot_be_fine_tuned(dtype, tmp_path):
 
 @pytest.mark.parametrize(("bf16", "is_lora"), [(True, True), (True, False), (False, True)])
 def test_what_is_loaded_by_name(bf16, is_lora, tmp_path):
-    """What is frozen is loaded in half precision, trained weights never, the VAE never."""
+    """A frozen base is loaded in half precision, trained weights and what is saved beside them never, the VAE never."""
     tiny_stable_diffusion().save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     trainer = make_trainer(DPO, tmp_path / "run", model=base, is_lora=is_lora, bf16=bf16, max_steps=1)
     pipeline = trainer.adapter.pipeline
-    assert pipeline.unet.conv_in.weight.dtype == (torch.bfloat16 if bf16 and is_lora else torch.float32)
-    assert pipeline.text_encoder.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    expected = torch.bfloat16 if bf16 and is_lora else torch.float32
+    assert pipeline.unet.conv_in.weight.dtype == pipeline.text_encoder.dtype == expected
     assert pipeline.vae.dtype == torch.float32
     trainer.train()
 

@@ -128,6 +128,11 @@ class BackboneAdapter(ABC):
         return 1
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser is told a guidance scale (a guidance-distilled model)."""
+        return False
+
+    @property
     def denoiser(self) -> nn.Module:
         """The pipeline's denoiser, the module that is trained."""
         return getattr(self.pipeline, self.denoiser_name)
@@ -295,7 +300,10 @@ class BackboneAdapter(ABC):
         base = unwrap_denoiser(denoiser)
         layer: Any = base.get_submodule(self.input_layer_name)
         weight: Any = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
-        return weight.dtype if weight.is_floating_point() else base.dtype  # quantised weights are stored as integers
+        if weight.is_floating_point():
+            return weight.dtype
+        # Quantised weights are stored as integers: the dtype of what was not quantised, and is not a LoRA.
+        return next(p.dtype for name, p in base.named_parameters() if p.is_floating_point() and "lora_" not in name)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
         """Recompute activations in the backward pass; works for a denoiser under any wrapper."""
@@ -312,12 +320,16 @@ class BackboneAdapter(ABC):
         num_frames: int = 1,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        frame_rate: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw one prompt with the pipeline itself.
 
+        The VAE decodes in its own dtype, whatever the denoiser's and inside autocast too.
+
         Args:
             guidance_scale: None takes the default of the pipeline's call.
+            frame_rate: frames per second, for pipelines that are told them; None takes the default of the call.
 
         Returns:
             Pixels (3, H, W), or (3, F, H, W) of a video model, float32 in [-1, 1], on the CPU.
@@ -325,25 +337,44 @@ class BackboneAdapter(ABC):
         Raises:
             ConfigurationError: a guidance scale for a pipeline whose call takes none.
         """
+        known = inspect.signature(self.pipeline.__call__).parameters
         options: dict[str, Any] = {} if guidance_scale is None else {self.guidance_argument: guidance_scale}
-        if not options.keys() <= inspect.signature(self.pipeline.__call__).parameters.keys():
+        if not options.keys() <= known.keys():
             raise ConfigurationError(
                 f"guidance_scale={guidance_scale}, but the call of {self.pipeline_class_name} takes none: leave it."
             )
         if self.is_video:
             options["num_frames"] = num_frames
-        output = self.pipeline(
-            prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            output_type="pt",
-            **self.sampling_options,
-            **options,
-        )
+        if frame_rate is not None and "frame_rate" in known:
+            options["frame_rate"] = frame_rate
+        with self._decoding_in_own_dtype():
+            output = self.pipeline(
+                prompt=prompt,  # by name: the first argument of some is an image
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                output_type="pt",
+                **self.sampling_options,
+                **options,
+            )
         pixels = output.frames[0].transpose(0, 1) if self.is_video else output.images[0]
         return pixels.float().cpu() * 2 - 1
+
+    @contextmanager
+    def _decoding_in_own_dtype(self) -> Iterator[None]:
+        vae = self.pipeline.vae
+        decode = vae.decode
+
+        def decode_in_own_dtype(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(vae.device.type, enabled=False):
+                return decode(latents.to(vae.dtype), *args, **kwargs)
+
+        vae.decode = decode_in_own_dtype
+        try:
+            yield
+        finally:
+            del vae.decode
 
     # LoRA
 

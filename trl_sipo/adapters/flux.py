@@ -140,9 +140,14 @@ class FluxAdapter(BackboneAdapter):
         pixels = pipeline.vae_scale_factor
         return pipeline._unpack_latents(prediction, height * pixels, width * pixels, pixels)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """True for FLUX.1-dev, False for schnell."""
+        return self.pipeline.transformer.config.guidance_embeds
+
     def _guidance(self, batch: int, device: torch.device, extra: Mapping[str, Any] | None) -> Tensor | None:
         """(B,) float32 for a guidance-distilled transformer, which embeds it; None for others."""
-        if not self.pipeline.transformer.config.guidance_embeds:
+        if not self.embeds_guidance:
             return None
         scale = (extra or {}).get("guidance_scale", call_default(self.pipeline, "guidance_scale"))
         return torch.full((batch,), scale, dtype=torch.float32, device=device)

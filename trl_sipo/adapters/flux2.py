@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -32,8 +32,6 @@ class Flux2Adapter(BackboneAdapter):
         r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out"
     )
     input_layer_name = "x_embedder"
-    embeds_guidance: ClassVar[bool] = True
-    """Whether the pipeline gives the transformer a guidance scale."""
 
     def check_configuration(self) -> None:
         """Refuse transformers whose channels are not those of a patch."""
@@ -144,6 +142,11 @@ class Flux2Adapter(BackboneAdapter):
         )[0]
         return prediction.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """True: the pipeline gives it to every checkpoint."""
+        return True
+
     def _guidance(self, noisy_latents: Tensor, extra: Mapping[str, Any] | None) -> Tensor | None:
         """The guidance scale (B,) float32 that the transformer embeds; None for a transformer that embeds none."""
         if not self.embeds_guidance:
@@ -159,4 +162,8 @@ class Flux2KleinAdapter(Flux2Adapter):
     """
 
     pipeline_class_name = "Flux2KleinPipeline"
-    embeds_guidance = False
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """False."""
+        return False

@@ -13,7 +13,7 @@ from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, uses_dynamic_shifting
 from trl_sipo.adapters.text_padding import pad_rows, trim_padding
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
-from trl_sipo.errors import BackboneError, ConfigurationError
+from trl_sipo.errors import BackboneError
 
 
 class HunyuanVideoAdapter(BackboneAdapter):
@@ -127,6 +127,11 @@ class HunyuanVideoAdapter(BackboneAdapter):
         """Divided by the VAE's `scaling_factor`."""
         return latents / self.pipeline.vae.config.scaling_factor
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """True: the pipeline gives it to every checkpoint."""
+        return True
+
     def forward(
         self,
         denoiser: nn.Module,
@@ -138,11 +143,7 @@ class HunyuanVideoAdapter(BackboneAdapter):
         """Prediction (B, C, f, h, w); `conditioning` as [`collate`] gives it.
 
         `extra["guidance_scale"]`: a number, 6 where absent.
-
-        Raises:
-            ConfigurationError: the latents are not whole patches.
         """
-        self._check_patches(noisy_latents)
         dtype, device = self.input_dtype(denoiser), noisy_latents.device
         scale = (extra or {}).get("guidance_scale", call_default(self.pipeline, "guidance_scale"))
         # Multiplied in the denoiser's dtype, as the pipeline does, so that bfloat16 rounds it alike.
@@ -157,13 +158,3 @@ class HunyuanVideoAdapter(BackboneAdapter):
             guidance=guidance,
             return_dict=False,
         )[0]
-
-    def _check_patches(self, latents: Tensor) -> None:
-        """The transformer drops the last row or column of odd latents, without a word, and predicts the others."""
-        height, width = latents.shape[-2:]
-        patch = self.pipeline.transformer.config.patch_size
-        if height % patch or width % patch:
-            raise ConfigurationError(
-                f"Latents of {height} x {width} are not whole patches of {patch} x {patch}. Use media whose height "
-                f"and width are multiples of {self.spatial_multiple} pixels."
-            )

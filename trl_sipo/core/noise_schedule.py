@@ -98,6 +98,10 @@ class NoiseLevel:
             self.timestep.to(device=device),
         )
 
+    def expand(self, batch: int) -> "NoiseLevel":
+        """One level `(1,)` for each of `batch` samples, `(batch,)`."""
+        return NoiseLevel(*(values.expand(batch) for values in (self.alpha_t, self.sigma_t, self.timestep)))
+
     def repeat_pair(self) -> "NoiseLevel":
         """The level twice, `(2 * batch,)`: for a batch of all chosen samples followed by all rejected ones."""
         return NoiseLevel(*(torch.cat([values, values]) for values in (self.alpha_t, self.sigma_t, self.timestep)))

@@ -48,14 +48,12 @@ from trl_sipo.trainer.encoding import (
     EncodedPairs,
     PairEncoder,
     check_inputs,
-    draw_from,
     draw_noise,
     pair_generators,
-    time_sampler_options,
-    training_schedule,
 )
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
+from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.reference import make_reference
 from trl_sipo.trainer.statistics import PairErrors, not_finite, pair_statistics
@@ -172,8 +170,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         self.size = args.size or adapter.default_size
         latent_shape = adapter.latent_shape(*self.size, args.num_frames)
         self.noise_schedule = training_schedule(adapter, args, self.size)
-        # A grid that the schedule does not have is an error now, and not in the first step.
-        self.noise_schedule.previous_level(self.noise_schedule.level_at(torch.zeros(1)), args.importance_steps)
         self.beta = to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=math.prod(latent_shape))
         self._time_sampler_options = time_sampler_options(args)
         self._encoder = PairEncoder(
@@ -273,7 +269,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
         """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
-        extra = {"guidance_scale": self.args.embedded_guidance_scale, "frame_rate": pairs.pair_frame_rate}
+        frame_rate = self.args.frame_rate if pairs.frame_rate is None else pairs.pair_frame_rate
+        extra = {"guidance_scale": self.args.embedded_guidance_scale, "frame_rate": frame_rate}
         return {name: value for name, value in extra.items() if value is not None}
 
     def pair_loss(self, errors: PairErrors, level: NoiseLevel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -312,13 +309,11 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
-        count = self.args.eval_noise_levels
-        low, high = self.adapter.time_range
         per_level = []
-        for position in range(count):
-            time = low + (high - low) * (position + 0.5) / count
+        levels = evaluation_levels(self.adapter, self.noise_schedule, self.args)
+        for position, (time, level) in enumerate(levels.items()):
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
-            level = self.noise_schedule.level_at(torch.full((len(generators),), time)).to(self.accelerator.device)
+            level = level.expand(len(generators)).to(self.accelerator.device)
             noise = draw_noise(pairs.chosen_latents, generators)
             errors = self.pair_errors(model, pairs, level, torch.cat([noise, noise]))
             loss, statistics = self.pair_loss(errors, level)

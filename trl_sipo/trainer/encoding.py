@@ -7,27 +7,18 @@ size, or on the number of processes. One setting is the exception: `timestep_sam
 of a micro-batch, so they depend on which pairs it holds.
 """
 
-import copy
-import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
-from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-
-logger = logging.getLogger(__name__)
 
 # Bytes of embeddings kept per process, on the text encoder's device: in float32 those of a thousand prompts of Stable
 # Diffusion 1.5, and of eight of FLUX.2.
 PROMPT_CACHE_BYTES = 2**28
-
-
-_TIME_TOLERANCE = 1e-3  # one training timestep
 
 
 @dataclass(frozen=True)
@@ -60,55 +51,6 @@ class EncodedPairs:
     def pair_frame_rate(self) -> torch.Tensor | None:
         """The frame rate repeated for [chosen; rejected], (2 * batch,)."""
         return None if self.frame_rate is None else torch.cat([self.frame_rate, self.frame_rate])
-
-
-def time_sampler_options(args: DiffusionPreferenceConfig) -> dict[str, float]:
-    """Options of the sampler of noise levels; warns of one that has no effect."""
-    if args.timestep_sampling == "stratified" and args.per_device_train_batch_size == 1:
-        logger.warning(
-            "`timestep_sampling='stratified'` spreads the noise levels of a batch on one device, which has one "
-            "pair (`per_device_train_batch_size=1`): the levels are plain uniform ones. Raise the batch size, in "
-            "place of `gradient_accumulation_steps` if need be, or set `timestep_sampling='uniform'`."
-        )
-    is_logit_normal = args.timestep_sampling == "logit_normal"
-    return {"mean": args.logit_mean, "std": args.logit_std} if is_logit_normal else {}
-
-
-def training_schedule(
-    adapter: BackboneAdapter, args: DiffusionPreferenceConfig, size: tuple[int, int]
-) -> VPSchedule | FlowSchedule:
-    """The noise process at the size of the training media, with the shift that the settings ask for.
-
-    Raises:
-        ConfigurationError: A shift for a process that has none, or a range that the loaded denoiser does not take.
-    """
-    (low, high), (first, last) = args.timestep_range, adapter.time_range
-    if args.timesteps is None and (low < first - _TIME_TOLERANCE or high > last + _TIME_TOLERANCE):
-        raise ConfigurationError(
-            f"`timestep_range={[low, high]}` holds noise levels of an expert that is not loaded; the other takes "
-            f"[{first:.4f}, {last:.4f}]. Set `timestep_range` within it, or load both experts."
-        )
-    schedule = adapter.noise_schedule_for(*size, args.num_frames, args.importance_steps)
-    if args.timestep_shift is None:
-        return schedule
-    if isinstance(schedule, VPSchedule):
-        raise ConfigurationError(
-            f"`timestep_shift={args.timestep_shift}` shifts the levels of flow models, but this model predicts "
-            f"{adapter.prediction_type!r} on a schedule of timesteps. Remove it; `timestep_sampling='logit_normal'` "
-            "with a `logit_mean` leans to noisier or cleaner levels."
-        )
-    schedule = copy.copy(schedule)
-    schedule.drawn_shift = args.timestep_shift
-    return schedule
-
-
-def draw_from(
-    timesteps: list[int], schedule: VPSchedule | FlowSchedule, generators: list[torch.Generator]
-) -> NoiseLevel:
-    """One of `timesteps` per generator, drawn evenly; of flow schedules they are thousandths of sigma."""
-    drawn = [timesteps[int(torch.randint(len(timesteps), (), generator=generator))] for generator in generators]
-    table = torch.tensor(drawn)
-    return schedule.level(table if isinstance(schedule, VPSchedule) else table / 1000)
 
 
 def pair_generators(pair_index: torch.Tensor, *key: int) -> list[torch.Generator]:

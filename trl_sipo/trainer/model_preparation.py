@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
+from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, VPSchedule
@@ -161,7 +161,7 @@ def _load(
     quantization_config: Any,
 ) -> DiffusionPipeline:
     if isinstance(model, (str, os.PathLike)):
-        return load_pipeline(model, **_loading_options(model, args, peft_config, quantization_config))
+        return load_pipeline(model, **_loading_options(args, peft_config, quantization_config))
     given = [
         name
         for name, value in {
@@ -179,10 +179,7 @@ def _load(
 
 
 def _loading_options(
-    model: str | os.PathLike,
-    args: DiffusionPreferenceConfig,
-    peft_config: PeftConfig | None,
-    quantization_config: Any,
+    args: DiffusionPreferenceConfig, peft_config: PeftConfig | None, quantization_config: Any
 ) -> dict[str, Any]:
     options = dict(args.model_init_kwargs or {})  # None is a value: the pipeline is loaded without this component
     if args.trust_remote_code:
@@ -197,14 +194,12 @@ def _loading_options(
     given = options.pop("torch_dtype", None) or options.get("dtype")  # `torch_dtype` is the former name
     if isinstance(given, dict):
         return {**options, "dtype": given}
-    # What is frozen may be kept in half precision; weights that are trained may not. The VAE stays in float32: several
-    # overflow in float16, and it is small.
+    # A frozen base may be kept in half precision; weights that are trained may not, nor what is saved beside them. The
+    # VAE stays in float32: several overflow in float16, and it is small.
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    dtype = half if given is None else _dtype_of(given) if isinstance(given, str) else given
-    dtypes = {"default": dtype, "vae": torch.float32}
-    if peft_config is None and given is None:
-        dtypes.update(dict.fromkeys(denoiser_names(model, options.get("revision")), torch.float32))
-    return {**options, "dtype": dtypes}
+    frozen = half if peft_config is not None else torch.float32
+    dtype = frozen if given is None else _dtype_of(given) if isinstance(given, str) else given
+    return {**options, "dtype": {"default": dtype, "vae": torch.float32}}
 
 
 def _dtype_of(name: str) -> torch.dtype:

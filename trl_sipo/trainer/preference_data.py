@@ -2,7 +2,6 @@
 """From the datasets that a user hands to a trainer to datasets of tensors."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -17,6 +16,7 @@ from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.validation import check_preference_dataset
 from trl_sipo.errors import ConfigurationError, DatasetError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+from trl_sipo.trainer.description import describe_media
 
 
 class LatentPairs(torch.utils.data.Dataset):
@@ -135,14 +135,14 @@ def as_tensors(
     clip = args.clip_sampler()
     if not is_training:
         transform = transform.for_evaluation()
-        clip = clip and replace(clip, random_start=False)
+        clip = clip and clip.for_evaluation()
     if isinstance(dataset, datasets.IterableDataset):
         return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed, clip=clip)
     prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed, clip=clip)
     if is_training:
         _check_batch_size(len(prepared), args)
     if prepared.fmt.holds_latents:
-        _check_latents(prepared[0]["chosen_latents"], adapter, args, name)
+        _check_latents(prepared[0]["chosen_latents"], adapter, args, size, name)
     return precompute_latents(prepared, adapter, args, name) if args.precompute_latents else prepared
 
 
@@ -159,7 +159,11 @@ def _check_batch_size(num_pairs: int, args: DiffusionPreferenceConfig) -> None:
 
 
 def _check_latents(
-    latents: torch.Tensor, adapter: BackboneAdapter, args: DiffusionPreferenceConfig, name: str
+    latents: torch.Tensor,
+    adapter: BackboneAdapter,
+    args: DiffusionPreferenceConfig,
+    size: tuple[int, int],
+    name: str,
 ) -> None:
     """Raise when latents cannot be those of the backbone's VAE, or settings ask for what only images allow."""
     if args.random_encoding_settings():
@@ -167,12 +171,18 @@ def _check_latents(
             f"The {name} dataset holds latents, which cannot be encoded anew: {args.random_encoding_settings()[0]} "
             "would have no effect. Remove it, or give the images."
         )
-    expected = adapter.latent_shape(*adapter.default_size, adapter.default_num_frames)
+    expected = adapter.latent_shape(*size, args.num_frames)
     if latents.ndim != len(expected) or latents.shape[0] != expected[0]:
         raise DatasetError(
             f"The {name} dataset holds latents of the shape {tuple(latents.shape)}, but those of this model have "
             f"{expected[0]} channels and {len(expected)} dimensions, such as {expected}. Encode the images with its "
             "VAE, or give the images."
+        )
+    if tuple(latents.shape) != expected:
+        raise ConfigurationError(
+            f"The {name} dataset holds latents of the shape {tuple(latents.shape)}, but those of "
+            f"{describe_media(size, args.num_frames)} have {expected}: set `resolution` and `num_frames` to what was "
+            "encoded. The strength of beta, and the noise of some models, depend on them."
         )
 
 

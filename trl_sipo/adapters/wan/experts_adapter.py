@@ -99,11 +99,10 @@ class WanExpertsAdapter(WanAdapter):
         above = level.timestep - experts.boundary_timestep
         for name, distance in (("transformer", above), ("transformer_2", -above)):
             if getattr(experts, name) is None and bool((distance > 1).any()):
-                low, high = self.time_range
                 raise ConfigurationError(
                     f"A sample has timestep {float(level.timestep[distance.argmax()]):.1f}, a level of the {name}, "
-                    f"which is not loaded (the boundary is {experts.boundary_timestep:g}). Train within "
-                    f"timestep_range=({low:.4g}, {high:.4g}), or load both experts."
+                    f"which is not loaded (the boundary is {experts.boundary_timestep:g}). Draw levels on the other "
+                    "side of it alone, or load both experts."
                 )
 
     def sample(self, prompt: str, height: int, width: int, **options: Any) -> Tensor:
