@@ -108,7 +108,7 @@ def spoil_one_attribute(ids: torch.Tensor, generator: torch.Generator) -> torch.
     attribute = torch.randint(3, (len(ids),), generator=generator)
     for column, values in enumerate((MOVING_CLASSES, MOVING_COLOURS, range(len(DIRECTIONS)))):
         values = torch.tensor(values)
-        place = torch.searchsorted(values, ids[:, column])
+        place = torch.searchsorted(values, ids[:, column].contiguous())
         other = values[(place + torch.randint(1, len(values), place.shape, generator=generator)) % len(values)]
         spoiled[:, column] = torch.where(attribute == column, other, ids[:, column])
     return spoiled

@@ -14,6 +14,8 @@ from trl_sipo.demo.video.verifier import close_ups, judge_clips
 
 #: Clips that a judge learns from.
 NUM_CLIPS = 1000
+#: Clips of test photographs that a judge is measured on.
+NUM_TEST_CLIPS = 500
 
 
 def spoil_latents(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -71,10 +73,10 @@ def clip_accuracies(verifier: Verifier, clips: torch.Tensor, ids: torch.Tensor) 
 
 
 def clip_ceiling(verifier: Verifier, adapter: BackboneAdapter, *, seed: int) -> dict[str, dict[str, float]]:
-    """Accuracies on 500 clips of real test photographs, as they are and after the autoencoder.
+    """Accuracies on clips of real test photographs, as they are and after the autoencoder.
 
     `reconstructed` is what a generator that draws exactly like the real clips would score.
     """
-    clips, ids = random_clips(moving_photographs("test"), 500, torch.Generator().manual_seed(seed))
+    clips, ids = random_clips(moving_photographs("test"), NUM_TEST_CLIPS, torch.Generator().manual_seed(seed))
     pictures = {"real": clips, "reconstructed": decode_many(adapter, encode_many(adapter, clips))}
     return {kind: clip_accuracies(verifier, shown, ids) for kind, shown in pictures.items()}
