@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,8 @@ from PIL import Image
 
 from tests.adapters.backbone_cases import BACKBONES, BackboneCase, spied_forward
 from tests.trainer.media import pairs_for
-from tests.trainer.runs import DPO, SIPO, changed, collate_first, logged, make_config, snapshot
-from trl_sipo.adapters import load_pipeline
+from tests.trainer.runs import DPO, PROMPTS, SIPO, changed, collate_first, logged, make_config, snapshot
+from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.errors import ConfigurationError
 
 each_backbone = pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case.name)
@@ -161,6 +162,15 @@ def test_a_few_timesteps_alone_are_trained(name, scale, tmp_path):
         ({"resolution": [1, 2, 3]}, "`resolution` must be"),
         ({"timesteps": [5], "timestep_sampling": "logit_normal"}, "contradicts `timestep_sampling"),
         ({"timesteps": [1000]}, "within 0 .. 999"),
+        ({"timesteps": [249.5]}, r"`timesteps` must be one or several whole numbers, got \[249.5\]"),
+        ({"timesteps": "249"}, "`timesteps` must be one or several whole numbers, got '249'"),
+        ({"resolution": 32.0}, "`resolution` must be one or several whole numbers, got 32.0"),
+        ({"resolution": ["32", "32"]}, "`resolution` must be one or several whole numbers"),
+        ({"num_frames": "5"}, "`num_frames` must be a whole number, got '5'"),
+        ({"num_frames": True}, "`num_frames` must be a whole number, got True"),
+        ({"frame_rate": "8"}, "`frame_rate` must be a number, got '8'"),
+        ({"timestep_shift": "3"}, "`timestep_shift` must be a number"),
+        ({"embedded_guidance_scale": 3.5}, "tells its denoiser no guidance scale"),
     ],
 )
 def test_what_the_model_would_crop_or_ignore_is_refused(options, message, tmp_path):
@@ -205,6 +215,90 @@ def test_one_expert_alone_is_trained_on_its_levels(missing, within, tmp_path):
     trainer.train()
     metrics = trainer.evaluate(pairs_for(case, tmp_path))
     assert math.isfinite(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize(("missing", "within"), [("transformer", [0.0, 0.875]), ("transformer_2", [0.875, 1.0])])
+def test_the_levels_of_one_expert_follow_the_shift_that_is_drawn_with(missing, within, tmp_path):
+    """Its boundary is a sigma of 0.875, which is time 0.7 of the sampler at shift 3, and 0.875 without a shift."""
+    case = replace(_case("wan22_a14b"), build=lambda: _without(_case("wan22_a14b").build(), missing))
+    too_wide = [0.7, 1.0] if missing == "transformer_2" else [0.0, 0.95]
+    with pytest.raises(ConfigurationError, match=r"the other takes \[0\.(0000, 0\.8750|8750, 1\.0000)\]"):
+        trainer_for(case, tmp_path, timestep_range=too_wide, timestep_shift=1.0)
+    trainer = trainer_for(case, tmp_path, timestep_range=within, timestep_shift=1.0)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate(pairs_for(case, tmp_path))["eval_loss"])
+    with pytest.raises(ConfigurationError, match="`timesteps`.*expert that is not loaded"):
+        trainer_for(case, tmp_path, timesteps=[10, 990])
+
+
+def test_evaluation_of_a_few_step_model_is_at_its_steps(tmp_path):
+    trainer = trainer_for(_case("sdxl"), tmp_path, timesteps=[999, 249], importance_steps=4)
+    metrics = trainer.evaluate(pairs_for(_case("sdxl"), tmp_path))
+    assert {name.rsplit("_", 1)[1] for name in metrics if "/time_" in name} == {"0.25", "1.00"}
+
+
+def test_latents_of_another_size_are_refused(tmp_path):
+    """The shift, and the strength of a summed beta, depend on the size."""
+    case = _case("wan21")
+    adapter = adapter_for(case.build())
+    rows = {"prompt": list(PROMPTS)}
+    for arm in ("chosen_latents", "rejected_latents"):
+        rows[arm] = [torch.randn(adapter.latent_shape(**case.size)).tolist() for _ in PROMPTS]
+    pairs = datasets.Dataset.from_dict(rows)
+    size = {"resolution": [case.size["height"], case.size["width"]], "max_steps": 1}
+    with pytest.raises(ConfigurationError, match="set `resolution` and `num_frames` to what was encoded"):
+        DPO.trainer_class(case.build(), args=make_config(DPO, tmp_path, **size), train_dataset=pairs)
+    size["num_frames"] = case.size["num_frames"]
+    trainer = DPO.trainer_class(case.build(), args=make_config(DPO, tmp_path, **size), train_dataset=pairs)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_stored_clips_are_of_the_frame_rate_that_is_set(tmp_path):
+    case = _case("ltx")
+    adapter = adapter_for(case.build())
+    rows = {"prompt": list(PROMPTS)}
+    for arm in ("chosen_latents", "rejected_latents"):
+        rows[arm] = [torch.randn(adapter.latent_shape(**case.size)).tolist() for _ in PROMPTS]
+    size = case.size
+    options = {"resolution": [size["height"], size["width"]], "num_frames": size["num_frames"], "frame_rate": 5.0}
+    config = make_config(DPO, tmp_path, max_steps=1, **options)
+    trainer = DPO.trainer_class(case.build(), args=config, train_dataset=datasets.Dataset.from_dict(rows))
+    with spied_forward(trainer.adapter.denoiser) as calls:
+        trainer.train()
+    temporal, *_ = calls[0]["rope_interpolation_scale"]
+    assert float(temporal) == pytest.approx(trainer.adapter.pipeline.vae_temporal_compression_ratio / 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("wan21", {"sample_prompts": ["a"] * 1200}, "Draw at most"),
+        ("ltx", {"sample_prompts": ["a"], "sample_num_inference_steps": 1}, "at least 2"),
+    ],
+)
+def test_grids_that_cannot_be_drawn_are_refused_before_training(name, options, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        trainer_for(_case(name), tmp_path, sample_every_steps=1, **options)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux2", "cogvideox_2b"])
+def test_a_half_precision_base_draws_grids(name, tmp_path):
+    """As it is loaded by name: the VAE in float32, the rest in bfloat16."""
+    case = _case(name)
+
+    def build():
+        pipeline = case.build()
+        for part, module in pipeline.components.items():
+            if isinstance(module, torch.nn.Module) and part != "vae":
+                module.to(torch.bfloat16)
+        return pipeline
+
+    options = {"sample_prompts": ["a red cat"], "sample_every_steps": 1, "sample_num_inference_steps": 2}
+    trainer = trainer_for(replace(case, build=build), tmp_path, max_steps=1, **options)
+    trainer.train()
+    grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-000001.png"))
+    assert grid.std() > 1
 
 
 def _without(pipeline: Any, name: str) -> Any:

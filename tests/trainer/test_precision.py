@@ -66,7 +66,7 @@ def test_half_precision_weights_cannot_be_fine_tuned(dtype, tmp_path):
 
 @pytest.mark.parametrize(("bf16", "is_lora"), [(True, True), (True, False), (False, True)])
 def test_what_is_loaded_by_name(bf16, is_lora, tmp_path):
-    """A frozen base is loaded in half precision, trained weights and what is saved beside them never, the VAE never."""
+    """A frozen base is loaded in half precision; the VAE, trained weights and what is saved beside them are not."""
     tiny_stable_diffusion().save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     trainer = make_trainer(DPO, tmp_path / "run", model=base, is_lora=is_lora, bf16=bf16, max_steps=1)

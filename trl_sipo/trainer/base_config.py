@@ -16,6 +16,11 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 
 MAX_TIMESTEP = 999
+WHOLE_NUMBERS = (
+    "num_frames", "importance_steps", "num_checked_images", "eval_noise_levels", "eval_noise_seed",
+    "sample_every_steps", "sample_num_inference_steps", "sample_seed",
+)  # fmt: skip
+OPTIONAL_NUMBERS = ("frame_rate", "timestep_shift", "embedded_guidance_scale", "sample_guidance_scale")
 
 # Besides the default, what TRL's own `__post_init__` and the command line's parser make of it.
 _NEUTRAL_VALUES: dict[str, tuple] = {
@@ -221,8 +226,10 @@ class DiffusionPreferenceConfig(DPOConfig):
         reject_language_model_fields(self)
         if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
             self.sample_prompts = [self.sample_prompts]
-        if isinstance(self.resolution, int):
-            self.resolution = [self.resolution]
+        for name in ("resolution", "timesteps"):  # one number may stand for a list of one
+            if isinstance(value := getattr(self, name), int):
+                setattr(self, name, [value])
+        self._check_types()
         self._check_beta()
         self._check_objective()
         self._check_noise()
@@ -237,6 +244,20 @@ class DiffusionPreferenceConfig(DPOConfig):
         # Pinned memory speeds copies to an accelerator up; without one, PyTorch would warn at every data loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+
+    def _check_types(self) -> None:
+        """Numbers that are numbers: YAML and Python give whatever was written."""
+        for name in WHOLE_NUMBERS:
+            if not _is_whole(value := getattr(self, name)):
+                raise ConfigurationError(f"`{name}` must be a whole number, got {value!r}.")
+        for name in OPTIONAL_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ConfigurationError(f"`{name}` must be a number, got {value!r}.")
+        for name in ("resolution", "timesteps"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, list | tuple) and all(map(_is_whole, value))):
+                raise ConfigurationError(f"`{name}` must be one or several whole numbers, got {value!r}.")
 
     def _check_beta(self) -> None:
         if self.beta_convention not in BETA_CONVENTIONS:
@@ -389,6 +410,10 @@ class DiffusionPreferenceConfig(DPOConfig):
                 "`sample_prompts` are only drawn with `sample_every_steps`, which is 0: set it to the number of steps "
                 "between two grids, or remove the prompts."
             )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def reject_language_model_fields(config: DPOConfig) -> None:

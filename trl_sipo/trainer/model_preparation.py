@@ -245,13 +245,23 @@ def add_reference_adapter(model: PeftModel) -> None:
 
 def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.deepcopy(peft_config)
+    default = adapter.lora_target_modules
+    default = default if isinstance(default, str) else list(default)
     if getattr(peft_config, "target_modules", None) is None:
-        targets = adapter.lora_target_modules
-        peft_config.target_modules = targets if isinstance(targets, str) else list(targets)
+        peft_config.target_modules = default
+    targets = peft_config.target_modules
+    targets = targets if isinstance(targets, str) else sorted(targets)
     peft_config.task_type = None  # scripts for language models set one, whose wrapper calls methods of such models
     adapter.denoiser.requires_grad_(False)
     # autocast_adapter_dtype (peft's default) keeps the LoRA in float32 on a half-precision base.
-    denoiser = get_peft_model(adapter.denoiser, peft_config)
+    try:
+        denoiser = get_peft_model(adapter.denoiser, peft_config)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"PEFT adds no LoRA with `target_modules` {targets!r} to this denoiser: {error} Those of "
+            f"{adapter.pipeline_class_name} are {default!r} if none are given; a string is a regular expression for "
+            "whole names, a list holds the ends of names."
+        ) from error
     adapter.check_lora(denoiser)
     return denoiser
 

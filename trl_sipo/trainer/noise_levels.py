@@ -34,8 +34,14 @@ def training_schedule(
     """The noise process at the size of the training media, with the shift that the settings ask for.
 
     Raises:
-        ConfigurationError: A shift for a process that has none, or levels that the loaded denoiser does not take.
+        ConfigurationError: A shift for a process that has none, an embedded guidance scale for a model that embeds
+            none, or levels that the loaded denoiser does not take.
     """
+    if args.embedded_guidance_scale is not None and not adapter.embeds_guidance:
+        raise ConfigurationError(
+            f"`embedded_guidance_scale={args.embedded_guidance_scale}` is for guidance-distilled models, but this "
+            f"{adapter.pipeline_class_name} tells its denoiser no guidance scale. Remove it."
+        )
     schedule = adapter.noise_schedule_for(*size, args.num_frames, args.importance_steps)
     if args.timestep_shift is not None:
         if isinstance(schedule, VPSchedule):

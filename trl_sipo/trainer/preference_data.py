@@ -194,9 +194,10 @@ def precompute_latents(
         return dataset
     loader = DataLoader(
         dataset,
-        batch_size=args.per_device_eval_batch_size,
+        batch_size=adapter.vae_slice_size,  # more would wait in memory for nothing: a clip takes hundreds of MB
         collate_fn=DataCollatorForDiffusionPreference(),
         num_workers=args.dataloader_num_workers,
+        prefetch_factor=1 if args.dataloader_num_workers else None,
     )
     prompts: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}

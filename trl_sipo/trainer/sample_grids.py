@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
+from trl_sipo.errors import ConfigurationError
+
 # Frames of each clip that a contact sheet shows, evenly spaced.
 SHEET_FRAMES = 6
 _GAP = 4
+_MAX_ANIMATION_SIDE = 16383  # of the WebP format
 
 
 class SampleGridCallback(TrainerCallback):
@@ -27,6 +30,7 @@ class SampleGridCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Any):
+        check_grids(trainer)
         self.trainer = trainer
         self._base: list[np.ndarray] | None = None
 
@@ -73,11 +77,28 @@ class SampleGridCallback(TrainerCallback):
                         num_frames=args.num_frames,
                         num_inference_steps=args.sample_num_inference_steps,
                         guidance_scale=args.sample_guidance_scale,
+                        frame_rate=args.frame_rate,
                         generator=torch.Generator().manual_seed(args.sample_seed + index),
                     )
                 )
                 for index, prompt in enumerate(args.sample_prompts)
             ]
+
+
+def check_grids(trainer: Any) -> None:
+    """Raise [`ConfigurationError`], before training, when the grids that are asked for cannot be drawn or stored."""
+    args, (height, _) = trainer.args, trainer.size
+    if args.num_frames > 1 and len(args.sample_prompts) * (height + _GAP) > _MAX_ANIMATION_SIDE:
+        raise ConfigurationError(
+            f"An animation of {len(args.sample_prompts)} `sample_prompts`, {height} px each, is higher than the "
+            f"{_MAX_ANIMATION_SIDE} px that a WebP file may have. Draw at most "
+            f"{_MAX_ANIMATION_SIDE // (height + _GAP)} prompts."
+        )
+    if args.sample_num_inference_steps < 2 and getattr(trainer.noise_schedule, "shift_terminal", None) is not None:
+        raise ConfigurationError(
+            f"`sample_num_inference_steps={args.sample_num_inference_steps}`, but this model's sampler stretches its "
+            "last step, for which it needs at least 2."
+        )
 
 
 @contextmanager
