@@ -404,18 +404,6 @@ def test_a_collator_that_leaves_something_out(missing, tmp_path):
         trainer.train()
 
 
-def test_arms_of_different_sizes(tmp_path):
-    standard = make_trainer(DPO, tmp_path).data_collator
-
-    def collate(items):
-        batch = standard(items)
-        return {**batch, "chosen_pixels": batch["chosen_pixels"][..., :16, :16]}
-
-    trainer = make_trainer(DPO, tmp_path, trainer_options={"data_collator": collate})
-    with pytest.raises(ConfigurationError, match="same size"):
-        trainer.train()
-
-
 def test_several_gpus_in_one_process(no_weights, tmp_path, monkeypatch):
     config = make_config(DPO, tmp_path)
     monkeypatch.setattr(type(config), "n_gpu", property(lambda self: 2))

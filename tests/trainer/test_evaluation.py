@@ -82,7 +82,7 @@ def test_metrics_by_hand(held_out, tmp_path):
         level = trainer.noise_schedule.level(torch.full((7,), timestep))
         noise = draw_noise(pairs.chosen_latents, pair_generators(torch.arange(7), 1, 0, position))
         with torch.no_grad():
-            errors = trainer.pair_errors(trainer.model, pairs, level, torch.cat([noise, noise]))
+            errors = trainer.pair_errors(trainer.model, pairs, level, (noise, noise))
         logit = 200 * (errors.chosen_logratio - errors.rejected_logratio)
         losses.append(-torch.nn.functional.logsigmoid(logit))
         rewards.append(200 * errors.chosen_logratio)

@@ -176,7 +176,7 @@ def test_the_reference_of_the_loss_is_the_base_model(tmp_path):
     pairs = trainer._encoder(batch, torch.device("cpu"), [], training=False)
     level = trainer.noise_schedule.level(torch.tensor([50, 300, 600, 900]))
     noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    errors = trainer.pair_errors(trainer.model, pairs, level, noise)
+    errors = trainer.pair_errors(trainer.model, pairs, level, noise.chunk(2))
 
     alpha_t = pipeline.scheduler.alphas_cumprod[[50, 300, 600, 900]].sqrt().repeat(2)[:, None, None, None]
     noisy = alpha_t * pairs.latents + (1 - alpha_t**2).sqrt() * noise

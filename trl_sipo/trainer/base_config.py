@@ -100,6 +100,9 @@ class DiffusionPreferenceConfig(DPOConfig):
             `[0.06, 1.0]` is the static cut of the SIPO paper, Fig. 2 (b).
         logit_mean, logit_std: Parameters of the logit-normal sampler; larger means are noisier.
         share_noise: Whether both images of a pair receive the same noise, as in the Diffusion-DPO code.
+        split_pair_backward: Run the arms of a pair through the policy one after the other, with the activations of one
+            arm alive at a time: the same gradient in about half the memory of activations, for one more forward pass
+            of one arm.
         importance_steps: Number of steps of the sampler grid on which importance weights are defined (the neighbour of
             t is one stride less noisy). 50 reproduces the SIPO paper's Fig. 4.
         caption_dropout: Probability in [0, 1) of replacing a prompt by the empty one.
@@ -162,6 +165,10 @@ class DiffusionPreferenceConfig(DPOConfig):
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal sampler; larger is noisier."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal sampler."})
     share_noise: bool = field(default=True, metadata={"help": "Whether both images of a pair receive the same noise."})
+    split_pair_backward: bool = field(
+        default=False,
+        metadata={"help": "Keep the activations of one arm of a pair at a time: less memory, one more forward pass."},
+    )
     importance_steps: int = field(
         default=50, metadata={"help": "Steps of the sampler grid on which importance weights are defined."}
     )

@@ -33,13 +33,13 @@ from trl_sipo.core.beta import to_diffusion_dpo_beta
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
-from trl_sipo.core.parameterization import prediction_error, prediction_target
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOTrainer, disable_dropout_in_model, init_trainer, policy_left_unprepared
+from trl_sipo.trainer.arms import arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
@@ -47,8 +47,9 @@ from trl_sipo.trainer.description import describe_run
 from trl_sipo.trainer.encoding import (
     EncodedPairs,
     PairEncoder,
+    PairNoise,
     check_inputs,
-    draw_noise,
+    draw_pair_noise,
     pair_generators,
 )
 from trl_sipo.trainer.model_card import save_run_card
@@ -239,20 +240,20 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     # ------------------------------------------------------------------------------------------------- the step
 
     def pair_errors(
-        self, model: torch.nn.Module, pairs: EncodedPairs, level: NoiseLevel, noise: torch.Tensor
+        self, model: torch.nn.Module, pairs: EncodedPairs, level: NoiseLevel, noise: PairNoise
     ) -> PairErrors:
-        """One reference and one policy forward on the concatenated pair, reference first.
+        """The errors of reference and policy on both arms, reference first.
 
         Args:
             model: The policy, as the trainer wraps it.
             pairs: The batch, on the training device.
             level: One noise level per pair, (batch,).
-            noise: (2 * batch, ...) float32, for [chosen; rejected].
+            noise: Of both arms, float32 of the shape of their latents.
         """
-        latents, level = pairs.latents, level.repeat_pair()
-        noisy_latents = level.add_noise(latents, noise)
-        target = prediction_target(latents, noise, level, self.adapter.prediction_type)
-        conditioning, extra = pairs.pair_conditioning, self._extra(pairs)
+        arms = [
+            noised_arm(latents, arm_noise, level, pairs.conditioning, self._extra(pairs), self.adapter.prediction_type)
+            for latents, arm_noise in zip((pairs.chosen_latents, pairs.rejected_latents), noise, strict=True)
+        ]
         # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
         # each, since a cast of a weight that is cached without a gradient must not reach the policy.
         with (
@@ -260,16 +261,14 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             self.accelerator.autocast(),
             self.reference.active(self.model, self.unwrapped_model) as ref_model,
         ):
-            ref_prediction = self.adapter.forward(ref_model, noisy_latents, level, conditioning, extra)
+            ref_errors = arm_errors(self.adapter, ref_model, *arms)
         with self.accelerator.autocast():
-            prediction = self.adapter.forward(model, noisy_latents, level, conditioning, extra)
-        ref_chosen, ref_rejected = prediction_error(ref_prediction, target).chunk(2)
-        chosen, rejected = prediction_error(prediction, target).chunk(2)
-        return PairErrors(chosen, rejected, ref_chosen, ref_rejected)
+            errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
+        return PairErrors(*errors, *ref_errors)
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
         """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
-        frame_rate = self.args.frame_rate if pairs.frame_rate is None else pairs.pair_frame_rate
+        frame_rate = self.args.frame_rate if pairs.frame_rate is None else pairs.frame_rate
         extra = {"guidance_scale": self.args.embedded_guidance_scale, "frame_rate": frame_rate}
         return {name: value for name, value in extra.items() if value is not None}
 
@@ -298,9 +297,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         generators = pair_generators(inputs["pair_index"], TRAIN_STREAM, self.args.seed, self._epoch)
         level = self.sample_noise_levels(generators)
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
-        chosen_noise = draw_noise(pairs.chosen_latents, generators)
-        rejected_noise = chosen_noise if self.args.share_noise else draw_noise(pairs.chosen_latents, generators)
-        errors = self.pair_errors(model, pairs, level, torch.cat([chosen_noise, rejected_noise]))
+        noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
+        errors = self.pair_errors(model, pairs, level, noise)
         loss, statistics = self.pair_loss(errors, level)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
         self._record_training(statistics, inputs["pair_index"], level)
@@ -314,8 +312,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         for position, (time, level) in enumerate(levels.items()):
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
-            noise = draw_noise(pairs.chosen_latents, generators)
-            errors = self.pair_errors(model, pairs, level, torch.cat([noise, noise]))
+            errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True))
             loss, statistics = self.pair_loss(errors, level)
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")

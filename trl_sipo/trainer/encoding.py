@@ -21,6 +21,10 @@ from trl_sipo.errors import ConfigurationError
 PROMPT_CACHE_BYTES = 2**28
 
 
+PairNoise = tuple[torch.Tensor, torch.Tensor]
+"""Noise of the chosen and of the rejected arm, float32 of the shape of their latents."""
+
+
 @dataclass(frozen=True)
 class EncodedPairs:
     """A batch of pairs on the training device.
@@ -64,6 +68,14 @@ def draw_noise(like: torch.Tensor, generators: list[torch.Generator]) -> torch.T
     return torch.stack(rows).to(like.device)
 
 
+def draw_pair_noise(pairs: EncodedPairs, generators: list[torch.Generator], *, share: bool) -> PairNoise:
+    """Noise for both arms: the same one, unless `share` is False or their shapes differ."""
+    chosen = draw_noise(pairs.chosen_latents, generators)
+    if share and pairs.chosen_latents.shape == pairs.rejected_latents.shape:
+        return chosen, chosen
+    return chosen, draw_noise(pairs.rejected_latents, generators)
+
+
 class PairEncoder:
     """Turns the collator's output into [`EncodedPairs`] through a backbone's frozen VAE and text encoders.
 
@@ -86,12 +98,6 @@ class PairEncoder:
         """Encode one batch. Caption dropout and VAE sampling happen only when `training`, from `generators`."""
         chosen = self._latents(inputs, "chosen", device, generators, training)
         rejected = self._latents(inputs, "rejected", device, generators, training)
-        if chosen.shape != rejected.shape:
-            raise ConfigurationError(
-                f"The chosen latents have the shape {tuple(chosen.shape)} and the rejected ones "
-                f"{tuple(rejected.shape)}; both arms of a pair must have the same size. Resize them alike "
-                "(`resolution` does so for images)."
-            )
         conditioning = self._conditioning(inputs["prompt"], generators, training)
         conditioning = {name: value.to(device) for name, value in conditioning.items()}
         return EncodedPairs(chosen, rejected, conditioning, inputs.get("frame_rate"))

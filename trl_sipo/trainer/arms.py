@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors of a denoiser on the two arms of pairs: in one pass over both, or arm by arm.
+
+The loss depends on each arm through one scalar per pair, its mean squared error. So the arms need not pass the network
+together: one after the other gives the same gradient, with the activations of one arm alive at a time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.core.noise_schedule import NoiseLevel
+from trl_sipo.core.parameterization import prediction_error, prediction_target
+
+
+@dataclass(frozen=True)
+class NoisedArm:
+    """What the denoiser is given for one arm of the pairs, or for both on top of one another.
+
+    Attributes:
+        noisy_latents: (batch, ...) float32.
+        target: What the denoiser should have predicted, same shape.
+        level: One noise level per sample.
+        conditioning: Batched tensors, one row per sample.
+        extra: What some backbones are told beside it; tensors have one row per sample.
+    """
+
+    noisy_latents: torch.Tensor
+    target: torch.Tensor
+    level: NoiseLevel
+    conditioning: Mapping[str, torch.Tensor]
+    extra: Mapping[str, Any]
+
+
+def noised_arm(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    level: NoiseLevel,
+    conditioning: Mapping[str, torch.Tensor],
+    extra: Mapping[str, Any],
+    prediction_type: str,
+) -> NoisedArm:
+    """One arm at its noise level."""
+    target = prediction_target(latents, noise, level, prediction_type)
+    return NoisedArm(level.add_noise(latents, noise), target, level, conditioning, extra)
+
+
+def arm_errors(
+    adapter: BackboneAdapter,
+    denoiser: torch.nn.Module,
+    chosen: NoisedArm,
+    rejected: NoisedArm,
+    *,
+    split: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared errors of both arms, (batch,) float32 each.
+
+    Args:
+        split: Keep the activations of one arm at a time: those of the chosen arm are computed again in the backward
+            pass, after that of the rejected one. One forward pass of one arm more, for about half the activations.
+
+    Arms of different shapes pass the denoiser one after the other in any case.
+    """
+    if not split and chosen.noisy_latents.shape == rejected.noisy_latents.shape:
+        return _error(adapter, denoiser, _on_top_of_one_another(chosen, rejected)).chunk(2)
+    if not split or not torch.is_grad_enabled():
+        return _error(adapter, denoiser, chosen), _error(adapter, denoiser, rejected)
+    # The chosen arm first: autograd goes backward through what came last, and so has freed the activations of the
+    # rejected arm when it comes to recompute those of the chosen one.
+    chosen_error = checkpoint(_error, adapter, denoiser, chosen, use_reentrant=False)
+    return chosen_error, _error(adapter, denoiser, rejected)
+
+
+def _error(adapter: BackboneAdapter, denoiser: torch.nn.Module, arm: NoisedArm) -> torch.Tensor:
+    prediction = adapter.forward(denoiser, arm.noisy_latents, arm.level, arm.conditioning, arm.extra)
+    return prediction_error(prediction, arm.target)
+
+
+def _on_top_of_one_another(chosen: NoisedArm, rejected: NoisedArm) -> NoisedArm:
+    return NoisedArm(
+        torch.cat([chosen.noisy_latents, rejected.noisy_latents]),
+        torch.cat([chosen.target, rejected.target]),
+        chosen.level.repeat_pair(),
+        {name: torch.cat([value, rejected.conditioning[name]]) for name, value in chosen.conditioning.items()},
+        {name: _joined(value, rejected.extra[name]) for name, value in chosen.extra.items()},
+    )
+
+
+def _joined(chosen: Any, rejected: Any) -> Any:
+    return torch.cat([chosen, rejected]) if isinstance(chosen, torch.Tensor) else chosen
