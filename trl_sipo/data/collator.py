@@ -10,7 +10,7 @@ import torch
 from trl_sipo.errors import DatasetError
 
 _TENSOR_KEYS = ("chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents")
-_KEYS = (*_TENSOR_KEYS, "frame_rate")
+_KEYS = (*_TENSOR_KEYS, "frame_rate", "label")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DataCollatorForDiffusionPreference:
     `[{"prompt", "chosen_pixels", "rejected_pixels", "pair_index"}, ...]` becomes `{"prompt": list[str],
     "chosen_pixels": (B, 3, H, W), "rejected_pixels": (B, 3, H, W), "pair_index": int64 (B,)}`, and likewise for
     `chosen_latents`, `rejected_latents`: (B, *latent_shape), float32. Of videos, the pixels are (B, 3, F, H, W), and
-    there is `frame_rate`: float32 (B,).
+    there is `frame_rate`: float32 (B,). With soft labels, there is `label`: float32 (B,).
 
     Raises:
         DatasetError: the items do not have the same keys, or their tensors not the same shape.

@@ -2,8 +2,9 @@
 """The column layouts that preference data comes in, and which rows of them are pairs.
 
 A label, where there is one, is the share of votes for the first image: 1 means that the first image is preferred, 0
-that the second is, 0.5 is a tie. Labels in between only say which image is preferred: a soft label is not trained as
-such. Ties teach nothing about a preference and are dropped; so are rows without a label.
+that the second is, 0.5 is a tie. Labels in between only say which image is preferred, and ties, which then teach
+nothing, are dropped; unless the labels are to be trained as probabilities (`soft_labels`), to which a tie is one
+more. Rows without a label are dropped in any case.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Image, IterableDataset, Video
 
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import ConfigurationError, DatasetError
 
 TIE = 0.5
 
@@ -31,6 +32,7 @@ class PreferenceFormat:
         label_required: without the label it could not be known which arm is preferred.
         has_label: column that is False in rows nobody has judged; None: all rows are judged.
         holds_latents: the arms are encoded latents (nested lists or arrays of floats), not images or videos.
+        soft_labels: the labels are trained as probabilities: pairs come with them, and ties are pairs.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PreferenceFormat:
     label_required: bool = False
     has_label: str | None = None
     holds_latents: bool = False
+    soft_labels: bool = False
 
     @property
     def required_columns(self) -> tuple[str, ...]:
@@ -56,6 +59,19 @@ class PreferenceFormat:
     def columns(self) -> tuple[str, ...]:
         """Every column that is read, in order, once each."""
         return (self.prompt, self.first, self.second, *self.label_columns)
+
+    def with_soft_labels(self) -> "PreferenceFormat":
+        """The same columns, with labels that are trained as probabilities.
+
+        Raises:
+            ConfigurationError: there is no column of labels.
+        """
+        if self.label is None:
+            raise ConfigurationError(
+                "`soft_labels=True` trains labels as probabilities, but the dataset has none. Give the column `label` "
+                "(the probability that the first arm is preferred, in [0, 1]), or leave `soft_labels` off."
+            )
+        return replace(self, soft_labels=True)
 
     def is_unlabelled(self, row: Mapping[str, Any]) -> bool:
         """Whether nobody has judged this pair: `has_label` is False, or the label is null."""
@@ -86,19 +102,26 @@ class PreferenceFormat:
     def read(self, row: Mapping[str, Any], *, where: str = "a row") -> dict[str, Any]:
         """A row under the canonical names: `{"prompt": str, "chosen": ..., "rejected": ...}`, the arms as stored.
 
+        With soft labels there is `"label"` too, the probability that `chosen` is preferred, in [0.5, 1]; of a tie, the
+        first arm is called so.
+
         Raises:
             DatasetError: the prompt is no text, the label is not a number in [0, 1], or the row is no pair (a tie or
                 without a label).
         """
         chosen, rejected = self.first, self.second
-        if self.is_unlabelled(row) or self.is_tie(row, where=where):
+        if self.is_unlabelled(row) or (self.is_tie(row, where=where) and not self.soft_labels):
             raise DatasetError(
                 f"{where} has no preferred image or video (a tie, or without a label); drop_ties removes such"
             )
         if self.is_swapped(row, where=where):
             chosen, rejected = rejected, chosen
         prompt = read_prompt(row[self.prompt], where=f"{where}, column {self.prompt!r}")
-        return {"prompt": prompt, "chosen": row[chosen], "rejected": row[rejected]}
+        pair = {"prompt": prompt, "chosen": row[chosen], "rejected": row[rejected]}
+        if self.soft_labels:
+            label = float(row[self.label])
+            pair["label"] = max(label, 1 - label)
+        return pair
 
 
 FORMATS: dict[str, PreferenceFormat] = {
@@ -149,19 +172,17 @@ class RowSelection:
 
     Args:
         kept: int64 array, the positions of the rows that are pairs, in order.
-        num_ties: rows whose label is 0.5.
+        num_ties: rows whose label is 0.5; pairs too where labels are soft.
         num_unlabelled: rows that nobody has judged.
         num_swapped: kept rows in which the second arm is the preferred one.
+        num_dropped: rows that are no pairs.
     """
 
     kept: np.ndarray
     num_ties: int = 0
     num_unlabelled: int = 0
     num_swapped: int = 0
-
-    @property
-    def num_dropped(self) -> int:
-        return self.num_ties + self.num_unlabelled
+    num_dropped: int = 0
 
 
 def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
@@ -186,8 +207,10 @@ def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
             row = int(np.flatnonzero(outside)[0])
             raise DatasetError(_label_message(float(labels[row]), fmt.label, f"row {row}"))
     ties = ~unlabelled & (labels == TIE)
-    keep = ~unlabelled & ~ties
-    return RowSelection(rows[keep], int(ties.sum()), int(unlabelled.sum()), int((labels[keep] < TIE).sum()))
+    keep = ~unlabelled if fmt.soft_labels else ~unlabelled & ~ties
+    return RowSelection(
+        rows[keep], int(ties.sum()), int(unlabelled.sum()), int((labels[keep] < TIE).sum()), int((~keep).sum())
+    )
 
 
 def drop_ties(dataset: Dataset, fmt: PreferenceFormat) -> tuple[Dataset, int]:

@@ -26,7 +26,8 @@ class PreferenceDataset(torch.utils.data.Dataset):
 
     Item `i` is `{"prompt": str, "chosen_pixels", "rejected_pixels": float32 (3, height, width) in [-1, 1],
     "pair_index": i}`. Of videos, the pixels are (3, frames, height, width), and there is `"frame_rate"`, a float. Of
-    latents, there are `"chosen_latents"`, `"rejected_latents"` instead: float32 of the stored shape.
+    latents, there are `"chosen_latents"`, `"rejected_latents"` instead: float32 of the stored shape. With soft labels
+    (`PreferenceFormat.with_soft_labels`), there is `"label"`, a float.
 
     Images and videos are decoded in `__getitem__`, so in the workers of a data loader. The start of the clip, the crop
     and the flip come from a generator seeded by (seed, epoch, pair index): workers, batch size, order and number of
@@ -40,7 +41,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
         clip: the arms are videos, of which it says what frames to take. None, or one frame: they are images.
 
     Attributes:
-        num_ties, num_unlabelled: rows that were left out.
+        num_ties, num_unlabelled: rows that were left out; with soft labels, ties are counted and stay.
 
     Raises:
         DatasetError: columns of no known format, labels out of range; on access, a broken image or video, one in the
@@ -71,6 +72,12 @@ class PreferenceDataset(torch.utils.data.Dataset):
         """Choose the starts, crops and flips of this epoch. Reaches running (persistent) workers."""
         self._epoch[0] = epoch
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows, which of them are pairs, and how their media are read: equal for equal pairs in equal order."""
+        parts = (self._rows._fingerprint, self._row_numbers.tobytes(), self.fmt, self.transform, self.clip)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
     def __len__(self) -> int:
         return len(self._row_numbers)
 
@@ -80,9 +87,9 @@ class PreferenceDataset(torch.utils.data.Dataset):
         where = f"row {row_number}"
         pair = self.fmt.read(self._rows[row_number], where=where)
         if self.fmt.holds_latents:
-            return {**read_latents(pair, where=where), "pair_index": index}
+            return {**read_latents(pair, where=where), **_label(pair), "pair_index": index}
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)
-        return {**_pixels(pair, self.transform, self.clip, generator, where), "pair_index": index}
+        return {**_pixels(pair, self.transform, self.clip, generator, where), **_label(pair), "pair_index": index}
 
 
 class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
@@ -148,7 +155,7 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
             where = f"row {position} read by worker {worker}" if info else f"row {position}"
             if self.fmt.is_unlabelled(row):
                 slot[1] += 1
-            elif self.fmt.is_tie(row, where=where):
+            elif not self.fmt.soft_labels and self.fmt.is_tie(row, where=where):
                 slot[0] += 1
             else:
                 yield self._item(row, where)
@@ -157,9 +164,9 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         pair = self.fmt.read(row, where=where)
         index = pair_fingerprint(pair)
         if self.fmt.holds_latents:
-            return {**read_latents(pair, where=where), "pair_index": index}
+            return {**read_latents(pair, where=where), **_label(pair), "pair_index": index}
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)
-        return {**_pixels(pair, self.transform, self.clip, generator, where), "pair_index": index}
+        return {**_pixels(pair, self.transform, self.clip, generator, where), **_label(pair), "pair_index": index}
 
 
 def stream_columns(dataset: datasets.IterableDataset) -> list[str]:
@@ -255,6 +262,10 @@ def _pixels(
         *arms, rate["frame_rate"] = open_clips(pair["chosen"], pair["rejected"], clip, generator, where=where)
     chosen, rejected = transform(*arms, generator)
     return {"prompt": pair["prompt"], "chosen_pixels": chosen, "rejected_pixels": rejected, **rate}
+
+
+def _label(pair: Mapping[str, Any]) -> dict[str, float]:
+    return {"label": pair["label"]} if "label" in pair else {}
 
 
 def _check_transform(fmt: PreferenceFormat, transform: PairedTransform | None) -> None:

@@ -125,7 +125,8 @@ def _check_stream(
         raise DatasetError("the dataset is empty: the stream has no rows")
     unlabelled = {number for number, row in rows if fmt.is_unlabelled(row)}
     ties = {number for number, row in rows if fmt.is_tie(row, where=f"row {number}")}
-    pairs = [(number, row) for number, row in rows if number not in unlabelled | ties]
+    dropped = unlabelled if fmt.soft_labels else unlabelled | ties
+    pairs = [(number, row) for number, row in rows if number not in dropped]
     report = {
         "format": fmt.name,
         "streaming": True,

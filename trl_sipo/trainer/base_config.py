@@ -93,6 +93,9 @@ class DiffusionPreferenceConfig(DPOConfig):
             Converted once, and printed at the start of the run. Any but the default needs a `beta`, since the defaults
             are in the Diffusion-DPO convention.
         label_smoothing: Probability in [0, 0.5) that a preference label is flipped (conservative DPO).
+        soft_labels: Train labels as probabilities, which the dataset must then have: a pair with label p has p times
+            the loss plus 1 - p times that of the exchanged pair, and ties (0.5) are trained. Otherwise only the side
+            of 0.5 counts, and ties are dropped.
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`. With
             "stratified", and with it alone, the level of a pair depends on its batch.
@@ -151,6 +154,9 @@ class DiffusionPreferenceConfig(DPOConfig):
     beta_convention: str = field(
         default="diffusion_dpo",
         metadata={"help": f"Convention in which beta is given: one of {', '.join(BETA_CONVENTIONS)}."},
+    )
+    soft_labels: bool = field(
+        default=False, metadata={"help": "Train labels as probabilities, ties included; otherwise only their side."}
     )
     sft_weight: float = field(
         default=0.0, metadata={"help": "Weight of a denoising loss on the chosen image, added to the objective."}

@@ -19,6 +19,7 @@ import os
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from trl_sipo.core.beta import to_diffusion_dpo_beta
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
+from trl_sipo.core.objectives.soft_label import soft_label_loss
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
@@ -272,12 +274,19 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         extra = {"guidance_scale": self.args.embedded_guidance_scale, "frame_rate": frame_rate}
         return {name: value for name, value in extra.items() if value is not None}
 
-    def pair_loss(self, errors: PairErrors, level: NoiseLevel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Per-pair loss (batch,) and per-pair statistics (name to detached (batch,) tensor) at one noise level."""
+    def pair_loss(
+        self, errors: PairErrors, level: NoiseLevel, label: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Per-pair loss (batch,) and per-pair statistics (name to detached (batch,) tensor) at one noise level.
+
+        Args:
+            label: (batch,) probability that the chosen arm is preferred; `None`: it is.
+        """
         logit = preference_logit(errors.chosen_logratio, errors.rejected_logratio, self.beta)
         log_weight = pair_log_weight(*self.compute_importance_weights(errors.chosen, errors.rejected, level))
         weight, keep = self.clip_importance_weights(log_weight), self.mask_timesteps(log_weight)
-        loss = self.compute_pair_loss(logit, weight, keep)
+        loss_of = partial(self.compute_pair_loss, weight=weight, keep=keep)
+        loss = loss_of(logit) if label is None else soft_label_loss(loss_of, logit, label)
         if self.args.sft_weight:
             loss = loss + self.args.sft_weight * errors.chosen
         options = {"beta": self.beta, "clip_range": self.clip_range}
@@ -299,7 +308,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise)
-        loss, statistics = self.pair_loss(errors, level)
+        loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
         self._record_training(statistics, inputs["pair_index"], level)
         return loss.mean(), statistics
@@ -313,7 +322,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
             errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True))
-            loss, statistics = self.pair_loss(errors, level)
+            loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")
             recorded = self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
@@ -423,7 +432,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
         self._signature_columns = [
             "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
-            "frame_rate",
+            "frame_rate", "label",
         ]  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- saving and loading

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
-from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset
+from trl_sipo.data.formats import PreferenceFormat, detect_format
+from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset, stream_columns
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.validation import check_preference_dataset
 from trl_sipo.errors import ConfigurationError, DatasetError
@@ -26,6 +27,7 @@ class LatentPairs(torch.utils.data.Dataset):
         prompts: One per pair.
         chosen_latents, rejected_latents: (pairs, ...) float32 on the CPU.
         frame_rate: (pairs,) frames per second of clips; `None` for images.
+        label: (pairs,) probability that the chosen one is preferred; `None` where labels are not soft.
     """
 
     def __init__(
@@ -34,11 +36,12 @@ class LatentPairs(torch.utils.data.Dataset):
         chosen_latents: torch.Tensor,
         rejected_latents: torch.Tensor,
         frame_rate: torch.Tensor | None = None,
+        label: torch.Tensor | None = None,
     ):
         self.prompts = prompts
         self.chosen_latents = chosen_latents
         self.rejected_latents = rejected_latents
-        self.frame_rate = frame_rate
+        self.of_pair = {"frame_rate": frame_rate, "label": label}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -50,7 +53,8 @@ class LatentPairs(torch.utils.data.Dataset):
             "rejected_latents": self.rejected_latents[index],
             "pair_index": index,
         }
-        return item if self.frame_rate is None else {**item, "frame_rate": float(self.frame_rate[index])}
+        numbers = {name: float(values[index]) for name, values in self.of_pair.items() if values is not None}
+        return {**item, **numbers}
 
 
 PREPARED = (PreferenceDataset, StreamingPreferenceDataset, LatentPairs)
@@ -90,12 +94,27 @@ def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> A
         )
     if isinstance(dataset, datasets.IterableDataset):
         _check_streaming(args, name)
-    clip = args.clip_sampler()
-    report = check_preference_dataset(dataset, num_checked_images=args.num_checked_images, clip=clip)
+    report = check_preference_dataset(
+        dataset, row_format(dataset, args), num_checked_images=args.num_checked_images, clip=args.clip_sampler()
+    )
     if args.process_index == 0:
         counts = ", ".join(f"{key.removeprefix('num_')} {value}" for key, value in report.items() if "num_" in key)
         print(f"{name} dataset: {report['format']} format; {counts}")
     return dataset
+
+
+def row_format(
+    dataset: datasets.Dataset | datasets.IterableDataset, args: DiffusionPreferenceConfig
+) -> PreferenceFormat:
+    """Which columns hold what, and whether the labels are trained as probabilities.
+
+    Raises:
+        DatasetError: Columns of no known format.
+        ConfigurationError: `soft_labels` without labels.
+    """
+    columns = stream_columns(dataset) if isinstance(dataset, datasets.IterableDataset) else dataset.column_names
+    fmt = detect_format(columns)
+    return fmt.with_soft_labels() if args.soft_labels else fmt
 
 
 def _check_streaming(args: DiffusionPreferenceConfig, name: str) -> None:
@@ -136,9 +155,10 @@ def as_tensors(
     if not is_training:
         transform = transform.for_evaluation()
         clip = clip and clip.for_evaluation()
+    options = {"fmt": row_format(dataset, args), "transform": transform, "seed": args.seed, "clip": clip}
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamingPreferenceDataset(dataset, transform=transform, seed=args.seed, clip=clip)
-    prepared = PreferenceDataset(dataset, transform=transform, seed=args.seed, clip=clip)
+        return StreamingPreferenceDataset(dataset, **options)
+    prepared = PreferenceDataset(dataset, **options)
     if is_training:
         _check_batch_size(len(prepared), args)
     if prepared.fmt.holds_latents:
@@ -201,11 +221,12 @@ def precompute_latents(
     )
     prompts: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
-    frame_rates: list[torch.Tensor] = []
+    numbers: dict[str, list[torch.Tensor]] = {"frame_rate": [], "label": []}
     for batch in tqdm(loader, desc=f"Encoding the {name} dataset", disable=args.disable_tqdm):
         prompts.extend(batch["prompt"])
-        frame_rates.extend([batch["frame_rate"]] if "frame_rate" in batch else [])
+        for name in numbers.keys() & batch.keys():
+            numbers[name].append(batch[name])
         for arm, parts in latents.items():
             parts.append(adapter.encode_media(batch[f"{arm}_pixels"]).cpu())
-    frame_rate = torch.cat(frame_rates) if frame_rates else None
-    return LatentPairs(prompts, torch.cat(latents["chosen"]), torch.cat(latents["rejected"]), frame_rate)
+    of_pair = {name: torch.cat(parts) for name, parts in numbers.items() if parts}
+    return LatentPairs(prompts, torch.cat(latents["chosen"]), torch.cat(latents["rejected"]), **of_pair)
