@@ -81,7 +81,7 @@ def _attributes_of_self(function):
     }
 
 
-# Methods of TRL that are never called: `precompute_ref_log_probs` is refused, and its loss is not ours.
+# Methods of TRL that are never called: our reference errors hang on noise, and its loss is not ours.
 NEVER_CALLED = {"_precompute_ref_logps", "compute_ref_log_probs", "_load_precompute_model", "_truncate_inputs"}
 
 

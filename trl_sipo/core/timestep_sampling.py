@@ -81,6 +81,22 @@ def stratified_time(n: int, *, generator: torch.Generator, device: torch.device 
     return _finish((stratum + offset) / n, device)
 
 
+def time_quantile(sampler: str, quantile: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """The time below which a share `quantile` of a sampler's times lie: its inverse distribution function.
+
+    Args:
+        sampler: one of `TIME_SAMPLERS`.
+        quantile: `(n,)` in [0, 1).
+        mean, std: of the logit-normal sampler.
+
+    Returns:
+        `(n,)` float32 in [0, 1).
+    """
+    if sampler == "logit_normal":
+        return _finish(torch.sigmoid(mean + std * torch.special.ndtri(quantile.double())).float(), None)
+    return _finish(quantile.float(), None)
+
+
 TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_time,
     "logit_normal": logit_normal_time,

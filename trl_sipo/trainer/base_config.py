@@ -17,6 +17,7 @@ from trl_sipo.trainer._trl_compat import DPOConfig
 
 MAX_TIMESTEP = 999
 WHOLE_NUMBERS = (
+    "num_ref_draws",
     "num_frames", "importance_steps", "num_checked_images", "eval_noise_levels", "eval_noise_seed",
     "sample_every_steps", "sample_num_inference_steps", "sample_seed",
 )  # fmt: skip
@@ -48,9 +49,6 @@ REJECTED_FIELDS = {
     "use_weighting": "WPO weights are token probabilities; for importance weights use DiffusionSIPOTrainer",
     "discopop_tau": "it belongs to a language-model loss",
     "activation_offloading": "use `gradient_checkpointing=True`",
-    "precompute_ref_log_probs": "the reference error depends on the noise drawn, so it is computed live; with LoRA "
-    "the reference costs no memory, and it never needs a second copy of the model",
-    "precompute_ref_batch_size": "the reference is computed live",
     "use_liger_kernel": "its kernels replace language-model layers",
     "liger_kernel_config": "its kernels replace language-model layers",
     "neftune_noise_alpha": "it adds noise to token embeddings",
@@ -106,6 +104,10 @@ class DiffusionPreferenceConfig(DPOConfig):
         split_pair_backward: Run the arms of a pair through the policy one after the other, with the activations of one
             arm alive at a time: the same gradient in about half the memory of activations, for one more forward pass
             of one arm.
+        precompute_ref_log_probs: Compute the errors of the reference before training, on `num_ref_draws` fixed draws
+            of noise level and noise per pair, and train on these draws alone: no reference pass in a step, and no
+            reference model. They are kept on disk for other runs with the same reference, data and noise.
+        num_ref_draws: Draws per pair of `precompute_ref_log_probs`. Each is seen once in as many epochs.
         importance_steps: Number of steps of the sampler grid on which importance weights are defined (the neighbour of
             t is one stride less noisy). 50 reproduces the SIPO paper's Fig. 4.
         caption_dropout: Probability in [0, 1) of replacing a prompt by the empty one.
@@ -174,6 +176,10 @@ class DiffusionPreferenceConfig(DPOConfig):
     split_pair_backward: bool = field(
         default=False,
         metadata={"help": "Keep the activations of one arm of a pair at a time: less memory, one more forward pass."},
+    )
+    num_ref_draws: int = field(
+        default=8,
+        metadata={"help": "Draws of noise level and noise per pair for which the reference is precomputed."},
     )
     importance_steps: int = field(
         default=50, metadata={"help": "Steps of the sampler grid on which importance weights are defined."}
@@ -323,6 +329,8 @@ class DiffusionPreferenceConfig(DPOConfig):
         self._check_timesteps()
         if self.importance_steps < 1:
             raise ConfigurationError(f"`importance_steps` must be at least 1, got {self.importance_steps}.")
+        if self.num_ref_draws < 1:
+            raise ConfigurationError(f"`num_ref_draws` must be at least 1, got {self.num_ref_draws}.")
         if self.eval_noise_levels < 1:
             raise ConfigurationError(f"`eval_noise_levels` must be at least 1, got {self.eval_noise_levels}.")
         if self.do_eval and self.eval_strategy == "no":  # transformers itself sets it beside an `eval_strategy`

@@ -41,12 +41,14 @@ from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOTrainer, disable_dropout_in_model, init_trainer, policy_left_unprepared
-from trl_sipo.trainer.arms import arm_errors, noised_arm
+from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
 from trl_sipo.trainer.description import describe_run
 from trl_sipo.trainer.encoding import (
+    EVAL_STREAM,
+    TRAIN_STREAM,
     EncodedPairs,
     PairEncoder,
     PairNoise,
@@ -58,11 +60,15 @@ from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
-from trl_sipo.trainer.reference import make_reference
-from trl_sipo.trainer.statistics import PairErrors, not_finite, pair_statistics
-
-# First word of the key of every per-pair generator, so that training and evaluation never share a draw.
-TRAIN_STREAM, EVAL_STREAM = 0, 1
+from trl_sipo.trainer.reference import AdapterReference, make_reference
+from trl_sipo.trainer.reference_bank import (
+    BankDraws,
+    BankedReference,
+    check_precomputing,
+    lookup,
+    precompute_reference,
+)
+from trl_sipo.trainer.statistics import MetricsRecorder, PairErrors, pair_statistics
 
 
 def settle_arguments(args: DiffusionPreferenceConfig) -> None:
@@ -141,10 +147,9 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             needs_reference_adapter=ref_model is None,
         )
         self._prepare_backbone(denoiser)
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}  # what TRL's `log` reads
         self._epoch = 0
-        self._empty_batches = 0
-        self._masked_in_step: list[bool] = []
+        self._evaluated: int | None = None
         init_trainer(
             self,
             model=denoiser,
@@ -158,8 +163,12 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._recorder = MetricsRecorder(self.accelerator, self._metrics)
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
-        self.reference = make_reference(self, ref_model, was_adapted)
+        self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
+        if args.precompute_ref_log_probs:
+            check_precomputing(args, self.reads_stream, keeps_reference=isinstance(self.reference, AdapterReference))
+            self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
         self._epoch_callback = EpochCallback(self)
         for callback in [self._epoch_callback, *watching_callbacks(self)]:
@@ -241,8 +250,21 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     # ------------------------------------------------------------------------------------------------- the step
 
+    def noised_arms(self, pairs: EncodedPairs, level: NoiseLevel, noise: PairNoise) -> list[NoisedArm]:
+        """Both arms of the pairs at their noise levels."""
+        extra, prediction_type = self._extra(pairs), self.adapter.prediction_type
+        return [
+            noised_arm(latents, arm_noise, level, pairs.conditioning, extra, prediction_type)
+            for latents, arm_noise in zip((pairs.chosen_latents, pairs.rejected_latents), noise, strict=True)
+        ]
+
     def pair_errors(
-        self, model: torch.nn.Module, pairs: EncodedPairs, level: NoiseLevel, noise: PairNoise
+        self,
+        model: torch.nn.Module,
+        pairs: EncodedPairs,
+        level: NoiseLevel,
+        noise: PairNoise,
+        ref_errors: tuple[torch.Tensor, ...] | None = None,
     ) -> PairErrors:
         """The errors of reference and policy on both arms, reference first.
 
@@ -251,11 +273,16 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             pairs: The batch, on the training device.
             level: One noise level per pair, (batch,).
             noise: Of both arms, float32 of the shape of their latents.
+            ref_errors: Of the reference, (batch,) each, where they are known.
         """
-        arms = [
-            noised_arm(latents, arm_noise, level, pairs.conditioning, self._extra(pairs), self.adapter.prediction_type)
-            for latents, arm_noise in zip((pairs.chosen_latents, pairs.rejected_latents), noise, strict=True)
-        ]
+        arms = self.noised_arms(pairs, level, noise)
+        if ref_errors is None:
+            ref_errors = self._reference_errors(arms)
+        with self.accelerator.autocast():
+            errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
+        return PairErrors(*errors, *(error.to(errors[0].device) for error in ref_errors))
+
+    def _reference_errors(self, arms: list[NoisedArm]) -> tuple[torch.Tensor, ...]:
         # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
         # each, since a cast of a weight that is cached without a gradient must not reach the policy.
         with (
@@ -263,10 +290,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             self.accelerator.autocast(),
             self.reference.active(self.model, self.unwrapped_model) as ref_model,
         ):
-            ref_errors = arm_errors(self.adapter, ref_model, *arms)
-        with self.accelerator.autocast():
-            errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
-        return PairErrors(*errors, *ref_errors)
+            return arm_errors(self.adapter, ref_model, *arms)
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
         """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
@@ -303,70 +327,48 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return loss, torch.stack([statistics["rewards/chosen"], statistics["rewards/rejected"]], dim=1)
 
     def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        generators = pair_generators(inputs["pair_index"], TRAIN_STREAM, self.args.seed, self._epoch)
-        level = self.sample_noise_levels(generators)
+        level, generators, known = self._draw(inputs["pair_index"])
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
-        errors = self.pair_errors(model, pairs, level, noise)
+        errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
-        self._record_training(statistics, inputs["pair_index"], level)
+        where = f"Step {self.state.global_step + 1}"
+        self._recorder.record_training(statistics, inputs["pair_index"], level, where)
         return loss.mean(), statistics
+
+    def _draw(self, pair_index: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator], dict[str, Any]]:
+        """Noise level and generator of each pair; with a precomputed reference its draw, and the errors on it."""
+        if not isinstance(self.reference, BankedReference):
+            generators = pair_generators(pair_index, TRAIN_STREAM, self.args.seed, self._epoch)
+            return self.sample_noise_levels(generators), generators, {}
+        draws = BankDraws(self.args, self.noise_schedule)
+        draw = draws.choose(pair_index, self._epoch)
+        level, generators = draws(pair_index, draw)
+        known = {"ref_errors": lookup(self.reference.train, pair_index, draw)}
+        return level.to(self.accelerator.device), generators, known
 
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
         per_level = []
         levels = evaluation_levels(self.adapter, self.noise_schedule, self.args)
+        bank = getattr(self.reference, "evaluation", {}).get(self._evaluated)
         for position, (time, level) in enumerate(levels.items()):
             generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
-            errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True))
+            known = {} if bank is None else {"ref_errors": lookup(bank, inputs["pair_index"], position)}
+            errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True), **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")
-            recorded = self._record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
-            if not all(map(math.isfinite, recorded[f"rewards/margins/time_{time:.2f}"])):
-                self._raise_not_finite("Evaluation", inputs["pair_index"], level, statistics)
+            self._recorder.check_finite(statistics, inputs["pair_index"], level, "Evaluation")
+            self._recorder.record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
-        self._record_evaluation(mean)
+        self._recorder.record_evaluation(mean)
         return mean["loss"].mean(), mean
 
     # ---------------------------------------------------------------------------------------------- bookkeeping
-
-    def _record_training(
-        self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor, level: NoiseLevel
-    ) -> None:
-        """Append the global batch's means, with one gather and one transfer for all of them.
-
-        Raises:
-            NumericalError: An error of policy or reference is not finite; else it would pass for a masked pair.
-        """
-        gathered = self.accelerator.gather(torch.stack(list(statistics.values()), dim=1))
-        means = dict(zip(statistics, gathered.mean(0).tolist(), strict=True))
-        if not math.isfinite(means["rewards/margins"]):
-            self._raise_not_finite(f"Step {self.state.global_step + 1}", pair_index, level, statistics)
-        for name, value in means.items():
-            self._metrics["train"][name].append(value)
-        self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
-        if self.accelerator.sync_gradients:  # the last part of an accumulated batch
-            self._empty_batches += all(self._masked_in_step)
-            self._masked_in_step.clear()
-        self._metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
-
-    def _raise_not_finite(self, where: str, pair_index: torch.Tensor, level: NoiseLevel, statistics: dict) -> None:
-        """Every process comes here, since each saw the same gathered values, and names the pairs of all of them."""
-        margins = statistics["rewards/margins"]
-        parts = [pair_index.to(margins.device), level.timestep.to(margins.device), margins]
-        raise not_finite(where, *(self.accelerator.gather(part) for part in parts))
-
-    def _record_evaluation(self, statistics: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-        """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
-        gathered = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1))
-        columns = dict(zip(statistics, gathered.T.tolist(), strict=True))
-        for name, column in columns.items():
-            self._metrics["eval"][name].extend(column)
-        return columns
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of one evaluation batch; rewards (batch, 2) and labels 0 when `compute_metrics` wants them."""
@@ -377,13 +379,14 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
         return loss, rewards, torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """The inherited loop, with our metrics under its prefix (TRL would give all datasets of a dict one name)."""
+        self._evaluated = id(dataloader.dataset)
         self._metrics["eval"].clear()
         device = self.args.device
         # Evaluation leaves the random state as it found it: training goes on as if nothing had happened.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), policy_left_unprepared(self):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, values in self._metrics["eval"].items():
             output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self._metrics["eval"].clear()

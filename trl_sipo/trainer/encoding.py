@@ -16,6 +16,9 @@ from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.errors import ConfigurationError
 
+# First word of the key of every per-pair generator, so that training and evaluation never share a draw.
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+
 # Bytes of embeddings kept per process, on the text encoder's device: in float32 those of a thousand prompts of Stable
 # Diffusion 1.5, and of eight of FLUX.2.
 PROMPT_CACHE_BYTES = 2**28

@@ -93,7 +93,7 @@ def draw_from(
 ) -> NoiseLevel:
     """One of `timesteps` per generator, drawn evenly; of flow schedules they are thousandths of sigma."""
     drawn = [timesteps[int(torch.randint(len(timesteps), (), generator=generator))] for generator in generators]
-    return _level_of_timesteps(schedule, torch.tensor(drawn))
+    return level_of_timesteps(schedule, torch.tensor(drawn))
 
 
 def evaluation_levels(
@@ -102,7 +102,7 @@ def evaluation_levels(
     """Time to noise level (1,) of `evaluate()`: evenly spaced, or those few that are trained."""
     if args.timesteps is not None:
         return {
-            timestep / 1000: _level_of_timesteps(schedule, torch.tensor([timestep]))
+            timestep / 1000: level_of_timesteps(schedule, torch.tensor([timestep]))
             for timestep in sorted(set(args.timesteps))
         }
     low, high = drawable_times(adapter, schedule)
@@ -111,5 +111,6 @@ def evaluation_levels(
     return {time: schedule.level_at(torch.tensor([time])) for time in times}
 
 
-def _level_of_timesteps(schedule: VPSchedule | FlowSchedule, timesteps: torch.Tensor) -> NoiseLevel:
+def level_of_timesteps(schedule: VPSchedule | FlowSchedule, timesteps: torch.Tensor) -> NoiseLevel:
+    """The levels of timesteps (batch,); of flow schedules they are thousandths of sigma."""
     return schedule.level(timesteps if isinstance(schedule, VPSchedule) else timesteps / 1000)

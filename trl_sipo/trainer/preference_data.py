@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the datasets that a user hands to a trainer to datasets of tensors."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,14 @@ class LatentPairs(torch.utils.data.Dataset):
         self.chosen_latents = chosen_latents
         self.rejected_latents = rejected_latents
         self.of_pair = {"frame_rate": frame_rate, "label": label}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is in it: equal for equal pairs in equal order."""
+        digest = hashlib.blake2b("\0".join(self.prompts).encode(), digest_size=16)
+        for latents in (self.chosen_latents, self.rejected_latents):
+            digest.update(latents.contiguous().numpy())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.prompts)

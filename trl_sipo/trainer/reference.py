@@ -72,18 +72,21 @@ class FrozenModelReference:
         yield self.ref_model
 
 
-def make_reference(trainer: Any, ref_model: Any, was_adapted: bool) -> Reference:
+def make_reference(trainer: Any, ref_model: Any, was_adapted: bool, *, is_precomputed: bool = False) -> Reference:
     """The reference of a trainer whose model is placed: the given one, the adapter's base or copy, or a frozen copy.
 
     Args:
         trainer: The trainer, initialised as far as its `adapter`, `model` and `accelerator`.
         ref_model: The user's `ref_model` argument, or `None`.
         was_adapted: Whether the model came with a trained LoRA, whose frozen copy is then the reference.
+        is_precomputed: Whether the reference is needed before training alone, when the policy itself can be it.
     """
     if ref_model is not None:
         frozen = load_reference_denoiser(ref_model, trainer.model, trainer.adapter).to(trainer.args.device)
         return FrozenModelReference(prepare_reference_model(trainer, frozen), "the given `ref_model`")
     if isinstance(trainer.model, PeftModel):
         return AdapterReference(REFERENCE_ADAPTER_NAME if was_adapted else None)
+    if is_precomputed:
+        return FrozenModelReference(trainer.model.eval(), "the model at the start")
     frozen = copy.deepcopy(trainer.model).requires_grad_(False).eval()
     return FrozenModelReference(prepare_reference_model(trainer, frozen), "a frozen copy of the model at the start")

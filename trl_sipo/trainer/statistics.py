@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
+from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.errors import NumericalError
 
 # Pairs that an error names.
@@ -97,3 +99,64 @@ def not_finite(where: str, pair_index: torch.Tensor, timestep: torch.Tensor, mar
         "`learning_rate`, or go back to an earlier checkpoint. With `fp16=True` activations overflow: use "
         "`bf16=True`. If it is always the same few pairs, look at their images or latents."
     )
+
+
+class MetricsRecorder:
+    """Collects the statistics of steps over all processes, for the next log.
+
+    Args:
+        accelerator: Gathers.
+        metrics: Lists of values by name, under "train" and "eval"; the log takes their means.
+    """
+
+    def __init__(self, accelerator: Accelerator, metrics: dict[str, dict[str, list[float]]]):
+        self.accelerator = accelerator
+        self.metrics = metrics
+        self._empty_batches = 0
+        self._masked_in_step: list[bool] = []
+
+    def record_training(
+        self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor, level: NoiseLevel, where: str
+    ) -> None:
+        """Append the global batch's means, with one gather and one transfer for all of them.
+
+        Args:
+            statistics: Name to (batch,).
+            where: The step, as a sentence begins.
+
+        Raises:
+            NumericalError: An error of policy or reference is not finite; else it would pass for a masked pair.
+        """
+        gathered = self.accelerator.gather(torch.stack(list(statistics.values()), dim=1))
+        means = dict(zip(statistics, gathered.mean(0).tolist(), strict=True))
+        if not math.isfinite(means["rewards/margins"]):
+            self._raise_not_finite(statistics, pair_index, level, where)
+        for name, value in means.items():
+            self.metrics["train"][name].append(value)
+        self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
+        if self.accelerator.sync_gradients:  # the last part of an accumulated batch
+            self._empty_batches += all(self._masked_in_step)
+            self._masked_in_step.clear()
+        self.metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
+
+    def record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
+        """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
+        gathered = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1))
+        for name, column in zip(statistics, gathered.T.tolist(), strict=True):
+            self.metrics["eval"][name].extend(column)
+
+    def check_finite(
+        self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor, level: NoiseLevel, where: str
+    ) -> None:
+        """Raise [`NumericalError`], on all processes, when an error of policy or reference is not finite on one."""
+        margins = self.accelerator.gather(statistics["rewards/margins"])
+        if not bool(margins.isfinite().all()):
+            self._raise_not_finite(statistics, pair_index, level, where)
+
+    def _raise_not_finite(
+        self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor, level: NoiseLevel, where: str
+    ) -> None:
+        """Every process comes here, since each saw the same gathered values, and names the pairs of all of them."""
+        margins = statistics["rewards/margins"]
+        parts = [pair_index.to(margins.device), level.timestep.to(margins.device), margins]
+        raise not_finite(where, *(self.accelerator.gather(part) for part in parts))

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reference computed once: the same losses as the live one on the same draws, and no reference pass in a step."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer.runs import (
+    DPO,
+    METHODS,
+    SIPO,
+    collate_first,
+    logged,
+    lora,
+    make_trainer,
+    preference_pairs,
+    trained_weights,
+)
+from trl_sipo.core.noise_schedule import FlowSchedule
+from trl_sipo.core.timestep_sampling import logit_normal_time, time_quantile
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer import reference_bank
+from trl_sipo.trainer.reference import AdapterReference, FrozenModelReference
+from trl_sipo.trainer.reference_bank import BankDraws, BankedReference
+
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Banks of this test alone."""
+    monkeypatch.setattr(reference_bank, "reference_folder", lambda: tmp_path / "banks")
+    return tmp_path / "banks"
+
+
+def banked(method, path, **options):
+    return make_trainer(method, path, precompute_ref_log_probs=True, **{"num_ref_draws": 3, **options})
+
+
+def _live_on_the_banks_draws(trainer, reference):
+    """The same trainer with a live reference: what it knows of the reference is forgotten, the draws are kept."""
+    draw = trainer._draw
+
+    def without_known(pair_index):
+        level, generators, known = draw(pair_index)
+        assert known.keys() == {"ref_errors"}
+        return level, generators, {}
+
+    trainer._draw = without_known
+    trainer.reference.active = reference.active
+    return trainer
+
+
+@each_method
+@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
+def test_losses_are_those_of_the_live_reference_on_the_same_draws(method, is_lora, tmp_path):
+    options = {"is_lora": is_lora, "max_steps": 6, "per_device_train_batch_size": 4, "caption_dropout": 0.3}
+    stored = banked(method, tmp_path / "stored", **options)
+    live = banked(method, tmp_path / "live", **options)
+    plain = make_trainer(method, tmp_path / "plain", is_lora=is_lora)
+    _live_on_the_banks_draws(live, plain.reference)
+    for trainer in (stored, live):
+        trainer.train()
+    assert logged(stored, "loss") == pytest.approx(logged(live, "loss"), rel=1e-5)
+    assert logged(stored, "rewards/margins") == pytest.approx(logged(live, "rewards/margins"), rel=1e-3, abs=1e-3)
+    assert logged(stored, "rewards/margins")[0] == pytest.approx(0, abs=1e-3)
+    assert abs(logged(stored, "rewards/margins")[-1]) > 1e-3
+    weights, others = trained_weights(stored), trained_weights(live)
+    for name in weights:
+        torch.testing.assert_close(weights[name], others[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
+def test_a_step_runs_no_reference_and_holds_none(is_lora, tmp_path):
+    trainer = banked(DPO, tmp_path, is_lora=is_lora, max_steps=2)
+    assert isinstance(trainer.reference, BankedReference) and trainer.ref_model is None
+    assert isinstance(trainer.reference.live, AdapterReference) == is_lora
+    passes = []
+    trainer.adapter.denoiser.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert passes == [True, True]
+    assert "precomputed errors of 3 draws per pair" in trainer.describe_run()
+
+
+def test_all_draws_of_a_pair_come_once_in_as_many_epochs(tmp_path):
+    trainer = banked(DPO, tmp_path, num_ref_draws=5)
+    draws = BankDraws(trainer.args, trainer.noise_schedule)
+    pairs = torch.arange(40)
+    chosen = torch.stack([draws.choose(pairs, epoch) for epoch in range(10)])
+    for half in (chosen[:5], chosen[5:]):
+        assert (half.sort(dim=0).values == torch.arange(5)[:, None]).all()
+    assert not torch.equal(chosen[:5], chosen[5:]) and len(set(chosen[0].tolist())) == 5
+
+
+@pytest.mark.parametrize("num_draws", [2, 5, 8, 13])
+def test_the_levels_of_any_first_draws_are_spread_evenly(num_draws, tmp_path):
+    trainer = make_trainer(DPO, tmp_path)
+    draws = BankDraws(trainer.args, trainer.noise_schedule)
+    for pair in range(20):
+        index = torch.full((num_draws,), pair)
+        time = draws(index, torch.arange(num_draws))[0].timestep.sort().values / 1000
+        gaps = torch.diff(torch.cat([time, time[:1] + 1]))
+        assert gaps.max() < 2.7 / num_draws and gaps.min() > 0.3 / num_draws
+
+
+def test_levels_follow_the_settings(tmp_path):
+    options = {"timestep_sampling": "logit_normal", "logit_mean": 0.7, "timestep_range": [0.2, 0.9]}
+    trainer = make_trainer(DPO, tmp_path, **options)
+    draws = BankDraws(trainer.args, FlowSchedule(shift=3.0))
+    pairs = torch.arange(2000)
+    levels, _ = draws(pairs, torch.zeros(2000, dtype=torch.long))
+    time = logit_normal_time(20000, generator=torch.Generator().manual_seed(0), mean=0.7)
+    expected = FlowSchedule(shift=3.0).level_at(0.2 + 0.7 * time).sigma_t
+    for quantile in (0.1, 0.5, 0.9):
+        assert levels.sigma_t.quantile(quantile) == pytest.approx(expected.quantile(quantile).item(), abs=0.02)
+    few = make_trainer(DPO, tmp_path, timesteps=[100, 900])
+    levels, _ = BankDraws(few.args, few.noise_schedule)(pairs, torch.zeros(2000, dtype=torch.long))
+    assert set(levels.timestep.tolist()) == {100, 900}
+
+
+def test_quantiles_invert_the_samplers():
+    quantiles = torch.linspace(0, 0.999, 500)
+    assert torch.equal(time_quantile("uniform", quantiles), quantiles)
+    times = time_quantile("logit_normal", quantiles, mean=0.3, std=1.5)
+    share = 0.5 * (1 + torch.erf((torch.logit(times.double()) - 0.3) / 1.5 / 2**0.5))
+    torch.testing.assert_close(share[1:], quantiles[1:].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bank_is_kept_grows_and_is_shared_by_runs(folder, tmp_path, monkeypatch):
+    """More draws are added to what is there; another rank, method or length of run needs none."""
+    measured = []
+    measure = reference_bank._measure
+    monkeypatch.setattr(reference_bank, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
+    first = banked(DPO, tmp_path / "1", num_ref_draws=2)
+    assert measured == [0, 1] and len(list(folder.iterdir())) == 1
+    grown = banked(SIPO, tmp_path / "2", num_ref_draws=4, trainer_options={"peft_config": lora(r=2)})
+    assert measured == [0, 1, 2, 3] and len(list(folder.iterdir())) == 1
+    assert torch.equal(grown.reference.train[:, :2], first.reference.train)
+    again = banked(DPO, tmp_path / "3", num_ref_draws=3, max_steps=9, is_lora=False)
+    assert measured == [0, 1, 2, 3] and torch.equal(again.reference.train, grown.reference.train[:, :3])
+    (stored,) = folder.iterdir()
+    assert load_file(stored)["errors"].shape == (8, 4, 2) and stored.stat().st_size < 1024 + 8 * 4 * 2 * 4 + 4096
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 1},
+        {"caption_dropout": 0.1},
+        {"timestep_range": [0.1, 1.0]},
+        {"share_noise": False},
+        {"pairs": "others"},
+        {"model": "other"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_bank_is_not_that_of_another_run(options, folder, tmp_path):
+    banked(DPO, tmp_path / "1", num_ref_draws=1)
+    if "pairs" in options:
+        options = {"pairs": preference_pairs(seed=5)}
+    if "model" in options:
+        from tests.tiny_models import tiny_stable_diffusion
+
+        options = {"model": tiny_stable_diffusion(seed=7)}
+    banked(DPO, tmp_path / "2", num_ref_draws=1, **options)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_torn_bank_is_computed_anew(folder, tmp_path):
+    expected = banked(DPO, tmp_path / "1").reference.train
+    (stored,) = folder.iterdir()
+    stored.write_bytes(stored.read_bytes()[:-20])
+    assert torch.equal(banked(DPO, tmp_path / "2").reference.train, expected)
+
+
+@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
+def test_evaluation_needs_no_reference_either(is_lora, tmp_path):
+    held_out = preference_pairs(7, seed=3)
+    options = {"is_lora": is_lora, "trainer_options": {"eval_dataset": {"near": held_out}}, "learning_rate": 1e-2}
+    stored = banked(DPO, tmp_path / "stored", **options)
+    stored.train()
+    metrics = stored.evaluate()
+    plain = make_trainer(DPO, tmp_path / "plain", is_lora=is_lora)
+    calls = []
+    stored._reference_errors = lambda arms: calls.append(arms)
+    stored.evaluate()
+    assert not calls
+    del stored._reference_errors
+    stored.reference.evaluation.clear()
+    stored.reference.active = plain.reference.active
+    live = stored.evaluate()
+    for name in ("eval_near_loss", "eval_near_rewards/margins", "eval_near_rewards/accuracies"):
+        assert metrics[name] == pytest.approx(live[name], rel=1e-3, abs=1e-4), name
+
+
+def test_other_data_is_evaluated_live_where_the_reference_costs_nothing(tmp_path):
+    others = preference_pairs(4, seed=9)
+    assert "eval_loss" in banked(DPO, tmp_path / "lora").evaluate(others)
+    with pytest.raises(ConfigurationError, match="keeps no reference model"):
+        banked(DPO, tmp_path / "full", is_lora=False).evaluate(others)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"random_flip": True}, "contradicts random_flip=True"),
+        ({"is_lora": False, "sync_ref_model": True}, "contradicts `sync_ref_model=True`"),
+        ({"is_lora": False, "sample_every_steps": 1, "sample_prompts": ["a cat"]}, "keeps no reference model"),
+        ({"num_ref_draws": 0}, "`num_ref_draws` must be at least 1"),
+    ],
+)
+def test_what_a_bank_contradicts_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        banked(DPO, tmp_path, **options)
+
+
+def test_a_resumed_run_finds_the_bank_of_its_beginning(folder, tmp_path):
+    """All weights: the policy has moved when the run is resumed, and could not be the reference."""
+    options = {"is_lora": False, "max_steps": 4, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1e-3}
+    whole = banked(DPO, tmp_path / "run", **options)
+    whole.train()
+    resumed = banked(DPO, tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert len(list(folder.iterdir())) == 1
+    assert logged(resumed, "loss")[-2:] == logged(whole, "loss")[-2:]
+    assert collate_first(resumed)["pair_index"].tolist() == [0, 1, 2, 3]
+    assert isinstance(make_trainer(DPO, tmp_path / "live", is_lora=False).reference, FrozenModelReference)
