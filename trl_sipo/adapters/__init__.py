@@ -7,6 +7,7 @@ new backbone is one module and one row of `ADAPTERS`.
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,13 +54,16 @@ def adapter_for(pipeline: "DiffusionPipeline") -> "BackboneAdapter":
     return getattr(importlib.import_module(module_name), adapter_name)(pipeline)
 
 
-def load_pipeline(name_or_path: str | os.PathLike[str], **init_kwargs: Any) -> "DiffusionPipeline":
+def load_pipeline(
+    name_or_path: str | os.PathLike[str], *, weightless: Sequence[str] = (), **init_kwargs: Any
+) -> "DiffusionPipeline":
     """Load a pipeline from a local folder or a model id of the Hugging Face Hub.
 
     The class is checked before any weight is read or downloaded.
 
     Args:
         name_or_path: local folder with a `model_index.json`, or a model id such as `"org/model"`.
+        weightless: components of which only the configuration is loaded; those that it does not have are passed over.
         init_kwargs: passed to `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, ...).
 
     Raises:
@@ -67,12 +71,18 @@ def load_pipeline(name_or_path: str | os.PathLike[str], **init_kwargs: Any) -> "
     """
     import diffusers
 
-    index = _read_index(name_or_path, {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs})
+    from trl_sipo.adapters.weightless import weightless_component
+
+    hub_kwargs = {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs}
+    index = _read_index(name_or_path, hub_kwargs)
     name, loader = os.fspath(name_or_path), cast(Any, diffusers.DiffusionPipeline)
     # Parts that it was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told of some of them.
-    left_out = {part: None for part, origin in index.items() if origin == [None, None]}
+    given: dict[str, Any] = {part: None for part, origin in index.items() if origin == [None, None]}
+    for part in weightless:
+        if part not in init_kwargs and (origin := index.get(part) or [None, None])[0] is not None:
+            given[part] = weightless_component(name, part, origin, hub_kwargs)
     try:
-        return loader.from_pretrained(name, **{**left_out, **init_kwargs})
+        return loader.from_pretrained(name, **{**given, **init_kwargs})
     except (OSError, ValueError) as error:
         raise BackboneError(f"The pipeline {name!r} is there but does not load: {error}") from error
 
@@ -85,6 +95,16 @@ def denoiser_names(name_or_path: str | os.PathLike[str], revision: str | None = 
     """
     index = _read_index(name_or_path, {} if revision is None else {"revision": revision})
     return [name for name in _DENOISER_NAMES if (index.get(name) or [None])[0] is not None]
+
+
+def encoder_folders(name_or_path: str | os.PathLike[str], revision: str | None = None) -> list[str]:
+    """The components of a pipeline that decide what media and prompts are encoded to: VAE, text encoders, tokenizers.
+
+    Raises:
+        BackboneError: as [`load_pipeline`].
+    """
+    index = _read_index(name_or_path, {} if revision is None else {"revision": revision})
+    return sorted(name for name in index if name.startswith(("vae", "text_encoder", "tokenizer")))
 
 
 def _read_index(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> dict[str, Any]:

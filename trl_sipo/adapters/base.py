@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trl_sipo.adapters import lora
+from trl_sipo.adapters.weightless import is_weightless
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
@@ -142,8 +143,14 @@ class BackboneAdapter(ABC):
         setattr(self.pipeline, self.denoiser_name, denoiser)
 
     def frozen_modules(self) -> list[nn.Module]:
-        """The VAE and the text encoders, without those that the pipeline was saved without."""
-        return [module for name in self.frozen_names if (module := getattr(self.pipeline, name)) is not None]
+        """The VAE and the text encoders, without those that the pipeline was saved or loaded without."""
+        modules = (getattr(self.pipeline, name) for name in self.frozen_names)
+        return [module for module in modules if module is not None and not is_weightless(module)]
+
+    @property
+    def has_encoders(self) -> bool:
+        """Whether VAE and text encoders hold their weights, so that media and prompts can be encoded."""
+        return not is_weightless(self.pipeline.vae)
 
     def freeze(self) -> None:
         """Put everything but the denoiser in eval mode, without gradients. The denoiser is left as it is."""
@@ -226,17 +233,31 @@ class BackboneAdapter(ABC):
         Returns:
             Normalised latents, float32, on the VAE's device.
         """
+        with self._frozen_inference("vae"):
+            mean, std = self._posterior(pixels)
+            return self.normalize_latents(mean if noise is None else mean + std * noise.to(mean))
+
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of [`encode_media`]: what it gives for `noise` is mean + std * noise, to rounding.
+
+        Returns:
+            Mean and standard deviation of the normalised latents, float32, on the VAE's device.
+        """
+        with self._frozen_inference("vae"):
+            mean, std = self._posterior(pixels)
+            # Normalising is affine in each number, so that of a deviation it leaves the slope.
+            return self.normalize_latents(mean), self.normalize_latents(std) - self.normalize_latents(0 * std)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation before normalisation, float32."""
         if self.is_video and pixels.ndim == 4:
             pixels = pixels.unsqueeze(2)
-        with self._frozen_inference("vae") as vae:
-            posteriors = [
-                self._vae_encode(vae, part.to(vae.device, vae.dtype)) for part in pixels.split(self.vae_slice_size)
-            ]
-            latents = torch.cat([posterior.mean for posterior in posteriors]).float()
-            if noise is not None:
-                std = torch.cat([posterior.std for posterior in posteriors]).float()
-                latents = latents + std * noise.to(latents)
-            return self.normalize_latents(latents)
+        vae = self.pipeline.vae
+        posteriors = [
+            self._vae_encode(vae, part.to(vae.device, vae.dtype)) for part in pixels.split(self.vae_slice_size)
+        ]
+        mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+        return mean, torch.cat([posterior.std for posterior in posteriors]).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents as the pipeline does, without gradients.

@@ -11,6 +11,7 @@ COMMANDS = {
     "dpo": ("trl_sipo.scripts.train", "train with Diffusion-DPO"),
     "sipo": ("trl_sipo.scripts.train", "train with SIPO or DPO-C&M"),
     "poly-dpo": ("trl_sipo.scripts.train", "train with Poly-DPO"),
+    "encode": ("trl_sipo.scripts.encode", "encode pairs once, to train without the VAE and the text encoders"),
     "demo": ("trl_sipo.scripts.demo", "watch Diffusion-DPO collapse and SIPO hold, on a CPU, in minutes"),
     "audit": ("trl_sipo.scripts.audit", "look before training: which noise levels SIPO would mask"),
     "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),

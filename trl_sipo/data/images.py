@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
@@ -37,6 +38,18 @@ def open_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:
         with _opened(_source(value, where), where) as image:
             image.load()
             return _to_rgb(PIL.ImageOps.exif_transpose(image), where)
+
+
+def image_size(value: Any, *, where: str = "the image") -> tuple[int, int]:
+    """Height and width of what `open_image` gives, from the header of the file alone.
+
+    Raises:
+        DatasetError: as `open_image`, for what the header shows.
+    """
+    with _named(where):
+        with _opened(_source(value, where), where) as image:
+            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def verify_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:

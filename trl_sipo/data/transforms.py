@@ -83,6 +83,10 @@ class PairedTransform:
             flip = self.random_flip and draws[2] < 0.5
         return self._apply(chosen, left, top, flip), self._apply(rejected, left, top, flip)
 
+    def centred(self, media: Media) -> torch.Tensor:
+        """One arm, cropped at the centre and not mirrored."""
+        return self._apply(media, 0.5, 0.5, False)
+
     def _apply(self, media: Media, left: float, top: float, flip: bool) -> torch.Tensor:
         if isinstance(media, Image.Image):
             return image_to_tensor(self._picture(media, left, top, flip))

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pairs of a cache as a dataset of tensors."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from trl_sipo.data.cache.manifest import is_cache, read_manifest
+from trl_sipo.data.cache.plan import NULL_FILE, PROMPTS, latents_file, read_index, text_file
+from trl_sipo.data.cache.shards import OpenFiles
+from trl_sipo.errors import DatasetError
+
+
+class CachedPairs(torch.utils.data.Dataset):
+    """Pairs that `trl-sipo encode` has encoded. Nothing is read but what is asked for, nor kept.
+
+    Item `i`, the `i`-th pair of the data that was encoded, is `{"prompt": str, "chosen_latents", "rejected_latents":
+    float32, "conditioning": dict of tensors, "pair_index": i}`; with a stored posterior there are `"chosen_std"` and
+    `"rejected_std"`, of clips `"frame_rate"`, and with soft labels `"label"`, a float.
+
+    Args:
+        folder: that `trl-sipo encode` wrote.
+
+    Raises:
+        DatasetError: it is no cache, or not a complete one.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.index = read_index(self.folder)
+        if len(self.index) != self.manifest.num_pairs:
+            raise DatasetError(f"the index of the cache {str(folder)!r} is not the one of its manifest")
+        wanted = self.index.files(self.manifest.prompts_per_shard)
+        missing = [file for file in wanted if not (self.folder / file).is_file()]
+        if missing:
+            raise DatasetError(
+                f"the cache {str(folder)!r} is not complete: {len(missing)} of {len(wanted)} files are missing, such "
+                f"as {missing[0]}. Run the same `trl-sipo encode` again, which writes what is missing."
+            )
+        self._prompts = pq.read_table(self.folder / PROMPTS)["prompt"].combine_chunks()
+        self._files = OpenFiles()
+        self._conditioning_names = self._files[self.folder / NULL_FILE].names
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        file = self._files[self.folder / latents_file(int(self.index.shard[index]))]
+        stored = {name: file.row(name, int(self.index.row[index])) for name in file.names}
+        prompt = int(self.index.prompt[index])
+        item: dict[str, Any] = {"prompt": self._prompts[prompt].as_py()}
+        for arm in ("chosen", "rejected"):
+            item[f"{arm}_latents"] = stored.pop(arm).float()
+        for name, value in stored.items():
+            item[name] = value.float() if value.ndim else float(value)
+        return {**item, "conditioning": self._conditioning(prompt), "pair_index": index}
+
+    def _conditioning(self, prompt: int) -> dict[str, torch.Tensor]:
+        file = self._files[self.folder / text_file(prompt // self.manifest.prompts_per_shard)]
+        return {name: file.tensor(f"{prompt}.{name}") for name in self._conditioning_names}
+
+    def null_conditioning(self) -> dict[str, torch.Tensor]:
+        """What an unconditional sample is given in place of a prompt."""
+        file = self._files[self.folder / NULL_FILE]
+        return {name: file.tensor(name) for name in self._conditioning_names}
+
+    def latent_shapes(self) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Of the chosen and the rejected arm, without the batch dimension, in all batches there can be."""
+        firsts = np.unique(self.index.bucket, return_index=True)[1]
+        files = [self._files[self.folder / latents_file(int(self.index.shard[first]))] for first in firsts]
+        return {(file.shape("chosen")[1:], file.shape("rejected")[1:]) for file in files}
+
+    @property
+    def num_buckets(self) -> int:
+        """Different pairs of shapes."""
+        return len(np.unique(self.index.bucket))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the latents are stored."""
+        return getattr(torch, self.manifest.dtype)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what was encoded and how: equal for equal pairs in equal order."""
+        return self.manifest.fingerprint
+
+    @property
+    def epoch(self) -> torch.Tensor:
+        """One integer, shared with whoever orders the pairs."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch, where it depends on buckets."""
+        self._epoch[0] = epoch
+
+
+def find_cache(path: Path, split: str) -> Path | None:
+    """The cache of a split: the folder itself, or one of the split's name in it; None: neither is a cache.
+
+    Raises:
+        DatasetError: the folder is the cache of another split.
+    """
+    if is_cache(path):
+        found = read_manifest(path).split
+        if found != split:
+            raise DatasetError(
+                f"{str(path)!r} is a cache of the split {found!r}, not {split!r}. Encode each split into a folder of "
+                f"its name (`--output {path}/{split}`), and give the folder above."
+            )
+        return path
+    return path / split if is_cache(path / split) else None

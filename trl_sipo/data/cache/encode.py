@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoding pairs into a cache: one file is one unit of work, and each process takes its own.
+
+A killed run goes on with the files that are missing. What is in a file does not depend on who writes it: batches never
+reach from one file into the next.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.data.cache.buckets import Size
+from trl_sipo.data.cache.manifest import MANIFEST, Manifest, check_same, is_cache, read_manifest
+from trl_sipo.data.cache.plan import (
+    INDEX,
+    NULL_FILE,
+    PROMPTS,
+    Index,
+    latents_file,
+    read_index,
+    text_file,
+    write_plan,
+)
+from trl_sipo.data.cache.shards import write_tensors
+from trl_sipo.data.collator import DataCollatorForDiffusionPreference
+from trl_sipo.data.preference_dataset import PreferenceDataset
+from trl_sipo.errors import ConfigurationError, NumericalError
+
+# Prompts that pass the text encoders together.
+TEXT_BATCH_SIZE = 16
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_NUMBERS = ("frame_rate", "label")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's.
+
+    Args:
+        rank: number of the process.
+        world_size: of all processes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, number: int) -> range:
+        """This process's part of the units `0 .. number - 1`."""
+        return range(self.rank, number, self.world_size)
+
+
+def encode_pairs(
+    adapter: BackboneAdapter,
+    dataset: PreferenceDataset,
+    rows: Any,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    share: Share | None = None,
+    num_workers: int = 0,
+    show_progress: bool = True,
+) -> None:
+    """Write what is missing of a cache, or this process's share of it.
+
+    Args:
+        adapter: of the model, whose encoders hold their weights.
+        dataset: the pairs as tensors.
+        rows: the `datasets.Dataset` behind it.
+        manifest: what the cache is to be.
+        folder: of the cache; another one than this manifest's is refused.
+        share: of several processes that write to the same folder.
+        num_workers: processes that read media.
+
+    Raises:
+        ConfigurationError: the folder holds another cache, or something else.
+        DatasetError: pairs that cannot be read.
+        NumericalError: latents that are not finite.
+    """
+    share = share or Share()
+    index = begin(adapter, dataset, rows, manifest, folder, share)
+    adapter.freeze()
+    encode_texts(adapter, index, manifest, folder, share, show_progress)
+    encode_media(adapter, dataset, index, manifest, folder, share, num_workers, show_progress)
+
+
+def begin(
+    adapter: BackboneAdapter, dataset: PreferenceDataset, rows: Any, manifest: Manifest, folder: Path, share: Share
+) -> Index:
+    """The index of a cache; the first process writes it where there is none, and the others wait for it."""
+    if not is_cache(folder) and share.rank == 0:
+        _check_folder(folder)
+
+        def pairs_per_shard(chosen: Size, rejected: Size) -> int:
+            numbers = sum(np.prod(adapter.latent_shape(*size, manifest.num_frames)) for size in (chosen, rejected))
+            pair_bytes = int(numbers) * torch_dtype(manifest.dtype).itemsize * (1 + manifest.posterior_std)
+            return max(1, manifest.shard_bytes // pair_bytes)
+
+        write_plan(folder, rows, dataset.fmt, manifest, pairs_per_shard)
+        manifest.write(folder)
+    while not is_cache(folder):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    check_same(read_manifest(folder), manifest, folder)
+    return read_index(folder)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name in a manifest."""
+    return getattr(torch, name)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise unless a folder is empty, or holds no more than a plan that was interrupted."""
+    if folder.is_dir():
+        own = (INDEX, PROMPTS, MANIFEST)
+        strange = [file.name for file in folder.iterdir() if not file.name.removeprefix(".").startswith(own)]
+        if strange:
+            raise ConfigurationError(
+                f"The folder {str(folder)!r} is no cache and not empty: it holds {strange[0]!r}. Give a new folder."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+
+def encode_texts(
+    adapter: BackboneAdapter, index: Index, manifest: Manifest, folder: Path, share: Share, show_progress: bool
+) -> None:
+    """Write this process's files of embeddings, each prompt's trimmed to its own length."""
+    dtype = torch_dtype(manifest.dtype)
+    if share.rank == 0 and not (folder / NULL_FILE).is_file():
+        write_tensors(folder / NULL_FILE, _stored_row(adapter.null_conditioning(), dtype))
+    size = manifest.prompts_per_shard
+    mine = share.of(-(-index.num_prompts // size))
+    missing = [shard for shard in mine if not (folder / text_file(shard)).is_file()]
+    if not missing:
+        return
+    prompts = pq.read_table(folder / PROMPTS)["prompt"].combine_chunks()
+    for shard in tqdm(missing, desc="Prompts", unit="file", disable=not show_progress):
+        texts = prompts[shard * size : (shard + 1) * size].to_pylist()
+        tensors = {}
+        for start in range(0, len(texts), TEXT_BATCH_SIZE):
+            rows = adapter.encode_prompts(texts[start : start + TEXT_BATCH_SIZE])
+            for number, row in enumerate(rows, start=shard * size + start):
+                tensors |= {f"{number}.{name}": value for name, value in _stored_row(row, dtype).items()}
+        write_tensors(folder / text_file(shard), tensors)
+
+
+def _stored_row(row: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """On the CPU, with numbers of no more than the cache's precision."""
+    return {
+        name: (value.to(dtype) if value.is_floating_point() and value.itemsize > dtype.itemsize else value).cpu()
+        for name, value in row.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- media
+
+
+class _Batches(torch.utils.data.Sampler):
+    """The pairs of some shards, in batches that end where a shard does."""
+
+    def __init__(self, index: Index, shards: Sequence[int], batch_size: int):
+        self.index, self.shards, self.batch_size = index, shards, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for pairs in self.index.pairs_by_shard(self.shards):
+            for start in range(0, len(pairs), self.batch_size):
+                yield pairs[start : start + self.batch_size].tolist()
+
+
+def encode_media(
+    adapter: BackboneAdapter,
+    dataset: PreferenceDataset,
+    index: Index,
+    manifest: Manifest,
+    folder: Path,
+    share: Share,
+    num_workers: int,
+    show_progress: bool,
+) -> None:
+    """Write this process's files of latents."""
+    mine = share.of(index.num_shards)
+    missing = [shard for shard in mine if not (folder / latents_file(shard)).is_file()]
+    sizes = np.bincount(index.shard, minlength=index.num_shards)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Batches(index, missing, adapter.vae_slice_size),
+        collate_fn=DataCollatorForDiffusionPreference(),
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    total, todo = int(sizes[list(mine)].sum()), int(sizes[missing].sum())
+    batches = iter(loader)
+    with tqdm(
+        total=total, initial=total - todo, desc="Pairs", unit="pair", smoothing=0.05, disable=not show_progress
+    ) as bar:
+        for shard in missing:
+            parts, done = [], 0
+            while done < sizes[shard]:
+                batch = next(batches)
+                parts.append(_encode_batch(adapter, batch, manifest))
+                done += len(batch["pair_index"])
+                bar.update(len(batch["pair_index"]))
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            _check_finite(tensors, folder / latents_file(shard))
+            write_tensors(folder / latents_file(shard), tensors)
+
+
+def _encode_batch(adapter: BackboneAdapter, batch: dict[str, Any], manifest: Manifest) -> dict[str, torch.Tensor]:
+    dtype = torch_dtype(manifest.dtype)
+    encoded = {name: batch[name] for name in _NUMBERS if name in batch}
+    for arm in ("chosen", "rejected"):
+        pixels = batch[f"{arm}_pixels"]
+        if manifest.posterior_std:
+            mean, std = adapter.encode_posterior(pixels)
+            encoded |= {arm: mean.to(dtype).cpu(), f"{arm}_std": std.to(dtype).cpu()}
+        else:
+            encoded[arm] = adapter.encode_media(pixels).to(dtype).cpu()
+    return encoded
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    for name, value in tensors.items():
+        if value.ndim > 1 and not torch.isfinite(value).all():
+            row = int((~torch.isfinite(value).flatten(1).all(1)).nonzero()[0])
+            raise NumericalError(
+                f"The {name} latents of row {row} of {file.name} are not finite. A VAE in half precision overflows: "
+                "encode with `--vae_dtype float32`."
+            )

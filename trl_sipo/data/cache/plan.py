@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which file of a cache holds what: decided before anything is encoded, from the rows and the settings alone."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader
+
+from trl_sipo.data.cache.buckets import Size, nearest_bucket, picture_size
+from trl_sipo.data.cache.manifest import Manifest
+from trl_sipo.data.cache.shards import write_whole
+from trl_sipo.data.formats import PreferenceFormat, read_prompt, select_pairs, undecoded
+from trl_sipo.data.images import image_size
+from trl_sipo.data.video import open_video
+from trl_sipo.errors import DatasetError
+
+INDEX, PROMPTS = "index.parquet", "prompts.parquet"
+NULL_FILE = Path("text", "null.safetensors")
+
+_ROWS_AT_A_TIME = 1000
+
+
+def latents_file(shard: int) -> Path:
+    """Of the latents of some pairs, within a cache."""
+    return Path("latents", f"{shard:05d}.safetensors")
+
+
+def text_file(shard: int) -> Path:
+    """Of the embeddings of some prompts, within a cache."""
+    return Path("text", f"{shard:05d}.safetensors")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each pair is. All arrays are (pairs,) integers.
+
+    Args:
+        prompt: row of its prompt among the prompts.
+        bucket: number of its pair of shapes.
+        shard, row: file of its latents, and place in it.
+        num_prompts: different prompts.
+    """
+
+    prompt: np.ndarray
+    bucket: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    num_prompts: int
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def num_shards(self) -> int:
+        return int(self.shard.max()) + 1
+
+    def pairs_by_shard(self, shards: Sequence[int]) -> Iterator[np.ndarray]:
+        """The pairs of each shard, in the order of its rows."""
+        order = np.lexsort((self.row, self.shard))
+        ends = np.searchsorted(self.shard[order], np.arange(self.num_shards + 1))
+        for shard in shards:
+            yield order[ends[shard] : ends[shard + 1]]
+
+    def files(self, prompts_per_shard: int) -> list[Path]:
+        """All files that hold tensors."""
+        texts = math.ceil(self.num_prompts / prompts_per_shard)
+        return [NULL_FILE, *map(text_file, range(texts)), *map(latents_file, range(self.num_shards))]
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a cache.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    try:
+        table = pq.read_table(folder / INDEX)
+        num_prompts = pq.read_metadata(folder / PROMPTS).num_rows
+        columns = {name: table[name].to_numpy() for name in ("prompt", "bucket", "shard", "row")}
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DatasetError(f"the index of the cache {str(folder)!r} cannot be read: {error}") from error
+    return Index(**columns, num_prompts=num_prompts)
+
+
+def write_plan(
+    folder: Path, rows: datasets.Dataset, fmt: PreferenceFormat, manifest: Manifest, pairs_per_shard: Callable
+) -> Index:
+    """Decide where everything goes, and write the index and the prompts.
+
+    Args:
+        pairs_per_shard: from the sizes of the two arms to the number of pairs in one file.
+    """
+    kept = select_pairs(rows, fmt).kept[: manifest.num_pairs]
+    prompt, texts = _unique_prompts(rows, fmt, kept)
+    bucket = np.zeros(len(kept), dtype=np.int32)
+    sizes = manifest.buckets or (manifest.size,)
+    if manifest.buckets is not None:
+        bucket = _find_buckets(rows, fmt, kept, manifest)
+    shard, row = np.zeros(len(kept), dtype=np.int32), np.zeros(len(kept), dtype=np.int32)
+    begun = 0
+    for number in np.unique(bucket):
+        members = np.flatnonzero(bucket == number)
+        chosen, rejected = divmod(int(number), len(sizes))
+        capacity = pairs_per_shard(sizes[chosen], sizes[rejected])
+        places = np.arange(len(members))
+        shard[members], row[members] = begun + places // capacity, places % capacity
+        begun += math.ceil(len(members) / capacity)
+    _write_table(folder / PROMPTS, {"prompt": pa.array(texts, pa.large_string())})
+    columns = {"prompt": prompt, "bucket": bucket, "shard": shard, "row": row}
+    _write_table(folder / INDEX, {name: pa.array(values, pa.int32()) for name, values in columns.items()})
+    return Index(**columns, num_prompts=len(texts))
+
+
+def _write_table(path: Path, columns: dict[str, pa.Array]) -> None:
+    write_whole(path, lambda temporary: pq.write_table(pa.table(columns), temporary, compression="zstd"))
+
+
+def _unique_prompts(rows: datasets.Dataset, fmt: PreferenceFormat, kept: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """The number of each pair's prompt, and the prompts in the order in which they first come."""
+    column = rows.select_columns([fmt.prompt]).with_format(None)
+    numbers: dict[str, int] = {}
+    prompt = np.empty(len(kept), dtype=np.int32)
+    for start in range(0, len(kept), _ROWS_AT_A_TIME):
+        positions = kept[start : start + _ROWS_AT_A_TIME].tolist()
+        for place, value in enumerate(column[positions][fmt.prompt]):
+            text = read_prompt(value, where=f"row {positions[place]}, column {fmt.prompt!r}")
+            prompt[start + place] = numbers.setdefault(text, len(numbers))
+    return prompt, list(numbers)
+
+
+# --------------------------------------------------------------------------------------------------------- buckets
+
+
+class _Shapes(torch.utils.data.Dataset):
+    """The buckets of pairs by the shapes of their media, read from the headers of files."""
+
+    def __init__(self, rows: datasets.Dataset, fmt: PreferenceFormat, kept: np.ndarray, manifest: Manifest):
+        self.rows, self.fmt, self.kept = undecoded(rows, fmt), fmt, kept
+        self.sizes: Sequence[Size] = manifest.buckets or ()
+        self.holds_clips = manifest.num_frames > 1
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> int:
+        number = int(self.kept[index])
+        pair = self.fmt.read(self.rows[number], where=f"row {number}")
+        chosen, rejected = (
+            self.sizes.index(nearest_bucket(*self._size(pair[arm], f"row {number}, {arm}"), self.sizes))
+            for arm in ("chosen", "rejected")
+        )
+        return chosen * len(self.sizes) + rejected
+
+    def _size(self, value: object, where: str) -> Size:
+        if not self.holds_clips:
+            return image_size(value, where=where)
+        for frame in open_video(value, where=where).frames():
+            return picture_size(frame.open())
+        raise DatasetError(f"{where}: the video has no frames")
+
+
+def _find_buckets(
+    rows: datasets.Dataset, fmt: PreferenceFormat, kept: np.ndarray, manifest: Manifest, num_workers: int = 0
+) -> np.ndarray:
+    shapes = DataLoader(_Shapes(rows, fmt, kept, manifest), batch_size=_ROWS_AT_A_TIME, num_workers=num_workers)
+    return torch.cat(list(shapes)).numpy().astype(np.int32)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or not there, and reading rows of tensors out of them without mapping them into memory."""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from trl_sipo.errors import DatasetError
+
+# Names of the safetensors format. https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_MAX_OPEN_FILES = 64
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file under a temporary name beside `path`, bring it to the disk, and give it its name.
+
+    Whenever the process is killed, `path` is whole or not there. Files that such a kill left behind are removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for torn in path.parent.glob(f".{path.name}.*.tmp"):
+        torn.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
+    _to_disk(temporary)
+    os.replace(temporary, path)
+    _to_disk(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    # Without metadata, whose order in the file would change from one process to another.
+    content = {name: value.contiguous() for name, value in tensors.items()}
+    write_whole(path, lambda temporary: save_file(content, temporary))
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+class TensorFile:
+    """A safetensors file, read by position.
+
+    The file is not mapped: pages of a mapping count as the process's memory, which would then grow with the data.
+
+    Raises:
+        DatasetError: the file is not there, or not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DatasetError(f"the shard {str(path)!r} cannot be read: {error.strerror}") from error
+        try:
+            self._stored = self._read_header()
+        except (ValueError, KeyError) as error:
+            os.close(self._descriptor)
+            raise DatasetError(
+                f"the shard {str(path)!r} is damaged ({error}): remove it, and run `trl-sipo encode` again, which "
+                "writes what is missing"
+            ) from error
+
+    def _read_header(self) -> dict[str, _Stored]:
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        size = os.fstat(self._descriptor).st_size
+        if not 0 < length <= size - 8:
+            raise ValueError("it has no header")
+        header = json.loads(os.pread(self._descriptor, length, 8))
+        stored, end = {}, 0
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                start = 8 + length + first
+                stored[name] = _Stored(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, last - first)
+                end = max(end, start + last - first)
+        if size < end:
+            raise ValueError(f"it ends after {size} of {end} bytes")
+        return stored
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._descriptor)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        entry = self._stored[name]
+        return self._read(entry.dtype, entry.shape, entry.start, entry.num_bytes)
+
+    def row(self, name: str, index: int) -> torch.Tensor:
+        """One row of a tensor's first dimension."""
+        entry = self._stored[name]
+        num_bytes = entry.num_bytes // entry.shape[0]
+        return self._read(entry.dtype, entry.shape[1:], entry.start + index * num_bytes, num_bytes)
+
+    def _read(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, num_bytes: int) -> torch.Tensor:
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        content = bytearray(num_bytes)
+        view, done = memoryview(content), 0
+        while done < num_bytes:  # a single read stops at 2 GiB
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise DatasetError(f"the shard {str(self.path)!r} became shorter while it was read")
+            done += count
+        return torch.frombuffer(content, dtype=dtype).reshape(shape)
+
+
+class OpenFiles:
+    """The files that were read last, kept open. Each process opens its own."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, TensorFile] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> TensorFile:
+        if path not in self._files:
+            self._files[path] = TensorFile(path)
+            if len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(path)
+        return self._files[path]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_files": OrderedDict()}  # descriptors mean nothing to another process
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo encode`: encode pairs once, for training that loads neither the VAE nor the text encoders.
+
+Several processes share the work: `torchrun --nproc_per_node 4 -m trl_sipo.scripts.encode --output ...`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+
+if TYPE_CHECKING:
+    from trl_sipo.adapters.base import BackboneAdapter
+    from trl_sipo.data.cache.encode import Share
+    from trl_sipo.data.cache.manifest import Manifest
+    from trl_sipo.data.preference_dataset import PreferenceDataset
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
+    """The options; those that a training command has too have its names."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Encode pairs once, into a cache that training commands take as `dataset_name`. Run it again to "
+        "go on after an interruption; under torchrun, processes share the work.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the cache, or of what is exported")
+    add("--model_name_or_path", metavar="PATH", help="hub id or local path of a diffusers pipeline")
+    add("--model_revision", metavar="NAME", help="branch, tag or commit on the hub")
+    add("--dataset_name", metavar="PATH", help="hub id or local path of preference pairs")
+    add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
+    add("--dataset_split", default="train", help="default: %(default)s")
+    add("--limit", type=int, metavar="PAIRS", help="encode the first pairs only")
+    add("--soft_labels", action="store_true", help="store labels as probabilities; ties are pairs then")
+    add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
+    add("--buckets", action="store_true", help="keep shapes: several sizes of about the area of the resolution")
+    add("--num_frames", type=int, default=1, help="frames of video clips; 1 takes images (default: %(default)s)")
+    add("--frame_rate", type=float, help="frames per second of the clips (default: each video's own)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of what is stored (default: %(default)s)")
+    add("--text_dtype", choices=DTYPES, help="of the text encoders' weights (default: that of --dtype)")
+    add("--vae_dtype", choices=DTYPES, default="float32", help="of the VAE's weights (default: %(default)s)")
+    add("--posterior_std", action="store_true", help="store what `sample_posterior` needs; twice the space")
+    add("--shard_mb", type=int, default=256, help="size of a file of latents (default: %(default)s)")
+    add("--num_workers", type=int, default=2, help="processes that read media (default: %(default)s)")
+    add("--device", help="such as cuda:1 or cpu (default: the process's GPU, if there is one)")
+    add("--export", choices=("webdataset",), help="export the cache given by --cache instead of encoding")
+    add("--cache", type=Path, metavar="DIR", help="the cache to export")
+    return parser
+
+
+def run(command: str, argv: list[str]) -> None:
+    """Encode, or export what is encoded.
+
+    Raises:
+        BackboneError: The model cannot be loaded.
+        ConfigurationError: Contradicting options, or a folder with another cache.
+        DatasetError: Pairs that cannot be used.
+        NumericalError: Latents that are not finite.
+    """
+    arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
+    _check(arguments)
+    if arguments.export is not None:
+        _export(arguments)
+        return
+    from trl_sipo.data.cache.encode import encode_pairs
+
+    share = share_of_process()
+    rows = load_rows(arguments)
+    adapter = load_encoders(arguments)
+    manifest = make_manifest(arguments, adapter, rows)
+    dataset = make_dataset(rows, manifest)
+    if share.rank == 0:
+        print(f"Encoding {manifest.num_pairs} pairs with {manifest.model} into {arguments.output}")
+    encode_pairs(
+        adapter,
+        dataset,
+        rows,
+        manifest,
+        arguments.output,
+        share=share,
+        num_workers=arguments.num_workers,
+        show_progress=share.rank == 0,
+    )
+    if share.rank == 0:
+        print(f"Train on it with `--dataset_name {arguments.output}`.")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.export is not None:
+        if arguments.cache is None:
+            raise ConfigurationError("`--export` needs `--cache`, the folder that was encoded.")
+        return
+    for name in ("model_name_or_path", "dataset_name"):
+        if getattr(arguments, name) is None:
+            raise ConfigurationError(f"`--{name}` is required.")
+    if arguments.cache is not None:
+        raise ConfigurationError("`--cache` is what `--export` reads. The folder to write is `--output`.")
+    for name, least in (("limit", 1), ("shard_mb", 1), ("num_workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"`--{name}` must be at least {least}, got {value}.")
+    if arguments.resolution is not None and len(arguments.resolution) > 2:
+        raise ConfigurationError(f"`--resolution` is a height and a width, or one number; got {arguments.resolution}.")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from trl_sipo.data.cache.dataset import CachedPairs
+    from trl_sipo.data.cache.webdataset import export_webdataset
+
+    number = export_webdataset(CachedPairs(arguments.cache), arguments.output)
+    print(f"Wrote {number} file(s) to {arguments.output}.")
+
+
+def share_of_process() -> "Share":
+    """This process's share of the work, from the variables that torchrun sets."""
+    from trl_sipo.data.cache.encode import Share
+
+    return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def load_rows(arguments: argparse.Namespace) -> Any:
+    """The rows that are to be encoded.
+
+    Raises:
+        DatasetError: There are none, or they are encoded already.
+    """
+    import datasets
+
+    from trl_sipo.data.loading import load_preference_dataset
+
+    rows = load_preference_dataset(
+        arguments.dataset_name, name=arguments.dataset_config, split=arguments.dataset_split
+    )
+    if not isinstance(rows, datasets.Dataset):
+        raise DatasetError(f"`--dataset_name {arguments.dataset_name}` is a cache already: give what it was made of.")
+    return rows
+
+
+def load_encoders(arguments: argparse.Namespace) -> "BackboneAdapter":
+    """The pipeline with the weights of its VAE and text encoders, and without those of its denoiser.
+
+    Raises:
+        BackboneError: It cannot be loaded.
+    """
+    import torch
+
+    from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
+
+    revision = {} if arguments.model_revision is None else {"revision": arguments.model_revision}
+    text_dtype = getattr(torch, arguments.text_dtype or arguments.dtype)
+    pipeline: Any = load_pipeline(
+        arguments.model_name_or_path,
+        weightless=denoiser_names(arguments.model_name_or_path, **revision),
+        dtype={"default": text_dtype, "vae": getattr(torch, arguments.vae_dtype)},
+        **revision,
+    )
+    adapter = adapter_for(pipeline)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    for module in adapter.frozen_modules():
+        module.to(device)
+    return adapter
+
+
+def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", rows: Any) -> "Manifest":
+    """What the cache is to be.
+
+    Raises:
+        ConfigurationError: A size or length that the model does not take.
+        DatasetError: Columns of no known format, or no pairs.
+    """
+    from trl_sipo.adapters import encoder_folders
+    from trl_sipo.data.cache.buckets import bucket_sizes
+    from trl_sipo.data.cache.manifest import Manifest, data_fingerprint, encoders_fingerprint
+    from trl_sipo.data.formats import select_pairs
+
+    size = tuple(arguments.resolution * 2)[:2] if arguments.resolution else tuple(adapter.default_size)
+    adapter.validate_size(*size, arguments.num_frames)
+    fmt = _format_of(rows, arguments.soft_labels)
+    num_pairs = len(select_pairs(rows, fmt).kept)
+    num_pairs = num_pairs if arguments.limit is None else min(num_pairs, arguments.limit)
+    if num_pairs == 0:
+        raise DatasetError("There are no pairs to encode: every row is a tie or has no label.")
+    model, revision = arguments.model_name_or_path, arguments.model_revision
+    return Manifest(
+        model=model,
+        revision=revision,
+        pipeline_class=adapter.pipeline_class_name,
+        encoders=encoders_fingerprint(model, encoder_folders(model, revision), revision),
+        data=data_fingerprint(rows, fmt, num_pairs),
+        split=arguments.dataset_split,
+        num_pairs=num_pairs,
+        soft_labels=arguments.soft_labels,
+        size=size,
+        buckets=bucket_sizes(size, adapter.spatial_multiple) if arguments.buckets else None,
+        num_frames=arguments.num_frames,
+        frame_rate=arguments.frame_rate,
+        dtype=arguments.dtype,
+        text_dtype=arguments.text_dtype or arguments.dtype,
+        vae_dtype=arguments.vae_dtype,
+        posterior_std=arguments.posterior_std,
+        shard_bytes=arguments.shard_mb * 2**20,
+    )
+
+
+def make_dataset(rows: Any, manifest: "Manifest") -> "PreferenceDataset":
+    """The pairs as tensors, as training takes them without any randomness."""
+    from trl_sipo.data.cache.buckets import BucketTransform
+    from trl_sipo.data.preference_dataset import PreferenceDataset
+    from trl_sipo.data.transforms import PairedTransform
+    from trl_sipo.data.video import ClipSampler
+
+    transform: Any = PairedTransform(manifest.size) if manifest.buckets is None else BucketTransform(manifest.buckets)
+    clip = ClipSampler(manifest.num_frames, frame_rate=manifest.frame_rate) if manifest.num_frames > 1 else None
+    return PreferenceDataset(rows, fmt=_format_of(rows, manifest.soft_labels), transform=transform, clip=clip)
+
+
+def _format_of(rows: Any, soft_labels: bool) -> Any:
+    from trl_sipo.data.formats import detect_format
+
+    fmt = detect_format(rows.column_names)
+    if fmt.holds_latents:
+        raise DatasetError("The dataset holds latents already, without embeddings: give the images or videos.")
+    return fmt.with_soft_labels() if soft_labels else fmt
+
+
+def main(argv: list[str]) -> int:
+    """As `run`; a mistake of the user is one line and status 2."""
+    try:
+        run("encode", argv)
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+        print(f"encode: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
