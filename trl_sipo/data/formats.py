@@ -129,6 +129,7 @@ FORMATS: dict[str, PreferenceFormat] = {
     "pick_a_pic": PreferenceFormat(
         "pick_a_pic", "caption", "jpg_0", "jpg_1", label="label_0", label_required=True, has_label="has_label"
     ),
+    "rapidata": PreferenceFormat("rapidata", "prompt", "image1", "image2", label="label", label_required=True),
     "latents": PreferenceFormat(
         "latents", "prompt", "chosen_latents", "rejected_latents", label="label", holds_latents=True
     ),
@@ -162,7 +163,8 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
         advice = f" Nearest is {nearest.name!r}, from which {missing} {'are' if len(missing) > 1 else 'is'} missing."
     raise DatasetError(
         f"this is no preference data that is known here. Columns found: {found}. Formats known: {known}.{advice} "
-        "Columns of other names can be renamed with rename_columns."
+        "Columns of other names can be renamed with rename_columns. Published datasets of other layouts are converted "
+        "by load_preference_dataset, or by trl_sipo.data.readers.read_source."
     )
 
 
@@ -185,31 +187,42 @@ class RowSelection:
     num_dropped: int = 0
 
 
+def label_values(dataset: Dataset, fmt: PreferenceFormat) -> np.ndarray:
+    """The label of every row, float64; NaN where nobody has judged, 1 where there is no column of labels.
+
+    Raises:
+        DatasetError: a label is not a number in [0, 1]; names the row.
+    """
+    labels = np.ones(len(dataset))
+    if not fmt.label_columns or len(dataset) == 0:
+        return labels
+    table = dataset.select_columns(list(fmt.label_columns)).with_format("arrow")[:]
+    if fmt.label is not None:
+        labels = _numbers(table, fmt.label).copy()
+    if fmt.has_label is not None:
+        labels[np.nan_to_num(_numbers(table, fmt.has_label)) == 0] = np.nan
+    outside = np.flatnonzero((labels < 0) | (labels > 1))
+    if outside.size:
+        row = int(outside[0])
+        raise DatasetError(_label_message(float(labels[row]), fmt.label, f"row {row}"))
+    return labels
+
+
 def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
     """Find the rows that are pairs, reading the label columns only: no image is decoded or copied.
 
     Raises:
         DatasetError: a label is not a number in [0, 1]; names the row.
     """
-    rows = np.arange(len(dataset), dtype=np.int64)
-    if not fmt.label_columns or len(dataset) == 0:
-        return RowSelection(rows)
-    table = dataset.select_columns(list(fmt.label_columns)).with_format("arrow")[:]
-    unlabelled = np.zeros(len(rows), dtype=bool)
-    if fmt.has_label is not None:
-        unlabelled |= np.nan_to_num(_numbers(table, fmt.has_label)) == 0
-    labels = np.ones(len(rows))
-    if fmt.label is not None:
-        labels = _numbers(table, fmt.label)
-        unlabelled |= np.isnan(labels)
-        outside = ~unlabelled & ((labels < 0) | (labels > 1))
-        if outside.any():
-            row = int(np.flatnonzero(outside)[0])
-            raise DatasetError(_label_message(float(labels[row]), fmt.label, f"row {row}"))
-    ties = ~unlabelled & (labels == TIE)
+    labels = label_values(dataset, fmt)
+    unlabelled, ties = np.isnan(labels), labels == TIE
     keep = ~unlabelled if fmt.soft_labels else ~unlabelled & ~ties
     return RowSelection(
-        rows[keep], int(ties.sum()), int(unlabelled.sum()), int((labels[keep] < TIE).sum()), int((~keep).sum())
+        kept=np.flatnonzero(keep),
+        num_ties=int(ties.sum()),
+        num_unlabelled=int(unlabelled.sum()),
+        num_swapped=int((labels[keep] < TIE).sum()),
+        num_dropped=int((~keep).sum()),
     )
 
 

@@ -14,6 +14,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, List, ReadInstructio
 from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
 from trl_sipo.data.preference_dataset import first_row
+from trl_sipo.data.readers import READERS, read_source
+from trl_sipo.data.readers.tar_shards import read_tar_shards, stream_tar_shards
+from trl_sipo.data.readers.video_dpo import is_video_dpo_folder, read_video_dpo_folder
+from trl_sipo.data.row_selection import confident_pairs, listed_rows, without_rows
 from trl_sipo.data.stored import looks_like_text
 from trl_sipo.errors import DatasetError
 
@@ -24,7 +28,9 @@ _READERS: dict[str, tuple[Callable[..., Dataset], Callable[..., IterableDataset]
     ".jsonl": (Dataset.from_json, IterableDataset.from_json),
     ".json": (Dataset.from_json, IterableDataset.from_json),
     ".csv": (Dataset.from_csv, IterableDataset.from_csv),
+    ".tar": (read_tar_shards, stream_tar_shards),
 }
+_TAKE_PATTERNS = {".parquet", ".jsonl", ".json", ".csv"}  # readers that would take a bracket in a path for a pattern
 _OPTIONS: dict[str, dict[str, Any]] = {
     ".csv": {"keep_default_na": False, "na_values": [""]},  # empty cells are null, the words NA and null are not
 }
@@ -53,8 +59,14 @@ def load_preference_dataset(
     name: str | None = None,
     split: str = "train",
     streaming: bool = False,
+    format: str | None = None,
+    media_folder: str | os.PathLike[str] | None = None,
+    min_confidence: float | None = None,
+    skip_rows: str | os.PathLike[str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Load preference data. Rows come as they are; `PreferenceDataset` recognises the columns.
+    """Load preference data. Rows of a layout that `PreferenceDataset` recognises come as they are.
+
+    Those of published datasets of another layout (`trl_sipo.data.readers.READERS`) become pairs.
 
     Args:
         name_or_path: one of
@@ -63,9 +75,10 @@ def load_preference_dataset(
             - a local folder `<root>` with `chosen/<id>.<suffix>`, `rejected/<id>.<suffix>` (png, jpg, jpeg, webp; mp4,
               webm, gif, mov, mkv, avi; or folders of frames, `<id>/`) and `metadata.csv` or `metadata.jsonl` with the
               columns `id` (or `file_name`) and `prompt`; or several such folders, `<root>/<split>`;
-            - a local folder of Parquet, JSON, JSON Lines or CSV files, at any depth. A file belongs to the split that
-              stands as a word in its name or else in its folder ("test.jsonl", "data/train-00000-of-00002.parquet");
-              without one, to "train";
+            - a local folder of VideoDPO, with `pair.json` and `metadata.json`;
+            - a local folder of Parquet, JSON, JSON Lines or CSV files, or of tar shards, at any depth. A file belongs
+              to the split that stands as a word in its name or else in its folder ("test.jsonl",
+              "data/train-00000-of-00002.parquet"); without one, to "train";
             - one such file, which is the split that is asked for;
             - an id on the Hugging Face hub;
             - columns, as a mapping from names to lists.
@@ -74,11 +87,33 @@ def load_preference_dataset(
         name: configuration of a dataset on the hub; of a local folder, the folder within it.
         split: which split; slices ("train[:500]", "train[10%:20%]") work for all kinds, except when streaming.
         streaming: give a `datasets.IterableDataset`.
+        format: what the columns are, a key of `READERS` or `FORMATS`; None: recognised.
+        media_folder: what relative paths of images and videos are relative to. Without it, those in a local table are
+            relative to its folder, or to the folder beside it that has its name (`train.json`, `train/`).
+        min_confidence: leave pairs out whose label is closer to a tie: at least this share of votes must be for one
+            side. None: none.
+        skip_rows: a JSON Lines file of `{"row": number, ...}`, such as `trl-sipo data check` writes: these rows are
+            left out. They are counted in the split as it is loaded, before `min_confidence`.
 
     Raises:
         DatasetError: nothing there, no such split (lists those there are), files that cannot be read, columns of
             unequal length, images without a partner.
     """
+    dataset = _load(name_or_path, name, split, streaming, media_folder)
+    dataset = read_source(dataset, format)
+    if skip_rows is not None:
+        dataset = without_rows(dataset, listed_rows(skip_rows))
+    return dataset if min_confidence is None else confident_pairs(dataset, min_confidence)
+
+
+def _load(
+    name_or_path: str | os.PathLike[str] | Mapping[str, Sequence[Any]],
+    name: str | None,
+    split: str,
+    streaming: bool,
+    media_folder: str | os.PathLike[str] | None,
+) -> Dataset | IterableDataset:
+    """Rows as they are stored, with absolute paths."""
     if isinstance(name_or_path, Mapping):
         return _take_split(_single(lambda: dataset_from_columns(name_or_path), split, streaming), split, "the columns")
     text = os.path.expanduser(os.fspath(name_or_path))
@@ -86,12 +121,13 @@ def load_preference_dataset(
     if not path.exists():
         if _looks_like_path(text):
             raise DatasetError(f"there is no file or folder {text!r} (working directory: {os.getcwd()})")
-        return _load_from_hub(text, name, split, streaming)
+        dataset = _load_from_hub(text, name, split, streaming)
+        return dataset if media_folder is None else _with_absolute_paths(dataset, [Path(media_folder).resolve()])
     if name is not None:
         path = path / name
         if not path.is_dir():
             raise DatasetError(f"name={name!r}: {text!r} is a local path and has no folder of that name")
-    return _take_split(_local_splits(path, split, streaming), split, repr(str(path)))
+    return _take_split(_local_splits(path, split, streaming, media_folder), split, repr(str(path)))
 
 
 def dataset_from_columns(columns: Mapping[str, Sequence[Any]]) -> Dataset:
@@ -123,14 +159,18 @@ def _maybe_streamed(loader: _Loader, streaming: bool) -> _Loader:
     return load if streaming else loader
 
 
-def _local_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]:
+def _local_splits(
+    path: Path, split: str, streaming: bool, media_folder: str | os.PathLike[str] | None
+) -> dict[str, _Loader]:
     """Split names and how to load each."""
     if path.is_file():
         if path.suffix.lower() not in _READERS:
             raise DatasetError(f"cannot read {str(path)!r}: expected one of {', '.join(_READERS)}")
-        return {_base_names(split)[0]: lambda: _load_files([path], streaming)}
+        return {_base_names(split)[0]: lambda: _load_files([path], streaming, media_folder)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_splits(path, split, streaming)
+    if is_video_dpo_folder(path):
+        return _single(lambda: dataset_from_columns(read_video_dpo_folder(path)), split, streaming)
     folders = find_image_folders(path)
     if folders:
         if set(folders) == {""}:
@@ -145,7 +185,7 @@ def _local_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]
             f"the folder {str(path)!r} holds no preference data: no {', '.join(_READERS)} file, no dataset of "
             "save_to_disk, and no folders 'chosen' and 'rejected'"
         )
-    return {name: lambda group=group: _load_files(group, streaming) for name, group in files.items()}
+    return {name: lambda group=group: _load_files(group, streaming, media_folder) for name, group in files.items()}
 
 
 def _saved_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]:
@@ -181,7 +221,9 @@ def _split_of(relative: Path) -> str:
     return "train"
 
 
-def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:
+def _load_files(
+    files: Sequence[Path], streaming: bool, media_folder: str | os.PathLike[str] | None
+) -> Dataset | IterableDataset:
     """Read tables of one split, with relative paths of images and videos made absolute."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
@@ -190,9 +232,12 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
     for (folder, suffix), group in groups.items():
         read = _READERS[suffix][streaming]
         paths = [str(file) for file in group]
+        patterns = [glob.escape(path) for path in paths] if suffix in _TAKE_PATTERNS else paths
         try:
-            part = read([glob.escape(path) for path in paths], **_OPTIONS.get(suffix, {}))
-            parts.append(_with_absolute_paths(part, folder))
+            part = read(patterns, **_OPTIONS.get(suffix, {}))
+            parts.append(_with_absolute_paths(part, _media_folders(folder, group, media_folder)))
+        except DatasetError:
+            raise
         except Exception as error:  # the readers raise their own errors, those of pyarrow and those of pandas
             cause = error.__cause__ or error
             raise DatasetError(f"cannot read {', '.join(paths[:3])}: {type(cause).__name__}: {cause}") from error
@@ -203,8 +248,17 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
         raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
 
 
-def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:
+def _media_folders(folder: Path, tables: Sequence[Path], media_folder: str | os.PathLike[str] | None) -> list[Path]:
+    """Where relative paths may begin: a path is taken in the first folder that has such a file."""
+    if media_folder is not None:
+        return [Path(media_folder).expanduser().resolve()]
+    beside = dict.fromkeys(folder / table.stem for table in tables)
+    return [folder, *(candidate for candidate in beside if candidate.is_dir())]
+
+
+def _with_absolute_paths(dataset: Dataset | IterableDataset, folders: list[Path]) -> Dataset | IterableDataset:
     arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
+    arms |= {column for reader in READERS.values() for column in reader.paths}
     if dataset.features is None:  # a stream whose types are not known before it is read
         columns = [column for column, value in first_row(dataset).items() if column in arms and _is_path(value)]
     else:
@@ -214,19 +268,21 @@ def _with_absolute_paths(dataset: Dataset | IterableDataset, folder: Path) -> Da
 
     def absolute(*values: list[Any]) -> dict[str, list[Any]]:
         return {
-            column: [_absolute(path, folder) for path in paths] for column, paths in zip(columns, values, strict=True)
+            column: [_absolute(path, folders) for path in paths] for column, paths in zip(columns, values, strict=True)
         }
 
     return dataset.map(absolute, batched=True, input_columns=columns, features=dataset.features)
 
 
-def _absolute(path: Any, folder: Path) -> Any:
-    """A path, or a list of those of frames, relative to a folder; an absolute path stays itself."""
+def _absolute(path: Any, folders: list[Path]) -> Any:
+    """A path, or a list of those of frames, relative to one of the folders; an absolute path stays itself."""
     if isinstance(path, list):
-        return [_absolute(frame, folder) for frame in path]
-    if path is None or (looks_like_text(path) and not os.path.exists(folder / path)):
+        return [_absolute(frame, folders) for frame in path]
+    if path is None or (looks_like_text(path) and not any(os.path.exists(folder / path) for folder in folders)):
         return path
-    return str(folder / path)
+    if len(folders) == 1:  # a look at the disk per path takes minutes where there are millions
+        return str(folders[0] / path)
+    return str(next((folder / path for folder in folders if os.path.exists(folder / path)), folders[0] / path))
 
 
 def _plain_strings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -31,6 +31,12 @@ class DataArguments:
         dataset_train_split: Split to train on.
         dataset_test_split: Split to evaluate on, when `eval_strategy` is set.
         dataset_streaming: Read the data as a stream.
+        dataset_format: What the columns are, where they do not tell: a key of `trl_sipo.data.readers.READERS` or
+            `trl_sipo.data.formats.FORMATS`.
+        dataset_media_folder: What relative paths of images and videos are relative to; the folder of their table if
+            not given.
+        min_confidence: Leave pairs out whose label gives neither side at least this share of the votes.
+        skip_rows: A JSON Lines file, such as `trl-sipo data check` writes, of rows of the training split to leave out.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or local path of the preference pairs."})
@@ -38,6 +44,16 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Read the data as a stream."})
+    dataset_format: str | None = field(default=None, metadata={"help": "Layout of the data; recognised if not given."})
+    dataset_media_folder: str | None = field(
+        default=None, metadata={"help": "Folder to which paths of images and videos are relative; else their table's."}
+    )
+    min_confidence: float | None = field(
+        default=None, metadata={"help": "Leave out pairs whose label gives neither side this share of the votes."}
+    )
+    skip_rows: str | None = field(
+        default=None, metadata={"help": "File of bad rows of the training split to leave out (trl-sipo data check)."}
+    )
 
 
 @dataclass
@@ -314,6 +330,10 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
             name=data_args.dataset_config,
             split=split,
             streaming=data_args.dataset_streaming,
+            format=data_args.dataset_format,
+            media_folder=data_args.dataset_media_folder,
+            min_confidence=data_args.min_confidence,
+            skip_rows=data_args.skip_rows if name == "train" else None,
         )
         for name, split in splits.items()
     }
