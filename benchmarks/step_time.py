@@ -4,14 +4,14 @@
     python benchmarks/step_time.py --threads 1               # a CPU: a U-Net of 41 M parameters at 128 px, 4 pairs
     python benchmarks/step_time.py --device cuda --latent-size 64 --unet sd15
 
-The variants take turns, step by step, so that what disturbs the machine disturbs all of them; the ratios are of medians
-of one run. Weights are random and nothing is downloaded. A step is: the batch's forward passes, the backward pass,
+The variants take turns, step by step, so that what disturbs the machine disturbs all of them; the ratios are of the
+medians of one run. Weights are random and nothing is downloaded. A step is: the batch's forward passes, the backward pass,
 clipping, the optimiser. Prints a table and writes JSON.
 
 - `bare`: latents and embeddings at hand, one reference and one policy pass over both arms, the loss, nothing else.
 - `bare, no reference`: the same without the reference pass, whose errors are given.
-- `peer`: as the Diffusion-DPO example of diffusers is described: images and prompts encoded in every step, and each arm
-  in a pass of its own.
+- `peer`: as the Diffusion-DPO example of diffusers is described: images and prompts encoded in every step, and each
+  arm in a pass of its own.
 - the others: this library's trainers.
 """
 
@@ -41,7 +41,7 @@ from trl_sipo.trainer.methods import method_classes
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8},
     "41M": {
-        "block_out_channels": (96, 192, 256),
+        "block_out_channels": (128, 192, 352),
         "attention_head_dim": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -273,13 +273,14 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> d
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def activation_bytes(step: Callable[[], None], device: str) -> int:
-    """What one step keeps for its backward pass, at the peak: bytes of saved tensors; on CUDA of the allocator."""
+def activation_bytes(step: TrainerStep, device: str) -> int:
+    """What one step keeps for its backward pass, at the peak: saved tensors but weights; on CUDA the allocator's."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    weights = {parameter.untyped_storage().data_ptr() for parameter in step.trainer.model.parameters()}
     alive: dict[int, list[int]] = {}
     total, peak = 0, 0
 
@@ -302,15 +303,15 @@ def activation_bytes(step: Callable[[], None], device: str) -> int:
             if entry[0] == 0:
                 total -= alive.pop(self.key)[1]
 
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: t if t.requires_grad and t.is_leaf else Held(t), _unpacked
-    ):
+    def pack(tensor: torch.Tensor) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in weights else Held(tensor)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else packed.tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         step()
     return peak
-
-
-def _unpacked(held: Any) -> torch.Tensor:
-    return held if isinstance(held, torch.Tensor) else held.tensor
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
@@ -320,14 +321,16 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         reference_bank.reference_folder = lambda: folder / "banks"
+        bare = BareStep(options)
+        trainers = {name: TrainerStep(name, options, folder) for name in TRAINERS}
         steps: dict[str, Callable[[], None]] = {
-            "bare": BareStep(options),
+            "bare": bare,
             "bare, no reference": BareStep(options, with_reference=False),
             "peer": BareStep(options, as_peer=True),
-            **{name: TrainerStep(name, options, folder) for name in TRAINERS},
+            **trainers,
         }
         seconds = measure(steps, options.rounds, options.device)
-        memory = {name: activation_bytes(steps[name], options.device) for name in ("Diffusion-DPO", "split arms")}
+        memory = {name: activation_bytes(trainers[name], options.device) for name in ("Diffusion-DPO", "split arms")}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {
         name: {"ratio": medians[over] / medians[under], "target": target, "below": below}
@@ -335,10 +338,9 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     }
     share = memory["split arms"] / memory["Diffusion-DPO"]
     ratios["split / both arms at once, activations"] = {"ratio": share, "target": 0.60, "below": True}
-    unet = steps["bare"].pipeline.unet  # type: ignore[attr-defined]
     result = {
         "settings": {name: str(value) for name, value in vars(options).items()},
-        "unet_parameters": sum(p.numel() for n, p in unet.named_parameters() if "lora_" not in n),
+        "unet_parameters": sum(p.numel() for n, p in bare.model.named_parameters() if "lora_" not in n),
         "seconds": seconds,
         "activation_bytes": memory,
         "ratios": ratios,
