@@ -97,16 +97,6 @@ def denoiser_names(name_or_path: str | os.PathLike[str], revision: str | None = 
     return [name for name in _DENOISER_NAMES if (index.get(name) or [None])[0] is not None]
 
 
-def encoder_folders(name_or_path: str | os.PathLike[str], revision: str | None = None) -> list[str]:
-    """The components of a pipeline that decide what media and prompts are encoded to: VAE, text encoders, tokenizers.
-
-    Raises:
-        BackboneError: as [`load_pipeline`].
-    """
-    index = _read_index(name_or_path, {} if revision is None else {"revision": revision})
-    return sorted(name for name in index if name.startswith(("vae", "text_encoder", "tokenizer")))
-
-
 def _read_index(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     """`model_index.json` of a pipeline that some adapter knows."""
     import diffusers

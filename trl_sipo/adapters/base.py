@@ -19,8 +19,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from trl_sipo.adapters import lora
-from trl_sipo.adapters.weightless import is_weightless
+from trl_sipo.adapters import lora, weightless
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
@@ -145,12 +144,12 @@ class BackboneAdapter(ABC):
     def frozen_modules(self) -> list[nn.Module]:
         """The VAE and the text encoders, without those that the pipeline was saved or loaded without."""
         modules = (getattr(self.pipeline, name) for name in self.frozen_names)
-        return [module for module in modules if module is not None and not is_weightless(module)]
+        return [module for module in modules if module is not None and not weightless.is_weightless(module)]
 
     @property
     def has_encoders(self) -> bool:
         """Whether VAE and text encoders hold their weights, so that media and prompts can be encoded."""
-        return not is_weightless(self.pipeline.vae)
+        return not weightless.is_weightless(self.pipeline.vae)
 
     def freeze(self) -> None:
         """Put everything but the denoiser in eval mode, without gradients. The denoiser is left as it is."""
@@ -246,7 +245,9 @@ class BackboneAdapter(ABC):
         with self._frozen_inference("vae"):
             mean, std = self._posterior(pixels)
             # Normalising is affine in each number, so that of a deviation it leaves the slope.
-            return self.normalize_latents(mean), self.normalize_latents(std) - self.normalize_latents(0 * std)
+            return self.normalize_latents(mean), self.normalize_latents(std) - self.normalize_latents(
+                torch.zeros_like(std)
+            )
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation before normalisation, float32."""
@@ -449,6 +450,8 @@ class BackboneAdapter(ABC):
     def save_pipeline(self, directory: str | os.PathLike[str]) -> None:
         """Save the whole pipeline, its fully fine-tuned denoiser included, for `from_pretrained`.
 
+        Of a pipeline loaded without the weights of its encoders, see [`weightless.save_pipeline`].
+
         Raises:
             ConfigurationError: if the denoiser carries LoRA layers, which would make the folder unloadable.
         """
@@ -457,7 +460,7 @@ class BackboneAdapter(ABC):
                 f"The {self.denoiser_name} carries LoRA layers: save them with save_lora, or merge them first "
                 "(merge_and_unload) to save a pipeline."
             )
-        self.pipeline.save_pretrained(directory)
+        weightless.save_pipeline(self.pipeline, Path(directory))
 
     def save_denoiser(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
         """Save a denoiser alone, where [`save_pipeline`] has it in its folder; for [`load_denoiser`]."""

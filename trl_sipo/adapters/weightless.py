@@ -5,12 +5,17 @@ Training from encoded pairs needs of a VAE what its configuration says, and enco
 """
 
 import importlib
+import logging
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from trl_sipo.errors import BackboneError
+
+logger = logging.getLogger(__name__)
 
 ENCODER_NAMES = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The components that encode media and prompts, in every pipeline."""
@@ -46,3 +51,34 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
     except (OSError, ValueError) as error:
         raise BackboneError(f"The configuration of {part} of {name!r} cannot be read: {error}") from error
     return module.requires_grad_(False).eval()
+
+
+def save_pipeline(pipeline: Any, directory: Path) -> None:
+    """Save a pipeline for `from_pretrained`; what it holds without weights is copied from the folder it came from.
+
+    Of a pipeline from the hub there is no such folder: the parts that have weights are saved alone, and a warning says
+    how to load them.
+    """
+    components = pipeline.components
+    absent = [name for name, part in components.items() if isinstance(part, nn.Module) and is_weightless(part)]
+    if not absent:
+        pipeline.save_pretrained(directory)
+        return
+    for name, part in components.items():
+        if name not in absent and hasattr(part, "save_pretrained"):
+            part.save_pretrained(directory / name)
+    source = pipeline.config.get("_name_or_path") or ""
+    if Path(source).is_dir():
+        for name in absent:
+            shutil.copytree(Path(source, name), directory / name, dirs_exist_ok=True)
+        pipeline.save_config(directory)
+        return
+    denoisers = [name for name in ("unet", "transformer", "transformer_2") if components.get(name) is not None]
+    arguments = ", ".join(
+        f"{name}={type(components[name]).__name__}.from_pretrained({str(directory)!r}, subfolder={name!r})"
+        for name in denoisers
+    )
+    logger.warning(
+        "%s holds no %s, which were not loaded from %s. Load it with %s.from_pretrained(%r, %s).",
+        directory, ", ".join(absent), source, type(pipeline).__name__, source, arguments,
+    )  # fmt: skip

@@ -9,7 +9,9 @@ import torch
 
 from trl_sipo.errors import DatasetError
 
-_TENSOR_KEYS = ("chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents")
+_TENSOR_KEYS = (
+    "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents", "chosen_std", "rejected_std",
+)  # fmt: skip
 _KEYS = (*_TENSOR_KEYS, "frame_rate", "label")
 
 
@@ -21,6 +23,8 @@ class DataCollatorForDiffusionPreference:
     "chosen_pixels": (B, 3, H, W), "rejected_pixels": (B, 3, H, W), "pair_index": int64 (B,)}`, and likewise for
     `chosen_latents`, `rejected_latents`: (B, *latent_shape), float32. Of videos, the pixels are (B, 3, F, H, W), and
     there is `frame_rate`: float32 (B,). With soft labels, there is `label`: float32 (B,).
+    Of a cache, there is `conditioning` too, a list of one dict of tensors per pair, and where it holds the VAE's
+    posterior `chosen_std`, `rejected_std`.
 
     Raises:
         DatasetError: the items do not have the same keys, or their tensors not the same shape.
@@ -37,6 +41,8 @@ class DataCollatorForDiffusionPreference:
                 batch[key] = _stack(key, items)
             else:
                 batch[key] = torch.tensor([item[key] for item in items], dtype=torch.float32)
+        if "conditioning" in items[0]:
+            batch["conditioning"] = [item["conditioning"] for item in items]
         batch["pair_index"] = torch.tensor([item["pair_index"] for item in items], dtype=torch.int64)
         return batch
 

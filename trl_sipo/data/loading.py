@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, List, ReadInstruction, Value
 
+from trl_sipo.data.cache.dataset import CachedPairs, find_cache
 from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
 from trl_sipo.data.preference_dataset import first_row
@@ -63,7 +64,7 @@ def load_preference_dataset(
     media_folder: str | os.PathLike[str] | None = None,
     min_confidence: float | None = None,
     skip_rows: str | os.PathLike[str] | None = None,
-) -> Dataset | IterableDataset:
+) -> Dataset | IterableDataset | CachedPairs:
     """Load preference data. Rows of a layout that `PreferenceDataset` recognises come as they are.
 
     Those of published datasets of another layout (`trl_sipo.data.readers.READERS`) become pairs.
@@ -71,6 +72,7 @@ def load_preference_dataset(
     Args:
         name_or_path: one of
 
+            - a local folder that `trl-sipo encode` wrote, or one with such a folder per split; gives `CachedPairs`;
             - a local folder that `save_to_disk` wrote;
             - a local folder `<root>` with `chosen/<id>.<suffix>`, `rejected/<id>.<suffix>` (png, jpg, jpeg, webp; mp4,
               webm, gif, mov, mkv, avi; or folders of frames, `<id>/`) and `metadata.csv` or `metadata.jsonl` with the
@@ -99,11 +101,25 @@ def load_preference_dataset(
         DatasetError: nothing there, no such split (lists those there are), files that cannot be read, columns of
             unequal length, images without a partner.
     """
+    if not isinstance(name_or_path, Mapping):
+        folder = Path(name_or_path).expanduser()
+        cache = find_cache(folder if name is None else folder / name, split)
+        if cache is not None:
+            _refuse_for_cache(streaming=streaming, min_confidence=min_confidence, skip_rows=skip_rows, format=format)
+            return CachedPairs(cache)
     dataset = _load(name_or_path, name, split, streaming, media_folder)
     dataset = read_source(dataset, format)
     if skip_rows is not None:
         dataset = without_rows(dataset, listed_rows(skip_rows))
     return dataset if min_confidence is None else confident_pairs(dataset, min_confidence)
+
+
+def _refuse_for_cache(**options: Any) -> None:
+    given = [f"{name}={value!r}" for name, value in options.items() if value]
+    if given:
+        raise DatasetError(
+            f"{given[0]} does not apply to a cache, which is read as it was encoded. Give it to `trl-sipo encode`."
+        )
 
 
 def _load(

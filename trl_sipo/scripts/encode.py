@@ -36,6 +36,10 @@ def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
     add("--dataset_name", metavar="PATH", help="hub id or local path of preference pairs")
     add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset_split", default="train", help="default: %(default)s")
+    add("--dataset_format", metavar="NAME", help="layout of the data; recognised if not given")
+    add("--dataset_media_folder", metavar="DIR", help="folder to which paths are relative; else their table's")
+    add("--min_confidence", type=float, help="leave out pairs whose label gives neither side this share of the votes")
+    add("--skip_rows", metavar="FILE", help="file of bad rows to leave out (trl-sipo data check)")
     add("--limit", type=int, metavar="PAIRS", help="encode the first pairs only")
     add("--soft_labels", action="store_true", help="store labels as probabilities; ties are pairs then")
     add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
@@ -135,7 +139,13 @@ def load_rows(arguments: argparse.Namespace) -> Any:
     from trl_sipo.data.loading import load_preference_dataset
 
     rows = load_preference_dataset(
-        arguments.dataset_name, name=arguments.dataset_config, split=arguments.dataset_split
+        arguments.dataset_name,
+        name=arguments.dataset_config,
+        split=arguments.dataset_split,
+        format=arguments.dataset_format,
+        media_folder=arguments.dataset_media_folder,
+        min_confidence=arguments.min_confidence,
+        skip_rows=arguments.skip_rows,
     )
     if not isinstance(rows, datasets.Dataset):
         raise DatasetError(f"`--dataset_name {arguments.dataset_name}` is a cache already: give what it was made of.")
@@ -175,7 +185,6 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
         ConfigurationError: A size or length that the model does not take.
         DatasetError: Columns of no known format, or no pairs.
     """
-    from trl_sipo.adapters import encoder_folders
     from trl_sipo.data.cache.buckets import bucket_sizes
     from trl_sipo.data.cache.manifest import Manifest, data_fingerprint, encoders_fingerprint
     from trl_sipo.data.formats import select_pairs
@@ -192,7 +201,7 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
         model=model,
         revision=revision,
         pipeline_class=adapter.pipeline_class_name,
-        encoders=encoders_fingerprint(model, encoder_folders(model, revision), revision),
+        encoders=encoders_fingerprint(model, revision),
         data=data_fingerprint(rows, fmt, num_pairs),
         split=arguments.dataset_split,
         num_pairs=num_pairs,

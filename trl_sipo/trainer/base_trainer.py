@@ -43,6 +43,7 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOTrainer, disable_dropout_in_model, init_trainer, policy_left_unprepared
 from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+from trl_sipo.trainer.cached_data import bucket_sampler, needs_encoders, stored_null
 from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
 from trl_sipo.trainer.description import describe_run
@@ -145,8 +146,10 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             quantization_config,
             processing_class,
             needs_reference_adapter=ref_model is None,
+            needs_encoders=needs_encoders(args, train_dataset, eval_dataset),
         )
         self._prepare_backbone(denoiser)
+        self._encoder.null = stored_null(train_dataset)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}  # what TRL's `log` reads
         self._epoch = 0
         self._evaluated: int | None = None
@@ -424,18 +427,20 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Rows that are handed to `evaluate` or `predict` become tensors; what is prepared passes through."""
-        dataset = check_dataset(dataset, args, dataset_name)
-        return as_tensors(dataset, self.adapter, args, self.size, dataset_name)
+        return as_tensors(check_dataset(dataset, args, dataset_name), self.adapter, args, self.size, dataset_name)
 
     def get_test_dataloader(self, test_dataset):
         """The data loader of `predict`, which takes rows as `evaluate` does."""
         return super().get_test_dataloader(self._prepare_dataset(test_dataset, None, self.args, "test"))
 
+    def _get_train_sampler(self, train_dataset=None):
+        return bucket_sampler(self.train_dataset, self.args) or super()._get_train_sampler(train_dataset)
+
     def _set_signature_columns_if_needed(self) -> None:
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
         self._signature_columns = [
             "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
-            "frame_rate", "label",
+            "frame_rate", "label", "chosen_std", "rejected_std", "conditioning",
         ]  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- saving and loading

@@ -86,6 +86,9 @@ class PairEncoder:
         adapter: The backbone.
         sample_posterior: Draw latents from the VAE's posterior instead of taking its mean.
         caption_dropout: Probability of replacing a prompt by the empty one while training.
+
+    Attributes:
+        null: What takes the place of a dropped prompt; `None`: it is encoded when it is first needed.
     """
 
     def __init__(self, adapter: BackboneAdapter, *, sample_posterior: bool, caption_dropout: float):
@@ -93,7 +96,7 @@ class PairEncoder:
         self.sample_posterior = sample_posterior
         self.caption_dropout = caption_dropout
         self._prompt_cache: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
-        self._null: dict[str, torch.Tensor] | None = None
+        self.null: dict[str, torch.Tensor] | None = None
 
     def __call__(
         self, inputs: dict, device: torch.device, generators: list[torch.Generator], *, training: bool
@@ -101,7 +104,7 @@ class PairEncoder:
         """Encode one batch. Caption dropout and VAE sampling happen only when `training`, from `generators`."""
         chosen = self._latents(inputs, "chosen", device, generators, training)
         rejected = self._latents(inputs, "rejected", device, generators, training)
-        conditioning = self._conditioning(inputs["prompt"], generators, training)
+        conditioning = self._conditioning(inputs, generators, training)
         conditioning = {name: value.to(device) for name, value in conditioning.items()}
         return EncodedPairs(chosen, rejected, conditioning, inputs.get("frame_rate"))
 
@@ -109,7 +112,10 @@ class PairEncoder:
         self, inputs: dict, arm: str, device: torch.device, generators: list[torch.Generator], training: bool
     ) -> torch.Tensor:
         if f"{arm}_latents" in inputs:
-            return inputs[f"{arm}_latents"].to(device, torch.float32)
+            latents = inputs[f"{arm}_latents"].to(device, torch.float32)
+            if self.sample_posterior and training:
+                return latents + inputs[f"{arm}_std"].to(latents) * draw_noise(latents, generators)
+            return latents
         pixels = inputs[f"{arm}_pixels"].to(device)
         noise = None
         if self.sample_posterior and training:
@@ -119,18 +125,18 @@ class PairEncoder:
         return self.adapter.encode_media(pixels, noise=noise)
 
     def _conditioning(
-        self, prompts: list[str], generators: list[torch.Generator], training: bool
+        self, inputs: dict, generators: list[torch.Generator], training: bool
     ) -> dict[str, torch.Tensor]:
-        rows = self._encode_prompts(prompts)
+        rows = inputs["conditioning"] if "conditioning" in inputs else self._encode_prompts(inputs["prompt"])
         if training and self.caption_dropout > 0:
             dropped = [bool(torch.rand((), generator=generator) < self.caption_dropout) for generator in generators]
-            rows = [self._null_conditioning() if drop else row for row, drop in zip(rows, dropped, strict=True)]
+            rows = [self._null_like(row) if drop else row for row, drop in zip(rows, dropped, strict=True)]
         return self.adapter.collate(rows)
 
-    def _null_conditioning(self) -> dict[str, torch.Tensor]:
-        if self._null is None:
-            self._null = self.adapter.null_conditioning()
-        return self._null
+    def _null_like(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.null is None:
+            self.null = self.adapter.null_conditioning()
+        return {name: value.to(row[name].device) for name, value in self.null.items()}
 
     def _encode_prompts(self, prompts: list[str]) -> list[dict[str, torch.Tensor]]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_cache]

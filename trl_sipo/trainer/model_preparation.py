@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.adapters.weightless import ENCODER_NAMES
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
@@ -115,11 +116,13 @@ def load_policy(
     processing_class: Any,
     *,
     needs_reference_adapter: bool = True,
+    needs_encoders: bool = True,
 ) -> tuple[BackboneAdapter, torch.nn.Module, bool]:
     """Load the pipeline and prepare its denoiser for training.
 
     Args:
         needs_reference_adapter: Whether a LoRA that came with the model is copied, frozen, to be the reference.
+        needs_encoders: Whether prompts or media are encoded; else VAE and text encoders are loaded without weights.
 
     Returns:
         The backbone's adapter (its pipeline holds plain modules, so that it can sample while training), the module to
@@ -130,7 +133,7 @@ def load_policy(
         ConfigurationError: A LoRA on top of a LoRA, half-precision weights in full fine-tuning, or loading options
             given for a pipeline that is already loaded.
     """
-    pipeline = _load(model, args, peft_config, quantization_config)
+    pipeline = _load(model, args, peft_config, quantization_config, () if needs_encoders else ENCODER_NAMES)
     adapter = adapter_for(pipeline)
     if processing_class is not None:
         pipeline.tokenizer = processing_class
@@ -159,9 +162,11 @@ def _load(
     args: DiffusionPreferenceConfig,
     peft_config: PeftConfig | None,
     quantization_config: Any,
+    weightless: tuple[str, ...],
 ) -> DiffusionPipeline:
     if isinstance(model, (str, os.PathLike)):
-        return load_pipeline(model, **_loading_options(args, peft_config, quantization_config))
+        options = _loading_options(args, peft_config, quantization_config)
+        return load_pipeline(model, weightless=weightless, **options)
     given = [
         name
         for name, value in {

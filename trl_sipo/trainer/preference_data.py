@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.formats import PreferenceFormat, detect_format
 from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset, stream_columns
@@ -18,6 +19,7 @@ from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.validation import check_preference_dataset
 from trl_sipo.errors import ConfigurationError, DatasetError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
+from trl_sipo.trainer.cached_data import check_batches, check_cache, check_cache_fits, check_has_encoders
 from trl_sipo.trainer.description import describe_media
 
 
@@ -66,7 +68,7 @@ class LatentPairs(torch.utils.data.Dataset):
         return {**item, **numbers}
 
 
-PREPARED = (PreferenceDataset, StreamingPreferenceDataset, LatentPairs)
+PREPARED = (PreferenceDataset, StreamingPreferenceDataset, LatentPairs, CachedPairs)
 
 
 def for_each_split(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
@@ -81,12 +83,15 @@ def for_each_split(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
 def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> Any:
     """Check a dataset before any long work and print what was found; returns it unchanged.
 
-    Datasets of tensors (`PREPARED`) pass: they were checked when they were made.
+    Datasets of tensors (`PREPARED`) pass: they were checked when they were made. A cache is held against the
+    settings.
 
     Raises:
         DatasetError: It is no dataset, or its data cannot be used.
         ConfigurationError: A stream, with settings that need a dataset of known length.
     """
+    if isinstance(dataset, CachedPairs):
+        check_cache(dataset, args, name)
     if isinstance(dataset, PREPARED):
         return dataset
     if dataset is None:
@@ -157,6 +162,13 @@ def as_tensors(
         DatasetError: Latents that cannot be the model's.
         ConfigurationError: Settings that contradict the data, or training data that does not fill a batch.
     """
+    if isinstance(dataset, CachedPairs):
+        check_cache_fits(dataset, adapter, args, size, name)
+        check_batches(dataset, args, name, is_training=is_training)
+        if is_training:
+            _check_batch_size(len(dataset), args)
+        return dataset
+    check_has_encoders(adapter, name)
     if isinstance(dataset, PREPARED):
         return dataset
     transform = PairedTransform(size, center_crop=args.center_crop, random_flip=args.random_flip)

@@ -8,6 +8,6 @@
     text/null.safetensors      what an unconditional sample is given
     latents/00000.safetensors  `chosen` and `rejected` of some pairs, all of one shape
 
-A file is whole or not there. Which file holds what follows from the data and the settings alone: whoever writes it, and
-however often the work is interrupted, its bytes are the same.
+A file is whole or not there. Which file holds what follows from the data and the settings alone: whoever writes
+it, and however often the work is interrupted, its bytes are the same.
 """

@@ -110,10 +110,10 @@ def find_cache(path: Path, split: str) -> Path | None:
     """
     if is_cache(path):
         found = read_manifest(path).split
-        if found != split:
+        if split not in (found, found.split("[")[0]):
             raise DatasetError(
                 f"{str(path)!r} is a cache of the split {found!r}, not {split!r}. Encode each split into a folder of "
-                f"its name (`--output {path}/{split}`), and give the folder above."
+                f"its name (`--output {path}/<split>`) and give the folder above; of a cache there are no slices."
             )
         return path
     return path / split if is_cache(path / split) else None

@@ -25,6 +25,9 @@ PREPROCESSING = "first frames; cover, crop at the centre; Lanczos; [-1, 1]"
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "trl-sipo")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack")
+# Written anew by whoever saves a tokenizer, with names of folders and versions; the vocabulary is elsewhere.
+_NOT_COUNTED = {"tokenizer_config.json", "special_tokens_map.json"}
+_ENCODERS = ("vae", "text_encoder", "tokenizer")  # how the names of the components that count begin
 _SAMPLED_BYTES, _NUM_SAMPLES = 4096, 64
 _ROWS_AT_A_TIME = 1000
 
@@ -145,14 +148,11 @@ def _mismatch(folder: Path, what: str, found: object, wanted: object) -> str:
 # --------------------------------------------------------------------------------------------------- fingerprints
 
 
-def encoders_fingerprint(
-    name_or_path: str | os.PathLike[str], encoder_folders: list[str], revision: str | None = None
-) -> str | None:
+def encoders_fingerprint(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str | None:
     """Of a model's VAE, text encoders and tokenizers, without reading all of their weights.
 
     Args:
         name_or_path: a local folder, or a hub id, of which the commit counts.
-        encoder_folders: the components that count.
         revision: of the hub id.
 
     Returns:
@@ -162,7 +162,9 @@ def encoders_fingerprint(
     if not folder.is_dir():
         return _hub_fingerprint(os.fspath(name_or_path), revision)
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(file for part in encoder_folders for file in (folder / part).rglob("*") if file.is_file()):
+    parts = [part for part in folder.iterdir() if part.name.startswith(_ENCODERS)]
+    files = (file for part in parts for file in part.rglob("*") if file.is_file() and file.name not in _NOT_COUNTED)
+    for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         for content in _samples(path) if path.suffix in _WEIGHT_SUFFIXES else [path.read_bytes()]:
             digest.update(content)

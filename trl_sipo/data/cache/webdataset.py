@@ -40,13 +40,11 @@ def _tar(pairs: CachedPairs, start: int, stop: int, path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for index in range(start, stop):
             item = pairs[index]
-            latents = {
-                key.removesuffix("_latents"): item[key] for key in item if key.startswith(("chosen", "rejected"))
-            }
-            dtype = pairs.dtype
+            arms = [key for key in item if key.startswith(("chosen", "rejected"))]
+            latents = {key.removesuffix("_latents"): item[key].to(pairs.dtype) for key in arms}
             about = {key: item[key] for key in ("prompt", "frame_rate", "label", "pair_index") if key in item}
             _add(tar, f"{index:09d}.json", json.dumps(about).encode())
-            _add(tar, f"{index:09d}.latents.safetensors", save({name: v.to(dtype) for name, v in latents.items()}))
+            _add(tar, f"{index:09d}.latents.safetensors", save(latents))
             _add(tar, f"{index:09d}.text.safetensors", save(item["conditioning"]))
 
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from a cache is training from the images, without VAE and text encoders."""
+
+import logging
+import math
+import shutil
+
+import pytest
+import torch
+
+from tests.adapters.backbone_cases import BACKBONES, BackboneCase
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.cached import saved
+from tests.trainer.runs import changed, collate_first, logged, snapshot, trained_weights
+from trl_sipo.adapters import adapter_for, load_pipeline
+from trl_sipo.adapters.weightless import ENCODER_NAMES
+from trl_sipo.data.cache.dataset import CachedPairs
+from trl_sipo.data.loading import load_preference_dataset
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.encoding import pair_generators
+
+FLOAT32 = ("--dtype", "float32")
+CPU = torch.device("cpu")
+
+
+def _case(name: str) -> BackboneCase:
+    return next(case for case in BACKBONES if case.name.split("-")[0] == name)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """Encoded in float32, with the posterior's deviation."""
+    encoded = saved(_case("sd"), tmp_path_factory.mktemp("sd"))
+    encoded.encode(*FLOAT32, "--posterior_std")
+    return encoded
+
+
+# One of each kind: one text encoder; several and pooled; prompts trimmed and masked; video with a frame rate.
+@pytest.mark.parametrize("name", ["sd", "sd3", "qwenimage", "ltx", "wan21"])
+def test_the_losses_are_those_of_the_images(name, tmp_path):
+    encoded = saved(_case(name), tmp_path)
+    cache = encoded.encode(*FLOAT32)
+    # With a plain denoising term and a beta of 1, the loss is as exact as the errors are.
+    options = {"caption_dropout": 0.5, "max_steps": 3, "optim": "sgd", "beta": 1.0, "sft_weight": 1.0}
+    images = encoded.trainer(tmp_path / "images", encoded.pairs, **options)
+    cached = encoded.trainer(tmp_path / "cached", cache, **options)
+    assert images.adapter.has_encoders and not cached.adapter.has_encoders
+    one, other = (trainer._encoder(collate_first(trainer), CPU, [], training=False) for trainer in (images, cached))
+    torch.testing.assert_close(other.latents, one.latents, rtol=0, atol=1e-6)
+    assert other.conditioning.keys() == one.conditioning.keys()
+    for key, value in one.conditioning.items():
+        torch.testing.assert_close(other.conditioning[key], value, rtol=0, atol=1e-6)
+    assert (other.frame_rate is None) == (one.frame_rate is None)
+    for trainer in (images, cached):
+        trainer.train()
+    assert logged(cached, "loss") == pytest.approx(logged(images, "loss"), abs=1e-6)
+    trained, expected = trained_weights(cached), trained_weights(images)
+    for weight in expected:
+        torch.testing.assert_close(trained[weight], expected[weight], rtol=0, atol=1e-6)
+
+
+def test_a_sample_of_the_stored_posterior_is_that_of_the_vae(stable_diffusion, tmp_path):
+    encoded = stable_diffusion
+    trainers = [
+        encoded.trainer(tmp_path / data.name, data, sample_posterior=True) for data in (encoded.pairs, encoded.cache)
+    ]
+    one, other = (
+        trainer._encoder(collate_first(trainer), CPU, pair_generators(torch.arange(4), 0), training=True)
+        for trainer in trainers
+    )
+    torch.testing.assert_close(other.latents, one.latents, rtol=0, atol=1e-5)
+    mean = trainers[1]._encoder(collate_first(trainers[1]), CPU, [], training=False)
+    assert (mean.latents - one.latents).abs().max() > 1e-3
+
+
+def test_encoders_are_never_loaded(stable_diffusion, tmp_path, monkeypatch):
+    """Their weights are not even there, and still the adapter knows what their configuration says."""
+    model = tmp_path / "model"
+    shutil.copytree(stable_diffusion.model, model, ignore=shutil.ignore_patterns("vae*", "text_encoder*"))
+    for part in ("vae", "text_encoder"):
+        (model / part).mkdir()
+        shutil.copy(stable_diffusion.model / part / "config.json", model / part)
+    pipeline = load_pipeline(model, weightless=ENCODER_NAMES)
+    assert pipeline.vae.device.type == pipeline.text_encoder.device.type == "meta"
+    assert adapter_for(pipeline).latent_shape(32, 32) == (4, 8, 8)
+    assert [module for module in adapter_for(pipeline).frozen_modules()] == []
+
+
+@pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case.name)
+def test_every_backbone_trains_without_its_encoders(case, tmp_path):
+    encoded = saved(case, tmp_path, count=2)
+    trainer = encoded.trainer(tmp_path / "run", encoded.encode(), caption_dropout=0.5, max_steps=1)
+    assert not trainer.adapter.has_encoders
+    trainer.train()
+    assert math.isfinite(logged(trainer, "loss")[0])
+    trainer.save_model()
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_saved_pipeline_has_the_encoders_of_its_source(stable_diffusion, tmp_path):
+    trainer = stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, is_lora=False)
+    trainer.train()
+    trainer.save_model()
+    loaded = load_pipeline(tmp_path / "run")
+    assert not changed(snapshot(trainer.model), snapshot(loaded.unet))
+    original = load_pipeline(stable_diffusion.model)
+    assert changed(snapshot(original.unet), snapshot(loaded.unet))
+    for part in ("vae", "text_encoder"):
+        assert not changed(snapshot(getattr(original, part)), snapshot(getattr(loaded, part)))
+    # What was trained from the cache has its encoders, and so may be trained from it further.
+    stable_diffusion.trainer(tmp_path / "again", stable_diffusion.cache, model=str(tmp_path / "run"))
+
+
+def test_without_a_local_source_the_denoiser_is_saved_alone_and_a_warning_says_so(stable_diffusion, tmp_path, caplog):
+    trainer = stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, is_lora=False)
+    trainer.adapter.pipeline.register_to_config(_name_or_path="org/model")
+    with caplog.at_level(logging.WARNING):
+        trainer.save_model()
+    assert "unet=UNet2DConditionModel.from_pretrained" in caplog.text and "org/model" in caplog.text
+    assert (tmp_path / "run" / "unet").is_dir() and not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_sample_grids_load_the_encoders_after_all(stable_diffusion, tmp_path):
+    options = {"sample_prompts": ["a red cat"], "sample_every_steps": 1, "sample_num_inference_steps": 1}
+    trainer = stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, **options)
+    trainer.train()
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+
+
+def test_held_out_pairs_may_be_a_cache_too(stable_diffusion, tmp_path):
+    trainer = stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache)
+    metrics = trainer.evaluate(CachedPairs(stable_diffusion.cache))
+    expected = stable_diffusion.trainer(tmp_path / "images", stable_diffusion.pairs)
+    assert metrics["eval_loss"] == pytest.approx(
+        expected.evaluate(load_preference_dataset(stable_diffusion.pairs))["eval_loss"], abs=1e-6
+    )
+    with pytest.raises(ConfigurationError, match="not encoded, and the VAE and the text encoders were not loaded"):
+        trainer.evaluate(load_preference_dataset(stable_diffusion.pairs))
+
+
+def test_a_precomputed_reference_works_from_a_cache(stable_diffusion, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_sipo.trainer.reference_bank.reference_folder", lambda: tmp_path / "banks")
+    options = {"precompute_ref_log_probs": True, "num_ref_draws": 2}
+    trainers = [
+        stable_diffusion.trainer(tmp_path / data.name, data, **options)
+        for data in (stable_diffusion.pairs, stable_diffusion.cache)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert logged(trainers[0], "loss") == pytest.approx(logged(trainers[1], "loss"), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": [16, 16]}, r"encoded with resolution \(32, 32\), but `resolution` is \(16, 16\)"),
+        ({"random_flip": True}, "random_flip=True would have no effect"),
+        ({"precompute_latents": True}, "a cache of latents already"),
+        ({"soft_labels": True}, "encoded with soft_labels False"),
+    ],
+)
+def test_settings_that_contradict_the_cache_are_refused(options, message, stable_diffusion, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        stable_diffusion.trainer(tmp_path, stable_diffusion.cache, **options)
+
+
+def test_the_posterior_is_not_sampled_where_only_its_mean_is_stored(tmp_path):
+    encoded = saved(_case("sd"), tmp_path, count=2)
+    with pytest.raises(ConfigurationError, match="--posterior_std"):
+        encoded.trainer(tmp_path / "run", encoded.encode(), sample_posterior=True)
+
+
+def test_another_model_is_refused(stable_diffusion, tmp_path):
+    tiny_stable_diffusion(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match="was made with .*/model .*but the model in training is .*/other"):
+        stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, model=str(tmp_path / "other"))
+    _case("sd3").build().save_pretrained(tmp_path / "sd3")
+    with pytest.raises(ConfigurationError, match="StableDiffusion3Pipeline"):
+        stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, model=str(tmp_path / "sd3"))
