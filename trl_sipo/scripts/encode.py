@@ -50,7 +50,8 @@ def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
     add("--text_dtype", choices=DTYPES, help="of the text encoders' weights (default: that of --dtype)")
     add("--vae_dtype", choices=DTYPES, default="float32", help="of the VAE's weights (default: %(default)s)")
     add("--posterior_std", action="store_true", help="store what `sample_posterior` needs; twice the space")
-    add("--shard_mb", type=int, default=256, help="size of a file of latents (default: %(default)s)")
+    add("--shard_mb", type=float, default=256, help="size of a file of latents, about (default: %(default)s)")
+    add("--shard_prompts", type=int, default=256, help="prompts in a file of embeddings (default: %(default)s)")
     add("--num_workers", type=int, default=2, help="processes that read media (default: %(default)s)")
     add("--device", help="such as cuda:1 or cpu (default: the process's GPU, if there is one)")
     add("--export", choices=("webdataset",), help="export the cache given by --cache instead of encoding")
@@ -105,10 +106,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"`--{name}` is required.")
     if arguments.cache is not None:
         raise ConfigurationError("`--cache` is what `--export` reads. The folder to write is `--output`.")
-    for name, least in (("limit", 1), ("shard_mb", 1), ("num_workers", 0)):
+    for name, least in (("limit", 1), ("shard_prompts", 1), ("num_workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigurationError(f"`--{name}` must be at least {least}, got {value}.")
+    if not arguments.shard_mb > 0:
+        raise ConfigurationError(f"`--shard_mb` must be positive, got {arguments.shard_mb}.")
     if arguments.resolution is not None and len(arguments.resolution) > 2:
         raise ConfigurationError(f"`--resolution` is a height and a width, or one number; got {arguments.resolution}.")
 
@@ -214,7 +217,8 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
         text_dtype=arguments.text_dtype or arguments.dtype,
         vae_dtype=arguments.vae_dtype,
         posterior_std=arguments.posterior_std,
-        shard_bytes=arguments.shard_mb * 2**20,
+        shard_bytes=round(arguments.shard_mb * 2**20),
+        prompts_per_shard=arguments.shard_prompts,
     )
 
 
