@@ -14,6 +14,7 @@ COMMANDS = {
     "encode": ("trl_sipo.scripts.encode", "encode pairs once, to train without the VAE and the text encoders"),
     "demo": ("trl_sipo.scripts.demo", "watch Diffusion-DPO collapse and SIPO hold, on a CPU, in minutes"),
     "audit": ("trl_sipo.scripts.audit", "look before training: which noise levels SIPO would mask"),
+    "data": ("trl_sipo.scripts.data", "look at preference data on its own: what is broken, repeated or noisy"),
     "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),
 }
 
