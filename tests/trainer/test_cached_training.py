@@ -5,17 +5,22 @@ import logging
 import math
 import shutil
 
+import datasets
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 from tests.adapters.backbone_cases import BACKBONES, BackboneCase
 from tests.tiny_models import tiny_stable_diffusion
-from tests.trainer.cached import saved
-from tests.trainer.runs import changed, collate_first, logged, snapshot, trained_weights
+from tests.trainer.cached import Encoded, saved
+from tests.trainer.runs import PROMPTS, changed, collate_first, logged, picture, snapshot, trained_weights
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.weightless import ENCODER_NAMES
+from trl_sipo.data.cache.buckets import BucketSampler
 from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.loading import load_preference_dataset
+from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.encoding import pair_generators
 
@@ -177,3 +182,73 @@ def test_another_model_is_refused(stable_diffusion, tmp_path):
     _case("sd3").build().save_pretrained(tmp_path / "sd3")
     with pytest.raises(ConfigurationError, match="StableDiffusion3Pipeline"):
         stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, model=str(tmp_path / "sd3"))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Pairs of three shapes, and pairs whose arms differ in theirs, in buckets."""
+    folder = tmp_path_factory.mktemp("shapes")
+    tiny_stable_diffusion().save_pretrained(folder / "model")
+    sizes = [((80, 48), (80, 48)), ((48, 80), (48, 80)), ((64, 64), (64, 64)), ((80, 48), (64, 64))]
+    arms = [[picture(2 * i + arm).resize(sizes[i % 4][arm]) for i in range(14)] for arm in (0, 1)]
+    prompts = [PROMPTS[i % 4] for i in range(14)]
+    rows = datasets.Dataset.from_dict({"prompt": prompts, "chosen": arms[0], "rejected": arms[1]})
+    rows.to_parquet(folder / "pairs.parquet")
+    size = {"height": 32, "width": 32, "num_frames": 1}
+    encoded = Encoded(folder / "model", folder / "pairs.parquet", folder / "cache", size)
+    encoded.encode(*FLOAT32, "--buckets")
+    return encoded
+
+
+def test_each_arm_is_encoded_in_its_own_bucket(shapes):
+    pairs = CachedPairs(shapes.cache)
+    found = [tuple(pairs[i][f"{arm}_latents"].shape[1:] for arm in ("chosen", "rejected")) for i in range(4)]
+    assert found == [((6, 10), (6, 10)), ((10, 6), (10, 6)), ((8, 8), (8, 8)), ((6, 10), (8, 8))]
+    assert pairs.num_buckets == 4 and all(pairs[i]["prompt"] == PROMPTS[i % 4] for i in range(14))
+    expected = adapter_for(tiny_stable_diffusion())
+    wide = PairedTransform((24, 40)).centred(load_preference_dataset(shapes.pairs)[12]["chosen"])
+    torch.testing.assert_close(pairs[12]["chosen_latents"], expected.encode_media(wide[None])[0], rtol=0, atol=1e-5)
+
+
+def test_batches_of_one_shape_train_and_resume(shapes, tmp_path):
+    """A run that is resumed in the middle of an epoch ends where one without a break does."""
+    options = {"per_device_train_batch_size": 2, "max_steps": 12, "caption_dropout": 0.2}
+    whole = shapes.trainer(tmp_path / "whole", shapes.cache, **options)
+    seen = []
+    step = whole._training_loss
+    whole._training_loss = lambda model, inputs: (seen.append(inputs), step(model, inputs))[1]
+    whole.train()
+    assert len({(i["chosen_latents"].shape, i["rejected_latents"].shape) for i in seen}) == 4
+    epoch = len(whole.get_train_dataloader())
+    assert epoch == 8 and {int(k) for i in seen[:epoch] for k in i["pair_index"]} == set(range(14))
+    saving = {**options, "save_strategy": "steps", "save_steps": 5}
+    shapes.trainer(tmp_path / "part", shapes.cache, **{**saving, "max_steps": 5}).train()
+    resumed = shapes.trainer(tmp_path / "part", shapes.cache, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-5"))
+    trained, expected = trained_weights(resumed), trained_weights(whole)
+    for weight in expected:
+        torch.testing.assert_close(trained[weight], expected[weight], rtol=0, atol=1e-6)
+
+
+def test_two_processes_take_batches_of_one_shape(shapes):
+    """As accelerate shares a sampler's batches out."""
+    pairs = CachedPairs(shapes.cache)
+    sampler = BucketSampler(pairs.index.bucket, 2, 0, pairs.epoch)
+    batches = BatchSampler(sampler, 2, drop_last=False)
+    shares = [list(BatchSamplerShard(batches, num_processes=3, process_index=rank)) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    for batch in sum(shares, []):
+        assert len(batch) == 2 and len({int(pairs.index.bucket[index]) for index in batch}) == 1
+    assert {index for share in shares for batch in share for index in batch} == set(range(14))
+
+
+def test_evaluation_of_several_shapes_takes_pairs_one_by_one(shapes, tmp_path):
+    trainer = shapes.trainer(tmp_path / "run", shapes.cache, per_device_eval_batch_size=1)
+    assert math.isfinite(trainer.evaluate(CachedPairs(shapes.cache))["eval_loss"])
+    trainer = shapes.trainer(tmp_path / "run", shapes.cache)
+    with pytest.raises(ConfigurationError, match="4 pairs of shapes.*`per_device_eval_batch_size=1`"):
+        trainer.evaluate(CachedPairs(shapes.cache))
+    with pytest.raises(ConfigurationError, match="`precompute_ref_batch_size=1`"):
+        shapes.trainer(tmp_path / "run", shapes.cache, precompute_ref_log_probs=True)
+    with pytest.raises(ConfigurationError, match="train_sampling_strategy='sequential'"):
+        shapes.trainer(tmp_path / "run", shapes.cache, train_sampling_strategy="sequential").train()
