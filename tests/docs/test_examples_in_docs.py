@@ -11,7 +11,7 @@ import torch
 from tests.data.clips import write_video
 from tests.docs.pages import SOURCE, blocks
 from tests.tiny_models import tiny_stable_diffusion
-from tests.trainer.runs import Method, changed, logged, make_trainer, preference_pairs, trained_weights
+from tests.trainer.runs import Method, changed, logged, make_trainer, picture, preference_pairs, trained_weights
 from trl_sipo.cli.main import main
 from trl_sipo.errors import ConfigurationError
 
@@ -92,6 +92,29 @@ def test_the_audits_of_the_documentation(tmp_path, capsys):
         assert main([command, *(tiny.get(word, word) for word in words), "--num_levels", "5"]) == 0
         assert "Masked: " in capsys.readouterr().out
     assert json.loads((tmp_path / "audit" / "weights.json").read_text())["settings"]["num_pairs"] == 8
+
+
+def test_the_published_dataset_of_the_documentation(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        picture(number).save(tmp_path / "images" / f"{number}.jpg")
+    rows = [
+        {"prompt": "a cat", "path1": "0.jpg", "path2": "1.jpg", "confidence": 0.97},
+        {"prompt": "a dog", "path1": "2.jpg", "path2": "3.jpg", "confidence": 0.6},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    names = _run("data.md", 1, HPDv3=str(tmp_path))
+    assert capsys.readouterr().out.split() == ["2", "1", "['prompt',", "'chosen',", "'rejected',", "'label']"]
+    assert names["sure"]["chosen"][:] == [str(tmp_path / "images" / "0.jpg")]
+
+
+def test_the_data_check_of_the_documentation(tmp_path, capsys):
+    preference_pairs(4).to_parquet(tmp_path / "pairs.parquet")
+    page = blocks(SOURCE / "data.md", "bash")
+    (check,) = [shlex.split(block.code) for block in page if block.code.startswith("trl-sipo data check")]
+    replaced = {"pairs": str(tmp_path / "pairs.parquet"), "data_check": str(tmp_path / "out")}
+    assert main([replaced.get(word, word) for word in check[1:]]) == 0
+    assert "4 pairs" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_the_video_data_of_the_documentation(tmp_path, capsys):
