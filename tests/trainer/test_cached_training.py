@@ -12,6 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from tests.adapters.backbone_cases import BACKBONES, BackboneCase
+from tests.data.clips import write_frames
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.cached import Encoded, saved
 from tests.trainer.runs import PROMPTS, changed, collate_first, logged, picture, snapshot, trained_weights
@@ -252,3 +253,27 @@ def test_evaluation_of_several_shapes_takes_pairs_one_by_one(shapes, tmp_path):
         shapes.trainer(tmp_path / "run", shapes.cache, precompute_ref_log_probs=True)
     with pytest.raises(ConfigurationError, match="train_sampling_strategy='sequential'"):
         shapes.trainer(tmp_path / "run", shapes.cache, train_sampling_strategy="sequential").train()
+
+
+def test_videos_of_different_lengths_train_together(tmp_path):
+    """Each arm takes the most frames that it has; a pair's arms may differ."""
+    case = _case("ltx")
+    case.build().save_pretrained(tmp_path / "model")
+    height, width = case.size["height"], case.size["width"]
+    frames = [[9, 17], [20, 9], [17, 30], [10, 16]]
+    arms = [
+        [
+            str(write_frames(tmp_path / f"{i}{k}.mp4", [picture(i + k, width).resize((width, height))] * n, rate=12))
+            for i, n in enumerate(lengths)
+        ]
+        for k, lengths in enumerate(zip(*frames, strict=True))
+    ]
+    rows = datasets.Dataset.from_dict({"prompt": list(PROMPTS), "chosen": arms[0], "rejected": arms[1]})
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    encoded = Encoded(tmp_path / "model", tmp_path / "pairs.parquet", tmp_path / "cache", case.size)
+    pairs = CachedPairs(encoded.encode("--frame_buckets", 17))
+    shapes = [tuple(pairs[i][f"{arm}_latents"].shape[1] for arm in ("chosen", "rejected")) for i in range(4)]
+    assert shapes == [(2, 3), (3, 2), (3, 3), (2, 2)] and all(pairs[i]["frame_rate"] == 12 for i in range(4))
+    trainer = encoded.trainer(tmp_path / "run", encoded.cache, per_device_train_batch_size=1, max_steps=4)
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 4 and all(map(math.isfinite, logged(trainer, "loss")))

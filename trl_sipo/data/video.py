@@ -42,14 +42,16 @@ class ClipSampler:
         frame_rate: frames per second of the clip: at each multiple of 1 / `frame_rate` seconds the nearest frame, but
             none more than half such a step before its time. None: consecutive frames, at the video's own rate.
         random_start: begin at a random frame; False: at the first.
+        longer: further numbers of frames, ascending; each video takes the largest that it has frames for.
 
     Raises:
-        ConfigurationError: a number that is not positive.
+        ConfigurationError: a number that is not positive, or a random start with several numbers of frames.
     """
 
     num_frames: int
     frame_rate: float | None = None
     random_start: bool = False
+    longer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.num_frames, bool) or not isinstance(self.num_frames, int) or self.num_frames < 1:
@@ -57,6 +59,20 @@ class ClipSampler:
         rate = self.frame_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e4):
             raise ConfigurationError(f"frame_rate must be a positive number of frames per second, found {rate!r}")
+
+        if self.longer and self.random_start:
+            raise ConfigurationError("a random start is drawn for one number of frames, not for several")
+
+    def fitting(self, video: FrameSource) -> "ClipSampler":
+        """The sampler of one number of frames that a video takes.
+
+        Raises:
+            DatasetError: the video has fewer than the smallest.
+        """
+        if not self.longer:
+            return self
+        length = checked_length(video, self)
+        return replace(self, num_frames=max(n for n in (self.num_frames, *self.longer) if n <= length), longer=())
 
     @property
     def rate(self) -> Fraction | None:
@@ -86,7 +102,7 @@ def open_clips(
         where: what errors call the pair, such as `"row 3"`.
 
     Returns:
-        Two lists of `num_frames` RGB images, and their frames per second.
+        Two lists of `num_frames` RGB images, or of as many as each arm takes, and their frames per second.
 
     Raises:
         DatasetError: a video is broken or too short (names the file, its length, and what is needed), or the arms are
@@ -99,7 +115,7 @@ def open_clips(
     ]
     rate = common_rate(*videos, sampler, where=where)
     start = _draw_start(videos, sampler, generator)
-    chosen_clip, rejected_clip = (read_clip(video, sampler, start) for video in videos)
+    chosen_clip, rejected_clip = (read_clip(video, sampler.fitting(video), start) for video in videos)
     return chosen_clip, rejected_clip, float(rate)
 
 

@@ -45,6 +45,7 @@ def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
     add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
     add("--buckets", action="store_true", help="keep shapes: several sizes of about the area of the resolution")
     add("--num_frames", type=int, default=1, help="frames of video clips; 1 takes images (default: %(default)s)")
+    add("--frame_buckets", type=int, nargs="+", metavar="FRAMES", help="other numbers of frames that videos may take")
     add("--frame_rate", type=float, help="frames per second of the clips (default: each video's own)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of what is stored (default: %(default)s)")
     add("--text_dtype", choices=DTYPES, help="of the text encoders' weights (default: that of --dtype)")
@@ -193,7 +194,11 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
     from trl_sipo.data.formats import select_pairs
 
     size = tuple(arguments.resolution * 2)[:2] if arguments.resolution else tuple(adapter.default_size)
-    adapter.validate_size(*size, arguments.num_frames)
+    lengths = tuple(sorted({arguments.num_frames, *(arguments.frame_buckets or ())}))
+    for length in lengths:
+        adapter.validate_size(*size, length)
+    if len(lengths) > 1 and lengths[0] == 1:
+        raise ConfigurationError("`--frame_buckets` are of videos: give `--num_frames` more than one frame.")
     fmt = _format_of(rows, arguments.soft_labels)
     num_pairs = len(select_pairs(rows, fmt).kept)
     num_pairs = num_pairs if arguments.limit is None else min(num_pairs, arguments.limit)
@@ -212,6 +217,7 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
         size=size,
         buckets=bucket_sizes(size, adapter.spatial_multiple) if arguments.buckets else None,
         num_frames=arguments.num_frames,
+        frame_buckets=lengths if arguments.frame_buckets else None,
         frame_rate=arguments.frame_rate,
         dtype=arguments.dtype,
         text_dtype=arguments.text_dtype or arguments.dtype,
@@ -227,11 +233,10 @@ def make_dataset(rows: Any, manifest: "Manifest") -> "PreferenceDataset":
     from trl_sipo.data.cache.buckets import BucketTransform
     from trl_sipo.data.preference_dataset import PreferenceDataset
     from trl_sipo.data.transforms import PairedTransform
-    from trl_sipo.data.video import ClipSampler
 
     transform: Any = PairedTransform(manifest.size) if manifest.buckets is None else BucketTransform(manifest.buckets)
-    clip = ClipSampler(manifest.num_frames, frame_rate=manifest.frame_rate) if manifest.num_frames > 1 else None
-    return PreferenceDataset(rows, fmt=_format_of(rows, manifest.soft_labels), transform=transform, clip=clip)
+    fmt = _format_of(rows, manifest.soft_labels)
+    return PreferenceDataset(rows, fmt=fmt, transform=transform, clip=manifest.clip_sampler())
 
 
 def _format_of(rows: Any, soft_labels: bool) -> Any:

@@ -72,8 +72,7 @@ def check_cache_fits(
             f"and this model's own size is {size[0]} x {size[1]}: set `resolution` to "
             f"{list(manifest.size)}, or encode anew. The strength of beta, and the noise of some models, depend on it."
         )
-    sizes = manifest.buckets or (manifest.size,)
-    expected = {adapter.latent_shape(*bucket, manifest.num_frames) for bucket in sizes}
+    expected = {adapter.latent_shape(*shape) for shape in manifest.shapes}
     strange = [shape for shapes in pairs.latent_shapes() for shape in shapes if tuple(shape) not in expected]
     if strange:
         raise ConfigurationError(

@@ -5,6 +5,7 @@ A killed run goes on with the files that are missing. What is in a file does not
 reach from one file into the next.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from trl_sipo.adapters.base import BackboneAdapter
-from trl_sipo.data.cache.buckets import Size
 from trl_sipo.data.cache.manifest import MANIFEST, Manifest, check_same, is_cache, read_manifest
 from trl_sipo.data.cache.plan import (
     INDEX,
     NULL_FILE,
     PROMPTS,
     Index,
+    Shape,
     latents_file,
     read_index,
     text_file,
@@ -87,25 +88,31 @@ def encode_pairs(
         NumericalError: latents that are not finite.
     """
     share = share or Share()
-    index = begin(adapter, dataset, rows, manifest, folder, share)
+    index = begin(adapter, dataset, rows, manifest, folder, share, num_workers)
     adapter.freeze()
     encode_texts(adapter, index, manifest, folder, share, show_progress)
     encode_media(adapter, dataset, index, manifest, folder, share, num_workers, show_progress)
 
 
 def begin(
-    adapter: BackboneAdapter, dataset: PreferenceDataset, rows: Any, manifest: Manifest, folder: Path, share: Share
+    adapter: BackboneAdapter,
+    dataset: PreferenceDataset,
+    rows: Any,
+    manifest: Manifest,
+    folder: Path,
+    share: Share,
+    num_workers: int = 0,
 ) -> Index:
     """The index of a cache; the first process writes it where there is none, and the others wait for it."""
     if not is_cache(folder) and share.rank == 0:
         _check_folder(folder)
 
-        def pairs_per_shard(chosen: Size, rejected: Size) -> int:
-            numbers = sum(np.prod(adapter.latent_shape(*size, manifest.num_frames)) for size in (chosen, rejected))
-            pair_bytes = int(numbers) * torch_dtype(manifest.dtype).itemsize * (1 + manifest.posterior_std)
+        def pairs_per_shard(chosen: Shape, rejected: Shape) -> int:
+            numbers = sum(math.prod(adapter.latent_shape(*shape)) for shape in (chosen, rejected))
+            pair_bytes = numbers * torch_dtype(manifest.dtype).itemsize * (1 + manifest.posterior_std)
             return max(1, manifest.shard_bytes // pair_bytes)
 
-        write_plan(folder, rows, dataset.fmt, manifest, pairs_per_shard)
+        write_plan(folder, rows, dataset.fmt, manifest, pairs_per_shard, num_workers)
         manifest.write(folder)
     while not is_cache(folder):
         time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from trl_sipo.data.cache.shards import write_whole
 from trl_sipo.data.formats import PreferenceFormat, select_pairs, undecoded
+from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 MANIFEST = "cache.json"
@@ -48,6 +49,7 @@ class Manifest:
         size: height and width in pixels; with buckets, that of their budget of pixels.
         buckets: the sizes that media were brought to, each to that of the nearest shape; None: all to `size`.
         num_frames: of clips; 1 for images.
+        frame_buckets: all numbers of frames there may be, each video taking the largest it can; None: `num_frames`.
         frame_rate: at which the clips were taken; None: that of each video.
         dtype: of the latents and of embeddings.
         text_dtype, vae_dtype: of the weights that encoded.
@@ -69,6 +71,7 @@ class Manifest:
     soft_labels: bool = False
     buckets: tuple[tuple[int, int], ...] | None = None
     num_frames: int = 1
+    frame_buckets: tuple[int, ...] | None = None
     frame_rate: float | None = None
     dtype: str = "bfloat16"
     text_dtype: str = "bfloat16"
@@ -84,6 +87,22 @@ class Manifest:
         """Write `cache.json`, whole or not at all."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         write_whole(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def clip_sampler(self) -> ClipSampler | None:
+        """Which frames of videos are taken; None: the media are images."""
+        shortest, *longer = self.frame_buckets or (self.num_frames,)
+        if shortest == 1:
+            return None
+        return ClipSampler(shortest, frame_rate=self.frame_rate, longer=tuple(longer))
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Height, width and number of frames of all media there may be."""
+        return [
+            (*size, length)
+            for size in self.buckets or (self.size,)
+            for length in self.frame_buckets or (self.num_frames,)
+        ]
 
     @property
     def fingerprint(self) -> str:
@@ -108,7 +127,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] == FORMAT:
             buckets = content["buckets"] and tuple(tuple(size) for size in content["buckets"])
-            return Manifest(**{**content, "size": tuple(content["size"]), "buckets": buckets})
+            lengths = content["frame_buckets"] and tuple(content["frame_buckets"])
+            tuples = {"size": tuple(content["size"]), "buckets": buckets, "frame_buckets": lengths}
+            return Manifest(**{**content, **tuples})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{str(path)!r} is no manifest of a cache: {type(error).__name__}: {error}") from error
     raise DatasetError(

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader
 
-from trl_sipo.data.cache.buckets import Size, nearest_bucket, picture_size
+from trl_sipo.data.cache.buckets import nearest_bucket, picture_size
 from trl_sipo.data.cache.manifest import Manifest
 from trl_sipo.data.cache.shards import write_whole
 from trl_sipo.data.formats import PreferenceFormat, read_prompt, select_pairs, undecoded
@@ -23,6 +24,8 @@ from trl_sipo.errors import DatasetError
 
 INDEX, PROMPTS = "index.parquet", "prompts.parquet"
 NULL_FILE = Path("text", "null.safetensors")
+
+Shape = tuple[int, int, int]
 
 _ROWS_AT_A_TIME = 1000
 
@@ -90,25 +93,30 @@ def read_index(folder: Path) -> Index:
 
 
 def write_plan(
-    folder: Path, rows: datasets.Dataset, fmt: PreferenceFormat, manifest: Manifest, pairs_per_shard: Callable
+    folder: Path,
+    rows: datasets.Dataset,
+    fmt: PreferenceFormat,
+    manifest: Manifest,
+    pairs_per_shard: Callable[[Shape, Shape], int],
+    num_workers: int = 0,
 ) -> Index:
     """Decide where everything goes, and write the index and the prompts.
 
     Args:
-        pairs_per_shard: from the sizes of the two arms to the number of pairs in one file.
+        pairs_per_shard: from the shapes of the two arms (height, width, frames) to the number of pairs in one file.
     """
     kept = select_pairs(rows, fmt).kept[: manifest.num_pairs]
     prompt, texts = _unique_prompts(rows, fmt, kept)
     bucket = np.zeros(len(kept), dtype=np.int32)
-    sizes = manifest.buckets or (manifest.size,)
-    if manifest.buckets is not None:
-        bucket = _find_buckets(rows, fmt, kept, manifest)
+    shapes = manifest.shapes
+    if len(shapes) > 1:
+        bucket = _find_buckets(rows, fmt, kept, manifest, num_workers)
     shard, row = np.zeros(len(kept), dtype=np.int32), np.zeros(len(kept), dtype=np.int32)
     begun = 0
     for number in np.unique(bucket):
         members = np.flatnonzero(bucket == number)
-        chosen, rejected = divmod(int(number), len(sizes))
-        capacity = pairs_per_shard(sizes[chosen], sizes[rejected])
+        chosen, rejected = divmod(int(number), len(shapes))
+        capacity = pairs_per_shard(shapes[chosen], shapes[rejected])
         places = np.arange(len(members))
         shard[members], row[members] = begun + places // capacity, places % capacity
         begun += math.ceil(len(members) / capacity)
@@ -143,8 +151,9 @@ class _Shapes(torch.utils.data.Dataset):
 
     def __init__(self, rows: datasets.Dataset, fmt: PreferenceFormat, kept: np.ndarray, manifest: Manifest):
         self.rows, self.fmt, self.kept = undecoded(rows, fmt), fmt, kept
-        self.sizes: Sequence[Size] = manifest.buckets or ()
-        self.holds_clips = manifest.num_frames > 1
+        self.shapes = manifest.shapes
+        self.sizes = sorted({shape[:2] for shape in self.shapes})
+        self.clip = manifest.clip_sampler()
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -153,21 +162,26 @@ class _Shapes(torch.utils.data.Dataset):
         number = int(self.kept[index])
         pair = self.fmt.read(self.rows[number], where=f"row {number}")
         chosen, rejected = (
-            self.sizes.index(nearest_bucket(*self._size(pair[arm], f"row {number}, {arm}"), self.sizes))
-            for arm in ("chosen", "rejected")
+            self.shapes.index(self._shape(pair[arm], f"row {number}, the {arm} arm")) for arm in ("chosen", "rejected")
         )
-        return chosen * len(self.sizes) + rejected
+        return chosen * len(self.shapes) + rejected
 
-    def _size(self, value: object, where: str) -> Size:
-        if not self.holds_clips:
-            return image_size(value, where=where)
-        for frame in open_video(value, where=where).frames():
-            return picture_size(frame.open())
-        raise DatasetError(f"{where}: the video has no frames")
+    def _shape(self, value: object, where: str) -> Shape:
+        if self.clip is None:
+            return (*nearest_bucket(*image_size(value, where=where), self.sizes), 1)
+        video = open_video(value, frame_rate=self.clip.rate, where=where)
+        length = self.clip.fitting(video).num_frames
+        if len(self.sizes) == 1:
+            return (*self.sizes[0], length)
+        with closing(video.frames()) as frames:
+            frame = next(frames, None)
+            if frame is None:
+                raise DatasetError(f"{where}: the video has no frames")
+            return (*nearest_bucket(*picture_size(frame.open()), self.sizes), length)
 
 
 def _find_buckets(
-    rows: datasets.Dataset, fmt: PreferenceFormat, kept: np.ndarray, manifest: Manifest, num_workers: int = 0
+    rows: datasets.Dataset, fmt: PreferenceFormat, kept: np.ndarray, manifest: Manifest, num_workers: int
 ) -> np.ndarray:
     shapes = DataLoader(_Shapes(rows, fmt, kept, manifest), batch_size=_ROWS_AT_A_TIME, num_workers=num_workers)
     return torch.cat(list(shapes)).numpy().astype(np.int32)
