@@ -69,9 +69,9 @@ def linear_mu(scheduler: Any, sequence_length: int) -> float:
 def flow_noise_schedule(scheduler: Any, *, timestep_scale: float, mu: float | None = None) -> FlowSchedule:
     """The noise process of a flow scheduler, with the shift that inference applies.
 
-    Its grid, by which importance weights find a level's neighbour, is the plain one: uniform before the shift. A
-    scheduler with `use_karras_sigmas`, `use_exponential_sigmas` or `use_beta_sigmas` takes its steps elsewhere, in the
-    same process, so that training is no less right; samplers are exchanged freely.
+    Its grid, by which importance weights find a level's neighbour, is the plain one, uniform before the shift, also of
+    a scheduler with `use_karras_sigmas`, `use_exponential_sigmas` or `use_beta_sigmas`: these are other steps through
+    the same process, which users choose for sampling, so that they are no reason to refuse a pipeline.
 
     Args:
         scheduler: a FlowMatchEulerDiscreteScheduler, or a UniPC, DPM-Solver, ... with `use_flow_sigmas`.
