@@ -113,10 +113,10 @@ def _interrupted(process: subprocess.Popen) -> str:
 
     Python drops an interrupt that comes while an object is being destroyed; who presses Ctrl-C presses it again.
     """
-    for _ in range(12):
+    for _ in range(4):
         process.send_signal(signal.SIGINT)
         try:
-            return process.communicate(timeout=10)[1]
+            return process.communicate(timeout=40)[1]
         except subprocess.TimeoutExpired:
             continue
     raise AssertionError("the process does not end")
