@@ -98,8 +98,8 @@ class BackboneCase:
     """By how many frames the pipeline lengthens a video of the default length, before it draws latents for it."""
     not_as_in_bfloat16: tuple[str, ...] = ()
     """Arguments that the denoiser of a bfloat16 pipeline is given more precisely in training, as the adapter says."""
-    timestep_atol: float = 0.0
-    """By how much inference rounds the timestep that it gives the denoiser."""
+    floors_timesteps: bool = False
+    """Whether inference rounds the timestep that it gives the denoiser down to integers (UniPC)."""
     grid_atol: float = 1e-5
     """By how much the sampler's grid of sigmas may differ from the schedule's (flow only)."""
 
@@ -117,8 +117,10 @@ class BackboneCase:
     def generate(self, pipeline: DiffusionPipeline, steps: int = 2, **options: Any) -> Any:
         """What the pipeline gives for `PROMPTS` with a fixed seed; pixels (B, 3, [F,] H, W) with output_type="pt"."""
         generator = torch.Generator().manual_seed(0)
-        arguments = {"generator": generator, "num_inference_steps": steps, **self.call_options, **options}
-        output = pipeline(prompt=list(PROMPTS), **arguments)  # a copy: Z-Image writes into it
+        prompts = list(PROMPTS)  # a copy: Z-Image writes into it
+        defaults = {"prompt": prompts, "generator": generator, "num_inference_steps": steps}
+        arguments = {**defaults, **self.call_options, **options}
+        output = pipeline(**arguments)
         if hasattr(output, "images"):
             return output.images
         return output.frames.transpose(1, 2) if arguments.get("output_type") == "pt" else output.frames

@@ -133,7 +133,7 @@ def _inference_of_empty_prompts(pipeline, adapter: BackboneAdapter, case: Backbo
 @each_case
 def test_training_gives_the_denoiser_what_inference_gives_it(case):
     for training, inference in _calls_of_training_and_inference(case, case.build(), case.level_of_call):
-        _assert_same_arguments(training, inference, timestep_atol=case.timestep_atol)
+        _assert_same_arguments(training, inference, floored=case.floors_timesteps)
 
 
 @each_backbone
@@ -145,7 +145,7 @@ def test_training_gives_a_bfloat16_denoiser_what_inference_gives_it(case):
     calls = _calls_of_training_and_inference(case, case.build().to(torch.bfloat16), level_of_call)
     for training, inference in calls:
         ignored = {*case.not_as_in_bfloat16}
-        _assert_same_arguments(training, inference, ignore=ignored, timestep_atol=case.timestep_atol)
+        _assert_same_arguments(training, inference, ignore=ignored, floored=case.floors_timesteps)
     for name in case.not_as_in_bfloat16:
         dtypes = [(_flat(training)[name].dtype, _flat(inference)[name].dtype) for training, inference in calls]
         assert (torch.float32, torch.bfloat16) in dtypes
@@ -178,16 +178,13 @@ def _as_denoiser_output(adapter: BackboneAdapter, case: BackboneCase, prediction
 
 
 def _assert_same_arguments(
-    actual: dict, expected: dict, ignore: set[str] = frozenset(), timestep_atol: float = 0.0
+    actual: dict, expected: dict, ignore: set[str] = frozenset(), floored: bool = False
 ) -> None:
     actual, expected = _flat(actual), _flat(expected)
     assert actual.keys() - ignore == expected.keys() - ignore
     for name in actual.keys() - ignore:
         if name in ("timestep", "t"):
-            # Integers are as good as float32: the embedding makes the same of both. Half precision is not.
-            times = (value[name] for value in (actual, expected))
-            one, other = (time if time.is_floating_point() else time.float() for time in times)
-            _assert_same(one, other, name, atol=timestep_atol)
+            _assert_same_times(actual[name], expected[name], floored)
         else:
             _assert_same(actual[name], expected[name], name)
 
@@ -200,14 +197,24 @@ def _flat(arguments: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _assert_same(actual, expected, name: str, atol: float = 0.0) -> None:
+def _assert_same_times(actual: Tensor, expected: Tensor, floored: bool) -> None:
+    # Integers are as good as float32: the embedding makes the same of both. Half precision is not.
+    one, other = (time if time.is_floating_point() else time.float() for time in (actual, expected))
+    assert one.dtype == other.dtype
+    whole = one.floor() if floored else one
+    if floored:  # sigma * 1000 may have been rounded to the other side of an integer
+        above = one.nextafter(torch.full_like(one, torch.inf)).floor()
+        whole = torch.where(above == other, above, whole)
+    assert torch.equal(whole, other.expand_as(one))  # inference may give one for the batch
+
+
+def _assert_same(actual, expected, name: str) -> None:
     if isinstance(actual, Tensor):
-        value = expected.expand_as(actual)  # inference gives one timestep for the batch
-        torch.testing.assert_close(actual, value, rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=name)
     elif isinstance(actual, list | tuple):
         assert len(actual) == len(expected), name
         for one, other in zip(actual, expected, strict=True):
-            _assert_same(one, other, name, atol)
+            _assert_same(one, other, name)
     else:
         assert actual == expected, name
 
@@ -277,12 +284,7 @@ def test_float32_lora_on_a_bfloat16_base(case):
     """The inputs take the base's dtype, even when the first parameter that PEFT lists is a float32 one."""
     adapter = adapter_for(case.build())
     adapter.denoiser.to(torch.bfloat16)
-    targets = adapter.lora_target_modules
-    if isinstance(targets, str):
-        targets = rf"{targets}|{adapter.input_layer_name}"
-    else:
-        targets = [*targets, adapter.input_layer_name]
-    denoiser = trained_lora(adapter, target_modules=targets)
+    denoiser = _with_lora_in_the_input_layer_too(adapter)
     assert adapter.input_dtype(denoiser) == adapter.input_dtype(adapter.denoiser) == torch.bfloat16
 
     with spied_forward(case.denoisers(adapter)) as calls:
@@ -296,13 +298,31 @@ def test_float32_lora_on_a_bfloat16_base(case):
     assert sum(gradient.abs().sum() for gradient in gradients.values()) > 0
 
 
+def _with_lora_in_the_input_layer_too(adapter: BackboneAdapter) -> nn.Module:
+    targets, first = adapter.lora_target_modules, adapter.input_layer_name
+    targets = f"{targets}|{first}" if isinstance(targets, str) else [*targets, first]
+    return trained_lora(adapter, target_modules=targets)
+
+
 @each_backbone
 def test_the_input_dtype_of_quantised_weights_is_that_of_the_rest(case):
+    """Integers come first, then the input layer's LoRA in float32: neither is what the rest is made of."""
     adapter = adapter_for(case.build())
     adapter.denoiser.to(torch.bfloat16)
-    layer = adapter.denoiser.get_submodule(adapter.input_layer_name)
-    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    assert adapter.input_dtype(adapter.denoiser) == torch.bfloat16
+    denoiser = _with_lora_in_the_input_layer_too(adapter)
+    layers = {name: module for name, module in denoiser.named_modules() if "lora_" not in name}
+    for layer in layers.values():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+            layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    adapter.denoiser.get_submodule(adapter.input_layer_name).base_layer.bias = None  # as FLUX.2 has none
+    assert adapter.input_dtype(denoiser) == torch.bfloat16
+
+    for name, parameter in list(denoiser.named_parameters()):
+        if "lora_" not in name:
+            owner, _, attribute = name.rpartition(".")
+            integers = nn.Parameter(parameter.to(torch.int8), requires_grad=False)
+            setattr(denoiser.get_submodule(owner), attribute, integers)
+    assert adapter.input_dtype(denoiser) == torch.float32, "of the LoRA, since nothing else is left"
 
 
 @each_backbone

@@ -2,6 +2,7 @@
 """What every adapter owes: media become latents that the pipeline decodes, at sizes that the model really takes."""
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.adapters.backbone_cases import (
 from tests.adapters.contract import each_backbone, latents_for, media, randn
 from trl_sipo.adapters import adapter_for
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.errors import ConfigurationError
 
 
@@ -188,3 +190,47 @@ def test_default_sizes_are_those_of_the_pipelines_call(case, monkeypatch):
         assert adapter.default_num_frames + case.added_frames == frames
     else:
         assert adapter.default_num_frames == 1
+
+
+# Sampling
+
+
+@each_backbone
+def test_sample_draws_what_the_pipeline_draws(case):
+    pipeline = case.build()
+    adapter = adapter_for(pipeline)
+    argument = adapter.guidance_argument
+    takes_guidance = argument in inspect.signature(pipeline.__call__).parameters
+    for guidance in (None, 3.0) if takes_guidance else (None,):
+        scale = {argument: guidance or call_default(pipeline, argument)} if takes_guidance else {}
+        options = {"prompt": PROMPTS[:1], "output_type": "pt", **scale, **adapter.sampling_options}
+        expected = case.generate(pipeline, **options)[0].float() * 2 - 1
+        drawn = _sample(adapter, case, guidance_scale=guidance)
+        assert drawn.shape == case.media_shape and drawn.dtype == torch.float32
+        assert -1 <= drawn.min() < drawn.max() <= 1
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-6)
+
+
+def _sample(adapter: BackboneAdapter, case: BackboneCase, **options) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return adapter.sample(PROMPTS[0], **case.size, num_inference_steps=2, generator=generator, **options)
+
+
+@each_backbone
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_a_float32_vae_decodes_the_samples_of_a_bfloat16_denoiser_in_float32(case, autocast):
+    """As the trainer loads the base of a LoRA."""
+    adapter = adapter_for(case.build())
+    encoders = [module for module in adapter.frozen_modules() if module is not adapter.pipeline.vae]
+    for module in [*encoders, *case.denoisers(adapter)]:
+        module.to(torch.bfloat16)
+    seen = []
+    adapter.pipeline.vae.decoder.register_forward_pre_hook(
+        lambda _module, inputs: seen.append((inputs[0].dtype, torch.is_autocast_enabled("cpu")))
+    )
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        drawn = _sample(adapter, case)
+    assert {*seen} == {(torch.float32, False)}
+    assert drawn.shape == case.media_shape and drawn.dtype == torch.float32 and drawn.isfinite().all()
+    assert -1 <= drawn.min() < drawn.max() <= 1
+    assert "decode" not in vars(adapter.pipeline.vae)

@@ -94,7 +94,7 @@ def test_forward_unpacks_what_it_packs():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"in_channels": 32}, "takes 32 channels.*has 16: an inpainting or control model"),
+        ({"in_channels": 32}, "takes 32 channels but 2x2 patches.*have 16: an inpainting or control model"),
         ({"out_channels": 8}, "gives 8 channels"),
     ],
     ids=["control", "output"],

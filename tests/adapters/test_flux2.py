@@ -113,7 +113,7 @@ def test_a_bfloat16_pipeline_is_called_as_in_inference(case):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"in_channels": 16}, "takes 16 channels.*has 8"), ({"out_channels": 4}, "gives 4 channels")],
+    [({"in_channels": 16}, "takes 16 channels but 2x2 patches.*have 8"), ({"out_channels": 4}, "gives 4 channels")],
     ids=["input", "output"],
 )
 def test_transformers_of_other_channels_are_refused(option, message):

@@ -64,9 +64,9 @@ def test_prompts_are_stored_without_template_and_padding_which_do_not_reach_the_
     conditioning = adapter.collate(adapter.encode_prompts(PROMPTS))
     embeds, pooled, mask = pipeline.encode_prompt(PROMPTS)
     assert conditioning["prompt_embeds"].shape == embeds.shape == (2, 256, 16)
-    assert torch.equal(conditioning["prompt_attention_mask"], mask.bool())
+    assert torch.equal(conditioning["prompt_embeds_mask"], mask.bool())
     assert not torch.equal(conditioning["prompt_embeds"], embeds)
-    whole = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "pooled_prompt_embeds": pooled}
+    whole = {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "pooled_prompt_embeds": pooled}
     with torch.no_grad():
         torch.testing.assert_close(predict(adapter, conditioning), predict(adapter, whole), rtol=0, atol=1e-6)
 

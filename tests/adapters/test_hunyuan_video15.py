@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to HunyuanVideo-1.5: glyphs, inputs for a missing image, and LoRA without a pipeline's help."""
+"""What is particular to HunyuanVideo-1.5: glyphs, inputs for a missing image, and text layers that do not learn."""
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests.adapters.backbone_cases import PROMPTS, spied_forward
 from tests.tiny.hunyuan_video15 import tiny_hunyuan_video15
 from trl_sipo.adapters import adapter_for
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
-from trl_sipo.adapters.lora import LORA_FILE_NAME
-from trl_sipo.errors import BackboneError, ConfigurationError
+from trl_sipo.errors import BackboneError
 
 SIZE = {"height": 16, "width": 24, "num_frames": 5}
 GLYPHS = ['a sign that says "open"', "a cat"]
@@ -104,65 +103,6 @@ def test_other_models_of_the_family_are_refused():
 
 
 # LoRA
-
-LORA_OPTIONS = {
-    "default": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "patterns": {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 5}},
-    "regex": {"target_modules": r"transformer_blocks.*\.(to_q|add_k_proj)"},
-    "all_linear": {"target_modules": "all-linear"},
-    "dropout": {"lora_dropout": 0.5},
-}
-
-
-def build_lora(adapter: BackboneAdapter, seed: int = 0, **options) -> PeftModel:
-    """Rank 4 and alpha 8, with random weights as after some training."""
-    arguments = {"r": 4, "lora_alpha": 8, "target_modules": list(adapter.lora_target_modules), **options}
-    denoiser = get_peft_model(adapter.denoiser, LoraConfig(**arguments)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in denoiser.named_parameters():
-            if ".lora_" in name:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.1 * noise if "magnitude" in name else 0.3 * noise)
-    return denoiser
-
-
-@pytest.mark.parametrize("name", LORA_OPTIONS)
-def test_the_transformer_itself_loads_exactly_the_trained_model(name, tmp_path):
-    adapter = adapter_for(tiny_hunyuan_video15())
-    denoiser = build_lora(adapter, **LORA_OPTIONS[name])
-    adapter.save_lora(denoiser, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE_NAME]
-    fresh = adapter_for(tiny_hunyuan_video15())
-    with torch.no_grad():
-        base, trained = predict(fresh, fresh.denoiser), predict(adapter, denoiser)
-        fresh.pipeline.transformer.load_lora_adapter(tmp_path, use_safetensors=True)
-        assert torch.equal(predict(fresh, fresh.denoiser), trained)
-    assert (trained - base).abs().max() > 1e-3
-
-
-def test_a_lora_in_the_transformer_is_trained_further(tmp_path):
-    adapter = adapter_for(tiny_hunyuan_video15())
-    trained = build_lora(adapter)
-    adapter.save_lora(trained, tmp_path)
-    pipeline = tiny_hunyuan_video15()
-    pipeline.transformer.load_lora_adapter(tmp_path, use_safetensors=True)
-    continued = adapter_for(pipeline)
-    denoiser = continued.peft_denoiser().eval()
-    assert isinstance(denoiser, PeftModel) and list(denoiser.peft_config) == ["default"]
-    with torch.no_grad():
-        assert torch.equal(predict(continued, denoiser), predict(adapter, trained))
-
-    resumed = build_lora(adapter_for(tiny_hunyuan_video15()), seed=1)
-    continued.load_lora(resumed, tmp_path)
-    expected = {name: p for name, p in trained.named_parameters() if ".lora_" in name}
-    assert expected
-    for name, parameter in resumed.named_parameters():
-        assert ".lora_" not in name or torch.equal(parameter, expected[name])
-    with pytest.raises(ConfigurationError, match="has none"):
-        adapter_for(tiny_hunyuan_video15()).peft_denoiser()
 
 
 def test_every_default_lora_layer_learns_and_the_last_text_layers_would_not():

@@ -2,6 +2,7 @@
 """`load_pipeline` and `adapter_for`: what cannot be trained is refused, by name, before weights are read."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from tests.tiny_models import tiny_stable_diffusion
-from trl_sipo.adapters import adapter_for, load_pipeline
+from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
 from trl_sipo.errors import BackboneError
 
 
@@ -34,6 +35,13 @@ def test_strings_and_paths_load_with_their_options(saved):
     assert load_pipeline(str(saved), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
 
 
+def test_the_home_folder_is_expanded(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    path = f"~/{saved.name}"
+    assert type(load_pipeline(path)).__name__ == "StableDiffusionPipeline"
+    assert denoiser_names(path) == ["unet"]
+
+
 def test_the_class_is_checked_before_the_weights(saved, tmp_path):
     index = json.loads((saved / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionImg2ImgPipeline"
@@ -55,7 +63,7 @@ def test_incomplete_and_broken_folders(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "nowhere", "a/b/c"])
 def test_a_missing_folder_is_named(name):
-    with pytest.raises(BackboneError, match=f"no folder '{name}'"):
+    with pytest.raises(BackboneError, match=f"no folder '{os.path.expanduser(name)}'"):
         load_pipeline(name)
 
 

@@ -7,6 +7,7 @@
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.adapters.backbone_cases import PROMPTS
 from tests.adapters.lora_kinds import (
@@ -382,17 +383,34 @@ def test_a_lora_that_cannot_be_continued_exactly_is_refused(case, tmp_path):
     """Of two experts, even if only the second is the one."""
     saved_lora(case, tmp_path)
 
-    def refused(message: str, change: Callable[[nn.Module], object]) -> None:
+    def refused(message: str, change: Callable[[Any], object], way_out: Callable[[Any], object]) -> None:
         adapter = loaded_lora(case, tmp_path, adapter_name="mine")
-        change(case.denoisers(adapter)[-1])
+        whole = predict(adapter, adapter.denoiser, case)
+        denoiser = case.denoisers(adapter)[-1]
+        change(denoiser)
         before = predict(adapter, adapter.denoiser, case)
         with pytest.raises(ConfigurationError, match=message):
             adapter.peft_denoiser()
         assert torch.equal(predict(adapter, adapter.denoiser, case), before)
+        way_out(denoiser)
+        continued = predict(adapter, adapter.peft_denoiser().eval(), case)
+        torch.testing.assert_close(continued, whole, rtol=1e-4, atol=1e-5)
 
-    refused("scaled by 0.5", lambda denoiser: denoiser.set_adapters("mine", 0.5))
-    refused("switched off", lambda denoiser: denoiser.disable_lora())
-    refused("is fused", lambda denoiser: denoiser.fuse_lora())
+    refused(
+        r"scaled by 0.5 .*set_adapters\('mine', 1.0\)",
+        lambda denoiser: denoiser.set_adapters("mine", 0.5),
+        lambda denoiser: denoiser.set_adapters("mine", 1.0),
+    )
+    refused(
+        r"switched off: call enable_lora\(\) and set_adapters\('mine'\)",
+        lambda denoiser: denoiser.disable_lora(),
+        lambda denoiser: (denoiser.enable_lora(), denoiser.set_adapters("mine")),
+    )
+    refused(
+        r"is fused: call unfuse_lora\(\)",
+        lambda denoiser: denoiser.fuse_lora(),
+        lambda denoiser: denoiser.unfuse_lora(),
+    )
     two = loaded_lora(case, tmp_path, adapter_name="mine")
     case.load_lora(two.pipeline, tmp_path, adapter_name="other")
     with pytest.raises(ConfigurationError, match=r"has \['mine', 'other'\]"):

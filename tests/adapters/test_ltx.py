@@ -59,9 +59,9 @@ def test_what_stands_in_the_padding_does_not_reach_the_prediction():
     conditioning = adapter.collate(adapter.encode_prompts(PROMPTS))
     embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     assert conditioning["prompt_embeds"].shape == embeds.shape == (2, 128, 16)
-    assert torch.equal(conditioning["prompt_attention_mask"], mask)
+    assert torch.equal(conditioning["prompt_embeds_mask"], mask)
     assert not torch.equal(conditioning["prompt_embeds"], embeds)
-    whole = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    whole = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
     latents, level = torch.ones(2, *adapter.latent_shape(*SIZE)), adapter.noise_schedule.level(torch.ones(2) / 2)
     with torch.no_grad():
         predictions = [adapter.forward(adapter.denoiser, latents, level, given) for given in (conditioning, whole)]

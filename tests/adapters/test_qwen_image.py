@@ -89,7 +89,7 @@ def test_the_published_shift_grows_with_the_size():
 UNSUPPORTED_TRANSFORMERS = {
     "guidance": ({"guidance_embeds": True}, "guidance_embeds=True.*cannot compute"),
     "layered": ({"use_additional_t_cond": True}, "use_additional_t_cond=True.*Layered"),
-    "image_conditioned": ({"in_channels": 32}, "takes 32 channels but 2x2 of the VAE's latents have 16"),
+    "image_conditioned": ({"in_channels": 32}, "takes 32 channels but 2x2 patches of the VAE's latents have 16"),
     "other_output": ({"out_channels": 8}, "gives 32 channels"),
 }
 

@@ -8,8 +8,11 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from tests.tiny_models import TOKENS, tiny_scheduler, tiny_stable_diffusion
 from trl_sipo.adapters import adapter_for
@@ -142,3 +145,42 @@ def test_latents_of_unequal_and_odd_sizes():
     with torch.no_grad():
         assert adapter.forward(adapter.denoiser, torch.zeros(1, *shape), level, conditioning).shape == (1, *shape)
     assert adapter.encode_media(torch.zeros(1, 3, 20, 36)).shape == (1, *shape)
+
+
+# Sampling
+
+
+def strict_stable_diffusion() -> StableDiffusionPipeline:
+    """With a safety checker that flags everything."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config={**vision, "image_size": 8, "patch_size": 8}, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds_weights.data.fill_(-2)  # below any cosine
+    size = {"shortest_edge": 8}
+    processor = CLIPImageProcessor(size=size, crop_size={"height": 8, "width": 8})
+    parts = {**tiny_stable_diffusion().components, "safety_checker": checker, "feature_extractor": processor}
+    pipeline = StableDiffusionPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_samples_are_drawn_without_the_safety_checker(tmp_path):
+    """Its black images would pass for those of a model that was trained badly."""
+    pipeline = strict_stable_diffusion()
+    checker = pipeline.safety_checker
+    adapter = adapter_for(pipeline)
+    options = {"num_inference_steps": 2, "generator": torch.Generator()}
+    options["generator"].manual_seed(0)
+    assert not pipeline("a cat", output_type="pt", **options).images.any(), "the checker must flag everything"
+    calls = []
+    checker.register_forward_pre_hook(lambda *_: calls.append(1))
+    options["generator"].manual_seed(0)
+    drawn = adapter.sample("a cat", 32, 32, **options)
+    options["generator"].manual_seed(0)
+    assert torch.equal(drawn, adapter_for(tiny_stable_diffusion()).sample("a cat", 32, 32, **options))
+
+    with pytest.raises(ValueError, match="divisible by 8"):
+        adapter.sample("a cat", 33, 32)
+    assert not calls and pipeline.safety_checker is checker
+    adapter.save_pipeline(tmp_path)
+    assert (tmp_path / "safety_checker" / "config.json").is_file()

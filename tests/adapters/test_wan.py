@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,9 +170,7 @@ def test_only_the_experts_of_the_batch_get_gradients():
         assert names == expected
 
 
-@pytest.mark.parametrize(
-    "missing, kept, beyond", [("transformer_2", NOISY, CLEAN), ("transformer", CLEAN, NOISY)]
-)
+@pytest.mark.parametrize("missing, kept, beyond", [("transformer_2", NOISY, CLEAN), ("transformer", CLEAN, NOISY)])
 def test_one_expert_alone_takes_the_levels_on_its_side(missing, kept, beyond):
     both = adapter_for(tiny_wan_experts())
     adapter = adapter_for(tiny_wan_experts(**{missing: None}))
@@ -232,6 +231,45 @@ def test_each_expert_has_a_lora_file_that_plain_diffusers_loads(name, tmp_path):
     other = with_lora(adapter_for(tiny_wan_experts()), **{**LORAS[name], "lora_alpha": 7})
     with pytest.raises(BackboneError, match="alpha"):
         adapter.load_lora(other, tmp_path)
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name, kept", [("first", "pytorch_lora_weights.safetensors"), ("second", SECOND_FILE)])
+def test_a_lora_of_one_expert_takes_the_place_of_one_of_both(name, kept, tmp_path, monkeypatch):
+    """The other's file is of another model: loaded beside the new one, it would make a mixture of the two."""
+    adapter_of_both = adapter_for(tiny_wan_experts())
+    adapter_of_both.save_lora(with_lora(adapter_of_both), tmp_path)
+    before = _read(tmp_path)
+    assert len(before) == 2
+    adapter = adapter_for(tiny_wan_experts())
+    denoiser = with_lora(adapter, **LORAS[name])
+
+    def torn(*_args: Any, **_options: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("safetensors.torch.save_file", torn)
+        adapter.save_lora(denoiser, tmp_path)
+    assert _read(tmp_path) == before
+    adapter.save_lora(denoiser, tmp_path)
+    assert _read(tmp_path).keys() == {kept}
+
+
+def test_experts_trained_one_after_the_other_save_into_one_folder(tmp_path):
+    first = adapter_for(tiny_wan_experts(transformer_2=None))
+    first.save_lora(with_lora(first), tmp_path)
+    before = _read(tmp_path)
+    second = adapter_for(tiny_wan_experts(transformer=None))
+    second.save_lora(with_lora(second), tmp_path)
+    assert _read(tmp_path).items() >= before.items() and len(_read(tmp_path)) == 2
+    adapter = adapter_for(tiny_wan_experts())
+    load_experts_lora(adapter.pipeline, tmp_path)
+    base = adapter_for(tiny_wan_experts())
+    for time in (CLEAN, NOISY):
+        assert not torch.equal(predict(adapter, [time]), predict(base, [time]))
 
 
 def loaded_loras(tmp_path, **names: str) -> WanPipeline:

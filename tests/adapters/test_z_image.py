@@ -23,6 +23,18 @@ def test_the_list_of_prompts_is_left_as_it_was():
     assert prompts == PROMPTS
 
 
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_other_steps_of_the_sampler_are_steps_through_the_same_process(option):
+    """The grid of the importance weights stays the plain one."""
+    pipeline, plain = tiny_z_image(scheduler_options={option: True}), tiny_z_image()
+    for each in (pipeline, plain):
+        each.scheduler.set_timesteps(10)
+    assert not torch.allclose(pipeline.scheduler.sigmas, plain.scheduler.sigmas, atol=1e-2)
+    schedules = [adapter_for(each).noise_schedule for each in (pipeline, plain)]
+    levels = [schedule.previous_level(schedule.level_at(torch.linspace(0, 1, 11)), 10) for schedule in schedules]
+    assert torch.equal(levels[0].sigma_t, levels[1].sigma_t)
+
+
 def test_the_denoiser_sees_no_padding_of_prompts():
     """It would attend it: only what the transformer pads itself is marked as padding."""
     adapter = adapter_for(tiny_z_image())

@@ -23,7 +23,7 @@ from trl_sipo.cli.main import main
 from trl_sipo.core.parameterization import prediction_target
 from trl_sipo.core.precision import per_sample
 from trl_sipo.scripts.audit import AUDITS
-from trl_sipo.scripts.audit_weights import LORA_FILES, make_parser
+from trl_sipo.scripts.audit_weights import LORA_FILES, load_adapter, make_parser
 
 LEVELS = 10
 MODELS = {
@@ -184,6 +184,66 @@ def test_a_lora_is_measured(model, material, tmp_path):
     assert all(abs(one - other) > 1e-5 for one, other in zip(*errors[:2], strict=True))
 
 
+def _one_expert(folder):
+    """Wan 2.2 A14B as it is when only the expert of the noisier levels is loaded."""
+    pipeline = tiny_wan_experts()
+    pipeline.register_modules(transformer_2=None)
+    pipeline.save_pretrained(folder)
+    return adapter_for(pipeline).time_range
+
+
+def test_one_expert_is_measured_on_its_levels(material, tmp_path, capsys):
+    low, high = _one_expert(tmp_path / "one")
+    assert 0 < low < high == 1
+    argv = [*_argv(material, "wan"), "--model_name_or_path", str(tmp_path / "one"), "--resolution", "32"]
+    assert main(argv) == 2
+    assert f"the other takes [{low:.4f}, 1.0000]. Set `timestep_range`" in capsys.readouterr().err
+    low = round(low, 4)
+    report = _report([*argv, "--timestep_range", str(low), "1"], tmp_path / "report")
+    assert [level["time"] for level in report["levels"]] == pytest.approx(
+        [low + (high - low) * (i + 0.5) / LEVELS for i in range(LEVELS)]
+    )
+    assert report["settings"]["timestep_range"] == [low, high]
+
+
+def test_a_range_of_levels(material, tmp_path, monkeypatch, capsys):
+    """The parts of a range make up the whole of it, not of the schedule."""
+
+    def forward(self, denoiser, noisy_latents, level, conditioning, extra=None):
+        return noisy_latents / per_sample(level.sigma_t, noisy_latents) + 1e2
+
+    monkeypatch.setattr(StableDiffusionAdapter, "forward", forward)
+    report = _report([*_argv(material, "epsilon", "latents"), "--timestep_range", "0.2", "0.6"], tmp_path)
+    times = [level["time"] for level in report["levels"]]
+    assert times == pytest.approx([0.2 + 0.04 * (i + 0.5) for i in range(LEVELS)])
+    (region,) = report["masked_regions"]
+    assert region["time"] == [0.2, 0.6] and region["words"] == "200 <= timestep <= 600"
+    printed = capsys.readouterr().out
+    assert "i.e. 100.0% of uniformly drawn times (ends known to 0.04 in time)" in printed
+    assert "times from 0.2 to 0.6 of the schedule" in printed
+
+
+def test_the_vae_stays_in_float32_as_in_training(material):
+    adapter = load_adapter(make_parser().parse_args([*_argv(material, "epsilon")[2:], "--dtype", "bfloat16"]))
+    dtypes = {name: getattr(adapter.pipeline, name).dtype for name in ("unet", "text_encoder", "vae")}
+    assert dtypes == {"unet": torch.bfloat16, "text_encoder": torch.bfloat16, "vae": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("model", "level", "output"), [("epsilon", "timestep 50", True), ("sd3", "sigma 0.1364", False)]
+)
+def test_a_model_that_gives_no_numbers_is_an_error(model, level, output, material, tmp_path, capsys):
+    pipeline = MODELS[model]()
+    with torch.no_grad():
+        next(adapter_for(pipeline).denoiser.parameters()).fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "nan")
+    options = ["--output", str(tmp_path / "out")] if output else []
+    assert main([*_argv(material, model), "--model_name_or_path", str(tmp_path / "nan"), *options]) == 2
+    printed = capsys.readouterr()
+    assert "Masked" not in printed.out and f"pair 0 at {level} (10 of 10" in printed.err
+    assert "not finite" in printed.err and not (tmp_path / "out").exists()
+
+
 MISTAKES = {
     "model": (["--model_name_or_path", "./nothing"], "./nothing"),
     "data": (["--dataset_name", "./nowhere"], "./nowhere"),
@@ -196,6 +256,7 @@ MISTAKES = {
     "steps": (["--importance_steps", "2000"], "num_steps=2000"),
     "clip_range": (["--clip_range", "1.5"], "clip_range"),
     "threshold": (["--mask_threshold", "1"], "mask_threshold"),
+    "range": (["--timestep_range", "0.9", "0.1"], "`timestep_range` must be two increasing fractions"),
     "shift": (["--timestep_shift", "3"], "timestep_shift"),
     "no_lora": (["--lora", "./no_lora"], LORA_FILES[0]),
 }

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.trainer.runs import predict, preference_pairs
 from trl_sipo import __version__
 from trl_sipo.cli.main import COMMANDS, main
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.scripts.train import checkpoint_to_resume, lora_config, parse
+from trl_sipo.scripts.train import ModelArguments, checkpoint_to_resume, lora_config, parse, quantization_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -100,12 +101,25 @@ def test_an_interrupted_run_says_so(material, tmp_path):
         for line in process.stdout:
             if "'loss'" in line:  # it trains
                 break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        errors = _interrupted(process)
     finally:
         process.kill()
     assert process.returncode == 130
     assert "trl-sipo dpo: interrupted." in errors and "Traceback" not in errors
+
+
+def _interrupted(process: subprocess.Popen) -> str:
+    """What a process prints to stderr when it is interrupted, as often as it takes.
+
+    Python drops an interrupt that comes while an object is being destroyed; who presses Ctrl-C presses it again.
+    """
+    for _ in range(4):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=40)[1]
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("the process does not end")
 
 
 def test_a_mistake_in_a_process_of_its_own_is_one_line(material, tmp_path):
@@ -133,6 +147,8 @@ MISTAKES = {
     "no_checkpoint": ({"resume_from_checkpoint": True}, [], "no checkpoint"),
     "no_last_checkpoint": ({}, ["--resume_from_checkpoint", "latest"], "no checkpoint"),
     "checkpoint_not_there": ({"resume_from_checkpoint": "./checkpoint-5"}, [], "./checkpoint-5"),
+    "no_such_target": ({"lora_target_modules": "to_qq"}, [], "['to_qq']"),
+    "default_targets": ({"lora_target_modules": "to_qq"}, [], "['to_k', 'to_q', 'to_v', 'to_out.0']"),
     "lora_r": ({}, ["--lora_r", "0"], "`lora_r` must be at least 1, got 0"),
     "lora_alpha": ({"lora_alpha": -1}, [], "`lora_alpha` must be at least 1, got -1"),
     "lora_dropout": ({"lora_dropout": 1.0}, [], "`lora_dropout`"),
@@ -216,6 +232,31 @@ def test_the_loras_settings_arrive(material, tmp_path):
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 8, 0.1, True)
     assert config.target_modules == {"to_q", "to_k"}
     assert lora_config(type(model)()) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "targets"),
+    [
+        ("to_q", {"to_q"}),
+        ("attn2.to_q", {"attn2.to_q"}),
+        (["to_q", "to_k"], {"to_q", "to_k"}),
+        ("all-linear", "all-linear"),
+        (r".*attn\d\.to_q", r".*attn\d\.to_q"),
+        ([".*to_q"], ".*to_q"),
+    ],
+)
+def test_targets_in_a_file_may_be_a_name_or_several_or_an_expression(written, targets, material, tmp_path):
+    _, _, model = parse("dpo", ["--config", _config(material, tmp_path, lora_target_modules=written)])
+    assert lora_config(model).target_modules == targets
+
+
+@pytest.mark.parametrize(("half", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
+def test_four_bits_are_computed_in_the_precision_of_training(half, dtype, material):
+    pytest.importorskip("bitsandbytes")
+    training = SimpleNamespace(bf16=half == "bf16", fp16=half == "fp16")
+    model = ModelArguments(model_name_or_path=str(material / "base"), use_peft=True, load_in_4bit=True)
+    options = quantization_config(training, model).quant_kwargs
+    assert str(options["bnb_4bit_compute_dtype"]) == f"torch.{dtype}"
 
 
 def test_continuing_from_the_last_checkpoint(material, tmp_path):

@@ -488,10 +488,7 @@ def test_a_truncated_webm_is_a_shorter_video(tmp_path):
         ([[1, 2], [3]], "no regular array"),
         ([[[[300, 0, 0]]]], "integers from 0 to 255.*0 to 300"),
         ([[[[-1, 0, 0]]]], "integers from 0 to 255.*-1 to 0"),
-        (
-            [[[[0.2, 0.5, 1.0]]]],
-            "integers from 0 to 255.*float64.*multiply by 255",
-        ),  # as `datasets` stores float arrays
+        ([[[[0.2, 0.5, 1.0]]]], "integers from 0 to 255.*float64.*multiply by 255"),
         ([[[[True, False, True]]]], "integers from 0 to 255.*bool"),
         ([[]], "integers from 0 to 255"),
         ([picture(0), picture(1, 8, 8)], r"frames of different sizes .*\(8, 8\), \(40, 30\)"),

@@ -170,3 +170,8 @@ def test_the_arms_of_a_pair_keep_their_own_errors():
 def test_masked_regions(weights, regions):
     found = masked_regions([0.125, 0.375, 0.625, 0.875], weights, 0.9)
     assert [edge for region in found for edge in region] == pytest.approx([edge for pair in regions for edge in pair])
+
+
+def test_masked_regions_of_a_part_of_the_schedule_or_of_no_levels():
+    assert masked_regions([0.4, 0.5], [0.8, 0.8], 0.9, within=(0.35, 0.55)) == [(0.35, 0.55)]
+    assert masked_regions([], [], 0.9) == []

@@ -62,7 +62,8 @@ def load_pipeline(
     The class is checked before any weight is read or downloaded.
 
     Args:
-        name_or_path: local folder with a `model_index.json`, or a model id such as `"org/model"`.
+        name_or_path: local folder with a `model_index.json` (`~` is the home folder), or a model id such as
+            `"org/model"`.
         weightless: components of which only the configuration is loaded; those that it does not have are passed over.
         init_kwargs: passed to `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `revision`, ...).
 
@@ -74,8 +75,8 @@ def load_pipeline(
     from trl_sipo.adapters.weightless import weightless_component
 
     hub_kwargs = {key: init_kwargs[key] for key in _HUB_KEYWORDS if key in init_kwargs}
-    index = _read_index(name_or_path, hub_kwargs)
-    name, loader = os.fspath(name_or_path), cast(Any, diffusers.DiffusionPipeline)
+    name, loader = os.path.expanduser(name_or_path), cast(Any, diffusers.DiffusionPipeline)
+    index = _read_index(name, hub_kwargs)
     # Parts that it was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told of some of them.
     given: dict[str, Any] = {part: None for part, origin in index.items() if origin == [None, None]}
     for part in weightless:
@@ -93,18 +94,17 @@ def denoiser_names(name_or_path: str | os.PathLike[str], revision: str | None = 
     Raises:
         BackboneError: as [`load_pipeline`].
     """
-    index = _read_index(name_or_path, {} if revision is None else {"revision": revision})
+    index = _read_index(os.path.expanduser(name_or_path), {} if revision is None else {"revision": revision})
     return [name for name in _DENOISER_NAMES if (index.get(name) or [None])[0] is not None]
 
 
-def _read_index(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read_index(name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     """`model_index.json` of a pipeline that some adapter knows."""
     import diffusers
 
-    name, loader = os.fspath(name_or_path), cast(Any, diffusers.DiffusionPipeline)
     _check_location(name)
     try:
-        index = loader.load_config(name, **hub_kwargs)
+        index = cast(Any, diffusers.DiffusionPipeline).load_config(name, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise BackboneError(_unreachable(name, error)) from error
     class_name = index.get("_class_name") if isinstance(index, dict) else None
@@ -119,7 +119,7 @@ def _known() -> str:
 
 def _check_location(name: str) -> None:
     """Refuse what is plainly a path, but not that of a pipeline's folder."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise BackboneError(
@@ -133,7 +133,7 @@ def _check_location(name: str) -> None:
             f"{name!r} is a single file, not a pipeline's folder. Load it with `StableDiffusionPipeline."
             "from_single_file` and give the loaded pipeline instead of its path."
         )
-    if name.startswith((".", "/", "~", "\\")) or len(Path(name).parts) != 2:
+    if name.startswith((".", "/", "\\")) or len(Path(name).parts) != 2:
         raise BackboneError(
             f"There is no folder {name!r} (seen from {os.getcwd()}), and it is not a model id of the form 'org/model'."
         )

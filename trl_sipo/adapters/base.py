@@ -324,8 +324,10 @@ class BackboneAdapter(ABC):
         weight: Any = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
         if weight.is_floating_point():
             return weight.dtype
-        # Quantised weights are stored as integers: the dtype of what was not quantised, and is not a LoRA.
-        return next(p.dtype for name, p in base.named_parameters() if p.is_floating_point() and "lora_" not in name)
+        # Quantised weights are stored as integers: the dtype of what was not quantised, and is not a LoRA. If there is
+        # nothing, any float will do, and is that of the LoRA.
+        rest = (p.dtype for name, p in base.named_parameters() if p.is_floating_point() and "lora_" not in name)
+        return next(rest, base.dtype)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module) -> None:
         """Recompute activations in the backward pass; works for a denoiser under any wrapper."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
+from trl_sipo.adapters.transformer import check_channels
 from trl_sipo.adapters.vp_scheduler import vp_noise_schedule, vp_prediction_type
 from trl_sipo.core.noise_schedule import NoiseLevel, VPSchedule
 from trl_sipo.errors import BackboneError
@@ -39,13 +40,14 @@ class CogVideoXAdapter(BackboneAdapter):
 
     def check_configuration(self) -> None:
         """Refuse transformers that need an image, and schedulers of another process."""
-        config, latent_channels = self.pipeline.transformer.config, self.pipeline.vae.config.latent_channels
-        for side, channels in (("takes", config.in_channels), ("gives", config.out_channels)):
-            if channels != latent_channels:
-                raise BackboneError(
-                    f"The transformer {side} {channels} channels but the VAE's latents have {latent_channels}: an "
-                    "image-to-video or control model. Use a text-to-video checkpoint."
-                )
+        config = self.pipeline.transformer.config
+        check_channels(
+            "transformer",
+            takes=config.in_channels,
+            gives=config.out_channels,
+            latents=self.pipeline.vae.config.latent_channels,
+            way_out="an image-to-video or control model. Use a text-to-video checkpoint.",
+        )
         if config.ofs_embed_dim:
             raise BackboneError(
                 f"The transformer has ofs_embed_dim={config.ofs_embed_dim}, an input that CogVideoXPipeline does not "
@@ -53,10 +55,10 @@ class CogVideoXAdapter(BackboneAdapter):
             )
         if config.patch_size_t not in (None, 2):
             raise BackboneError(f"patch_size_t={config.patch_size_t}; known are None (1.0) and 2 (1.5).")
-        if not config.use_rotary_positional_embeddings and config.max_text_seq_length != self._prompt_tokens:
+        if not config.use_rotary_positional_embeddings and config.max_text_seq_length != self._max_prompt_tokens:
             raise BackboneError(
                 f"The transformer takes prompts of exactly {config.max_text_seq_length} tokens, but CogVideoXPipeline "
-                f"encodes them to {self._prompt_tokens} by default."
+                f"encodes them to {self._max_prompt_tokens} by default."
             )
         scheduler = self.pipeline.scheduler
         if "snr_shift_scale" not in scheduler.config:
@@ -93,7 +95,11 @@ class CogVideoXAdapter(BackboneAdapter):
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """480 x 720 for 2B and 5B: the transformer's sample size in pixels."""
+        """480 x 720 for 2B and 5B: the transformer's sample size in pixels.
+
+        Of 1.5 this is 2400 x 2400, as in the pipeline's `__call__`, far beyond what it is made for (768 x 1360): it
+        needs a size of the user's own.
+        """
         config = self.pipeline.transformer.config
         return config.sample_height * self._pixels_per_latent, config.sample_width * self._pixels_per_latent
 
@@ -116,7 +122,7 @@ class CogVideoXAdapter(BackboneAdapter):
         return self.pipeline.transformer.config.patch_size_t is not None
 
     @property
-    def _prompt_tokens(self) -> int:
+    def _max_prompt_tokens(self) -> int:
         """226, as in the pipeline's `__call__`; the length changes the prediction."""
         return call_default(self.pipeline, "max_sequence_length")
 
@@ -128,7 +134,7 @@ class CogVideoXAdapter(BackboneAdapter):
             embeds, _ = self.pipeline.encode_prompt(
                 list(prompts),
                 do_classifier_free_guidance=False,
-                max_sequence_length=self._prompt_tokens,
+                max_sequence_length=self._max_prompt_tokens,
                 device=text_encoder.device,
             )
         return [{"prompt_embeds": embed.clone()} for embed in embeds]

@@ -42,6 +42,19 @@ def uses_dynamic_shifting(scheduler: Any) -> bool:
     return bool(scheduler.config.get("use_dynamic_shifting"))
 
 
+def check_static_shift(pipeline: Any, shift: str) -> None:
+    """Raise [`BackboneError`] for a scheduler that shifts by the size, in a pipeline that computes no `mu` for it.
+
+    Args:
+        shift: the static shift to set instead, in words.
+    """
+    if uses_dynamic_shifting(pipeline.scheduler):
+        raise BackboneError(
+            f"The scheduler has use_dynamic_shifting=True, but {type(pipeline).__name__} computes no shift for it. "
+            f"Set use_dynamic_shifting=False and {shift}."
+        )
+
+
 def linear_mu(scheduler: Any, sequence_length: int) -> float:
     """The `mu` of dynamic shifting, linear in the number of latent tokens.
 
@@ -55,6 +68,10 @@ def linear_mu(scheduler: Any, sequence_length: int) -> float:
 
 def flow_noise_schedule(scheduler: Any, *, timestep_scale: float, mu: float | None = None) -> FlowSchedule:
     """The noise process of a flow scheduler, with the shift that inference applies.
+
+    Its grid, by which importance weights find a level's neighbour, is the plain one, uniform before the shift, also of
+    a scheduler with `use_karras_sigmas`, `use_exponential_sigmas` or `use_beta_sigmas`: these are other steps through
+    the same process, which users choose for sampling, so that they are no reason to refuse a pipeline.
 
     Args:
         scheduler: a FlowMatchEulerDiscreteScheduler, or a UniPC, DPM-Solver, ... with `use_flow_sigmas`.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
+from trl_sipo.adapters.transformer import check_channels, shift_and_scale, undo_shift_and_scale
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
-from trl_sipo.errors import BackboneError
 
 
 class FluxAdapter(BackboneAdapter):
@@ -24,6 +24,7 @@ class FluxAdapter(BackboneAdapter):
 
     pipeline_class_name = "FluxPipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     lora_target_modules = (
@@ -44,20 +45,17 @@ class FluxAdapter(BackboneAdapter):
 
     def check_configuration(self) -> None:
         """Refuse transformers that take more than the noisy latents (Fill, Canny, Depth, ...)."""
-        config, latent_channels = self.pipeline.transformer.config, self.pipeline.vae.config.latent_channels
-        for side, channels in (("takes", config.in_channels), ("gives", config.out_channels or config.in_channels)):
-            if channels != 4 * latent_channels:
-                raise BackboneError(
-                    f"The transformer {side} {channels} channels, but a 2x2 patch of the VAE's latents has "
-                    f"{4 * latent_channels}: an inpainting or control model. Use a plain text-to-image checkpoint."
-                )
+        transformer = self.pipeline.transformer.config
+        check_channels(
+            "transformer",
+            takes=transformer.in_channels,
+            gives=transformer.out_channels or transformer.in_channels,
+            latents=self.pipeline.vae.config.latent_channels,
+            patch=2,
+            way_out="an inpainting or control model. Use a plain text-to-image checkpoint.",
+        )
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """Always `"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -105,13 +103,11 @@ class FluxAdapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Minus the VAE's `shift_factor`, times its `scaling_factor`."""
-        config = self.pipeline.vae.config
-        return (latents - config.shift_factor) * config.scaling_factor
+        return shift_and_scale(self.pipeline.vae, latents)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Divided by the VAE's `scaling_factor`, plus its `shift_factor`."""
-        config = self.pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor
+        return undo_shift_and_scale(self.pipeline.vae, latents)
 
     def forward(
         self,

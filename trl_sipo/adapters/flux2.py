@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule
+from trl_sipo.adapters.transformer import check_channels
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
-from trl_sipo.errors import BackboneError
 
 
 class Flux2Adapter(BackboneAdapter):
@@ -26,6 +26,7 @@ class Flux2Adapter(BackboneAdapter):
 
     pipeline_class_name = "Flux2Pipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder")
     # One expression, since the end "to_out" would also match the module lists around "to_out.0".
     lora_target_modules = (
@@ -35,20 +36,17 @@ class Flux2Adapter(BackboneAdapter):
 
     def check_configuration(self) -> None:
         """Refuse transformers whose channels are not those of a patch."""
-        config, latent_channels = self.pipeline.transformer.config, self.pipeline.vae.config.latent_channels
-        for side, channels in (("takes", config.in_channels), ("gives", config.out_channels or config.in_channels)):
-            if channels != 4 * latent_channels:
-                raise BackboneError(
-                    f"The transformer {side} {channels} channels, but a 2x2 patch of the VAE's latents has "
-                    f"{4 * latent_channels}. Use a plain text-to-image checkpoint."
-                )
+        transformer = self.pipeline.transformer.config
+        check_channels(
+            "transformer",
+            takes=transformer.in_channels,
+            gives=transformer.out_channels or transformer.in_channels,
+            latents=self.pipeline.vae.config.latent_channels,
+            patch=2,
+            way_out="another kind of model. Use a plain text-to-image checkpoint.",
+        )
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """Always `"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -96,15 +94,15 @@ class Flux2Adapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Patches, standardised by the mean and variance of each channel that the VAE keeps in its batch norm."""
-        mean, std = self._statistics(latents)
+        mean, std = self._channel_statistics(latents)
         return (latents - mean) / std
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Patches with the mean and variance that the VAE gives them."""
-        mean, std = self._statistics(latents)
+        mean, std = self._channel_statistics(latents)
         return latents * std + mean
 
-    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _channel_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (1, 4 * C, 1, 1) of the VAE's latents in patches, in the latents' dtype."""
         vae = self.pipeline.vae
         mean = vae.bn.running_mean.view(1, -1, 1, 1)

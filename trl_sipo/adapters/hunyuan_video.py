@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
-from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, uses_dynamic_shifting
+from trl_sipo.adapters.flow_scheduler import check_static_shift, flow_noise_schedule
 from trl_sipo.adapters.text_padding import pad_rows, trim_padding
+from trl_sipo.adapters.transformer import check_channels
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 from trl_sipo.errors import BackboneError
 
@@ -24,6 +25,7 @@ class HunyuanVideoAdapter(BackboneAdapter):
 
     pipeline_class_name = "HunyuanVideoPipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     is_video = True
@@ -43,23 +45,15 @@ class HunyuanVideoAdapter(BackboneAdapter):
                 f"The transformer has image_condition_type={transformer.image_condition_type!r}: it continues a given "
                 "image. Use a text-to-video checkpoint."
             )
-        for side, channels in (("takes", transformer.in_channels), ("gives", transformer.out_channels)):
-            if channels != vae.latent_channels:
-                raise BackboneError(
-                    f"The transformer {side} {channels} channels but the VAE's latents have {vae.latent_channels}: "
-                    "an image-conditioned model. Use a text-to-video checkpoint."
-                )
-        if uses_dynamic_shifting(self.pipeline.scheduler):
-            raise BackboneError(
-                "The scheduler has use_dynamic_shifting=True, but HunyuanVideoPipeline computes no shift for it. Set "
-                "use_dynamic_shifting=False and the scheduler's shift (7 for the published checkpoint)."
-            )
+        check_channels(
+            "transformer",
+            takes=transformer.in_channels,
+            gives=transformer.out_channels,
+            latents=vae.latent_channels,
+            way_out="an image-conditioned model. Use a text-to-video checkpoint.",
+        )
+        check_static_shift(self.pipeline, "the scheduler's shift (7 for the published checkpoint)")
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """`"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -87,26 +81,31 @@ class HunyuanVideoAdapter(BackboneAdapter):
         return call_default(self.pipeline, "num_frames")
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """Per prompt `prompt_embeds` (length, dim), their `prompt_attention_mask`, and `pooled_prompt_embeds` (dim,).
+        """Per prompt `prompt_embeds` (length, dim), their `prompt_embeds_mask`, and `pooled_prompt_embeds` (dim,).
 
         The pipeline wraps prompts in a template, whose tokens before the prompt it cuts off again.
         """
         if not prompts:
             return []
         with self._frozen_inference("text_encoder") as text_encoder, self._frozen_inference("text_encoder_2"):
-            embeds, pooled, mask = self.pipeline.encode_prompt(list(prompts), device=text_encoder.device)
+            embeds, pooled, mask = self.pipeline.encode_prompt(
+                list(prompts), device=text_encoder.device, max_sequence_length=self._max_prompt_tokens
+            )
         return [
-            {"prompt_embeds": row, "prompt_attention_mask": kept, "pooled_prompt_embeds": vector.clone()}
+            {"prompt_embeds": row, "prompt_embeds_mask": kept, "pooled_prompt_embeds": vector.clone()}
             for (row, kept), vector in zip(trim_padding(embeds, mask), pooled, strict=True)
         ]
 
     def collate(self, conditioning: Sequence[Mapping[str, Tensor]]) -> Conditioning:
         """Llama's embeddings and their mask padded to the length of inference (256 tokens)."""
         batch = super().collate([{"pooled_prompt_embeds": item["pooled_prompt_embeds"]} for item in conditioning])
-        length = call_default(self.pipeline, "max_sequence_length")
-        for key in ("prompt_embeds", "prompt_attention_mask"):
-            batch[key] = pad_rows([item[key] for item in conditioning], length)
+        for key in ("prompt_embeds", "prompt_embeds_mask"):
+            batch[key] = pad_rows([item[key] for item in conditioning], self._max_prompt_tokens)
         return batch
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        return call_default(self.pipeline, "max_sequence_length")
 
     def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(16, (frames - 1) / 4 + 1, height / 8, width / 8) for the published checkpoint."""
@@ -153,7 +152,7 @@ class HunyuanVideoAdapter(BackboneAdapter):
             # In bfloat16 the pipeline gives the first timestep whole, and rounds the later ones with its latents.
             timestep=level.timestep.to(device, torch.float32),
             encoder_hidden_states=conditioning["prompt_embeds"].to(device, dtype),
-            encoder_attention_mask=conditioning["prompt_attention_mask"].to(device, dtype),
+            encoder_attention_mask=conditioning["prompt_embeds_mask"].to(device, dtype),
             pooled_projections=conditioning["pooled_prompt_embeds"].to(device, dtype),
             guidance=guidance,
             return_dict=False,

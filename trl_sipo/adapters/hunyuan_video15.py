@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
-from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, uses_dynamic_shifting
+from trl_sipo.adapters.flow_scheduler import check_static_shift, flow_noise_schedule
 from trl_sipo.adapters.text_padding import pad_rows, trim_padding
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 from trl_sipo.errors import BackboneError
@@ -25,6 +25,7 @@ class HunyuanVideo15Adapter(BackboneAdapter):
 
     pipeline_class_name = "HunyuanVideo15Pipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     is_video = True
@@ -47,17 +48,8 @@ class HunyuanVideo15Adapter(BackboneAdapter):
                     f"The transformer has {side}={transformer[side]}, but the VAE's latents of {channels} channels "
                     f"need {needed}: another kind of model (super-resolution). Use a text-to-video checkpoint."
                 )
-        if uses_dynamic_shifting(self.pipeline.scheduler):
-            raise BackboneError(
-                "The scheduler has use_dynamic_shifting=True, but HunyuanVideo15Pipeline computes no shift for it. "
-                "Set use_dynamic_shifting=False and the scheduler's shift (5 for 480p, 9 for 720p)."
-            )
+        check_static_shift(self.pipeline, "the scheduler's shift (5 for 480p, 9 for 720p)")
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """`"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:

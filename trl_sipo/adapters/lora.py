@@ -38,6 +38,8 @@ LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
 _METADATA_KEY = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
+# Not every pipeline has LoRA methods; every denoiser has.
+_DENOISER = "the denoiser (pipeline.unet, pipeline.transformer, ...)"
 # The others (pissa, olora, corda, loftq, lora_ga, ...) change the base weights, so the LoRA alone is not the model.
 _EXPORTABLE_INITS = (True, False, "gaussian", "orthogonal")
 # With these equal, and the same layers, two adapters compute the same function of the same weights.
@@ -108,25 +110,30 @@ def save_lora(pipeline_class: Any, denoiser_name: str, denoiser: nn.Module, dire
 def write_lora_files(
     pipeline_class: Any,
     component_name: str,
-    loras: Mapping[str, tuple[dict[str, Tensor], PeftConfig]],
+    loras: Mapping[str, tuple[dict[str, Tensor], PeftConfig] | None],
     directory: str | os.PathLike[str],
 ) -> None:
     """Write LoRAs of one kind of component, weights and configuration of each by the name of its file.
 
-    All are written before any takes its place, so that a save that fails leaves the earlier files, or none. Arguments
-    as in [`save_lora`].
+    All are written before any takes its place, so that a save that fails leaves the earlier files, or none. None in
+    place of a LoRA: the component has none, so that its file of an earlier save goes. Other arguments as in
+    [`save_lora`].
     """
     writer, target = _lora_writer(pipeline_class), Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
-        for file_name, (layers, config) in loras.items():
+        written = {file_name: lora for file_name, lora in loras.items() if lora is not None}
+        for file_name, (layers, config) in written.items():
             # diffusers adds the layers in train mode to a pipeline in eval mode: with dropout, inference would be
             # random.
             metadata = {**config.to_dict(), "lora_dropout": 0.0}
             weights = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
             arguments = {f"{component_name}_lora_layers": weights, f"{component_name}_lora_adapter_metadata": metadata}
             writer.save_lora_weights(temporary, weight_name=file_name, **arguments)
-        for file_name in loras:
+        # First, so that an interruption here does not leave the new files beside it.
+        for file_name in loras.keys() - written.keys():
+            (target / file_name).unlink(missing_ok=True)
+        for file_name in written:
             os.replace(Path(temporary) / file_name, target / file_name)
 
 
@@ -188,7 +195,7 @@ def restore_lora(model: PeftModel, weights: dict[str, Tensor]) -> None:
 
 
 def adopt_injected_lora(denoiser: nn.Module) -> PeftModel:
-    """A PEFT model around a denoiser in which diffusers injected a LoRA (`pipeline.load_lora_weights`).
+    """A PEFT model around a denoiser in which diffusers injected a LoRA.
 
     The injected layers are taken out of `denoiser` and put back through PEFT with the same weights and configuration,
     as the trainable adapter `"default"`, so that the outputs do not change. Half-precision weights become float32.
@@ -199,7 +206,7 @@ def adopt_injected_lora(denoiser: nn.Module) -> PeftModel:
     configs = getattr(denoiser, "peft_config", None) or {}
     if isinstance(denoiser, PeftModel) or len(configs) != 1:
         raise ConfigurationError(
-            "Training continues exactly one LoRA loaded by pipeline.load_lora_weights, but the "
+            "Training continues exactly one LoRA that diffusers loaded into the denoiser, but the "
             f"{type(denoiser).__name__} has {sorted(configs) or 'none'}. Load one, or fuse and unload the others."
         )
     (name, config), *_ = configs.items()
@@ -250,7 +257,7 @@ def _parse_lora_file(path: Path, denoiser_name: str) -> tuple[dict[str, Tensor],
     if not config:
         raise BackboneError(
             f"{path} has no adapter metadata for the {denoiser_name}, so its alpha is not known: another tool wrote "
-            "it. Load it with pipeline.load_lora_weights and train that pipeline."
+            "it. Load it into the pipeline with diffusers and train that pipeline."
         )
     renamed = {
         key.removeprefix(prefix).replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): value
@@ -271,17 +278,20 @@ def _check_same_config(path: Path, saved: dict[str, Any], current: PeftConfig) -
 def _check_adoptable(name: str, layers: dict[str, LoraLayer]) -> None:
     for key, layer in layers.items():
         if layer.merged:
-            raise ConfigurationError(f"The LoRA {name!r} is fused: call pipeline.unfuse_lora() to train it further.")
+            raise ConfigurationError(
+                f"The LoRA {name!r} is fused: call unfuse_lora() of {_DENOISER} to train it further."
+            )
         if layer.disable_adapters or name not in layer.active_adapters:
             raise ConfigurationError(
-                f"The LoRA {name!r} is loaded but switched off: call pipeline.set_adapters({name!r}) to train it."
+                f"The LoRA {name!r} is loaded but switched off: call enable_lora() and set_adapters({name!r}) of "
+                f"{_DENOISER} to train it."
             )
         rank = layer.r[name]
         scaling = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
         if not math.isclose(layer.scaling[name], scaling, rel_tol=1e-6):
             raise ConfigurationError(
                 f"The LoRA {name!r} is scaled by {layer.scaling[name] / scaling:.4g} in {key}, which a LoRA file "
-                f"cannot express: call pipeline.set_adapters({name!r}, 1.0)."
+                f"cannot express: call set_adapters({name!r}, 1.0) of {_DENOISER}."
             )
 
 

@@ -13,8 +13,8 @@ from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
 from trl_sipo.adapters.text_padding import pad_rows, trim_padding
+from trl_sipo.adapters.transformer import check_channels
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
-from trl_sipo.errors import BackboneError
 
 _PIPELINE_MULTIPLE = 32
 """`LTXPipeline.check_inputs` asks for multiples of it, whatever the VAE."""
@@ -28,6 +28,7 @@ class LTXAdapter(BackboneAdapter):
 
     pipeline_class_name = "LTXPipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder")
     is_video = True
     frame_rate = 25.0
@@ -38,19 +39,15 @@ class LTXAdapter(BackboneAdapter):
     def check_configuration(self) -> None:
         """Refuse transformers over other latents than the VAE's, and schedulers of another process."""
         transformer, vae = self.pipeline.transformer.config, self.pipeline.vae.config
-        for side, channels in (("takes", transformer.in_channels), ("gives", transformer.out_channels)):
-            if channels != vae.latent_channels:
-                raise BackboneError(
-                    f"The transformer {side} {channels} channels but the VAE's latents have {vae.latent_channels}: "
-                    "patched or otherwise conditioned latents, which LTXPipeline does not draw. Use a plain "
-                    "text-to-video checkpoint."
-                )
+        check_channels(
+            "transformer",
+            takes=transformer.in_channels,
+            gives=transformer.out_channels,
+            latents=vae.latent_channels,
+            way_out="patched or otherwise conditioned latents, which LTXPipeline does not draw. Use a plain "
+            "text-to-video checkpoint.",
+        )
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """`"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -84,19 +81,27 @@ class LTXAdapter(BackboneAdapter):
         return call_default(self.pipeline, "num_frames")
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """Per prompt `prompt_embeds` (length, dim) and `prompt_attention_mask` (length,), without padding."""
+        """Per prompt `prompt_embeds` (length, dim) and `prompt_embeds_mask` (length,), without padding."""
         if not prompts:
             return []
         with self._frozen_inference("text_encoder") as text_encoder:
             embeds, mask, _, _ = self.pipeline.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False, device=text_encoder.device
+                list(prompts),
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._max_prompt_tokens,
+                device=text_encoder.device,
             )
-        return [{"prompt_embeds": row, "prompt_attention_mask": kept} for row, kept in trim_padding(embeds, mask)]
+        return [{"prompt_embeds": row, "prompt_embeds_mask": kept} for row, kept in trim_padding(embeds, mask)]
 
     def collate(self, conditioning: Sequence[Mapping[str, Tensor]]) -> Conditioning:
         """Padded to the length of inference (128 tokens)."""
-        length = call_default(self.pipeline, "max_sequence_length")
-        return {key: pad_rows([item[key] for item in conditioning], length) for key in conditioning[0]}
+        return {
+            key: pad_rows([item[key] for item in conditioning], self._max_prompt_tokens) for key in conditioning[0]
+        }
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        return call_default(self.pipeline, "max_sequence_length")
 
     def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(128, (frames - 1) / 8 + 1, height / 32, width / 32) for the published checkpoints."""
@@ -111,13 +116,13 @@ class LTXAdapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Standardised channel by channel, by the VAE's buffers `latents_mean` and `latents_std`."""
-        return self.pipeline._normalize_latents(latents, *self._latent_statistics())
+        return self.pipeline._normalize_latents(latents, *self._channel_statistics())
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of [`normalize_latents`]."""
-        return self.pipeline._denormalize_latents(latents, *self._latent_statistics())
+        return self.pipeline._denormalize_latents(latents, *self._channel_statistics())
 
-    def _latent_statistics(self) -> tuple[Tensor, Tensor, float]:
+    def _channel_statistics(self) -> tuple[Tensor, Tensor, float]:
         vae = self.pipeline.vae
         return vae.latents_mean, vae.latents_std, vae.config.scaling_factor
 
@@ -138,7 +143,7 @@ class LTXAdapter(BackboneAdapter):
         conditioning: Mapping[str, Tensor],
         extra: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Prediction (B, C, f, h, w); `prompt_embeds` is (B, tokens, dim), `prompt_attention_mask` (B, tokens).
+        """Prediction (B, C, f, h, w); `prompt_embeds` is (B, tokens, dim), `prompt_embeds_mask` (B, tokens).
 
         `extra["frame_rate"]`: a number or a (B,) tensor; 25 where absent.
         """
@@ -148,7 +153,7 @@ class LTXAdapter(BackboneAdapter):
             hidden_states=self.pipeline._pack_latents(noisy_latents.to(dtype)),
             encoder_hidden_states=conditioning["prompt_embeds"].to(device, dtype),
             timestep=level.timestep.to(device),
-            encoder_attention_mask=conditioning["prompt_attention_mask"].to(device),
+            encoder_attention_mask=conditioning["prompt_embeds_mask"].to(device),
             num_frames=frames,
             height=height,
             width=width,

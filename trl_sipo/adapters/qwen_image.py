@@ -13,6 +13,7 @@ from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
 from trl_sipo.adapters.text_padding import pad_rows, trim_padding
+from trl_sipo.adapters.transformer import channel_statistics, check_channels
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 from trl_sipo.errors import BackboneError
 
@@ -31,6 +32,7 @@ class QwenImageAdapter(BackboneAdapter):
 
     pipeline_class_name = "QwenImagePipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder")
     # The text stream has layers of its own (add_q_proj, ...), of which the last block's never reach the prediction:
     # LoRA in them would get no gradient, which distributed training refuses.
@@ -51,19 +53,16 @@ class QwenImageAdapter(BackboneAdapter):
                     "text-to-image checkpoint."
                 )
         given = transformer.patch_size**2 * (transformer.out_channels or transformer.in_channels)
-        for side, channels in (("takes", transformer.in_channels), ("gives", given)):
-            if channels != 4 * vae.z_dim:
-                raise BackboneError(
-                    f"The transformer {side} {channels} channels but 2x2 of the VAE's latents have {4 * vae.z_dim}: "
-                    "an image-conditioned model, or another model's VAE. Use a plain text-to-image checkpoint."
-                )
+        check_channels(
+            "transformer",
+            takes=transformer.in_channels,
+            gives=given,
+            latents=vae.z_dim,
+            patch=2,
+            way_out="an image-conditioned model, or another model's VAE. Use a plain text-to-image checkpoint.",
+        )
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """`"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -118,18 +117,13 @@ class QwenImageAdapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Standardised per channel, by `latents_mean` and `latents_std` of the VAE's configuration."""
-        mean, std = self._channel_statistics(latents)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return (latents - mean) / std
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of [`normalize_latents`]."""
-        mean, std = self._channel_statistics(latents)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return latents * std + mean
-
-    def _channel_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipeline.vae.config
-        mean, std = (torch.tensor(values).to(latents) for values in (config.latents_mean, config.latents_std))
-        return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     def _vae_encode(self, vae: Any, pixels: Tensor) -> DiagonalGaussianDistribution:
         posterior = vae.encode(pixels.unsqueeze(2)).latent_dist

@@ -117,15 +117,15 @@ class StableDiffusionXLAdapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Times the VAE's `scaling_factor` (0.13025), after the mean and deviation per channel that some VAEs have."""
-        mean, std = self._latent_statistics(latents)
+        mean, std = self._channel_statistics(latents)
         return (latents - mean) / std * self.pipeline.vae.config.scaling_factor
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of [`normalize_latents`]."""
-        mean, std = self._latent_statistics(latents)
+        mean, std = self._channel_statistics(latents)
         return latents * std / self.pipeline.vae.config.scaling_factor + mean
 
-    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _channel_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, (C, 1, 1); 0 and 1 for VAEs that do not state both."""
         mean, std = self.pipeline.vae.config.get("latents_mean"), self.pipeline.vae.config.get("latents_std")
         if mean is None or std is None:

@@ -12,8 +12,8 @@ from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
 from trl_sipo.adapters.text_padding import pad_rows
+from trl_sipo.adapters.transformer import check_channels, shift_and_scale, undo_shift_and_scale
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
-from trl_sipo.errors import BackboneError
 
 
 class ZImageAdapter(BackboneAdapter):
@@ -25,25 +25,23 @@ class ZImageAdapter(BackboneAdapter):
 
     pipeline_class_name = "ZImagePipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     input_layer_name = "all_x_embedder.2-1"
 
     def check_configuration(self) -> None:
         """Refuse transformers of other channels than the VAE's, and schedulers of another process."""
-        taken, given = self.pipeline.transformer.config.in_channels, self.pipeline.vae.config.latent_channels
-        if taken != given:
-            raise BackboneError(
-                f"The transformer takes {taken} channels but the VAE's latents have {given}: an image-conditioned "
-                "model, or another model's VAE. Use a plain text-to-image checkpoint."
-            )
+        channels = self.pipeline.transformer.config.in_channels
+        check_channels(
+            "transformer",
+            takes=channels,
+            gives=channels,
+            latents=self.pipeline.vae.config.latent_channels,
+            way_out="an image-conditioned model, or another model's VAE. Use a plain text-to-image checkpoint.",
+        )
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.noise_schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """`"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -95,13 +93,11 @@ class ZImageAdapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Less the VAE's `shift_factor`, times its `scaling_factor`."""
-        config = self.pipeline.vae.config
-        return (latents - config.shift_factor) * config.scaling_factor
+        return shift_and_scale(self.pipeline.vae, latents)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of [`normalize_latents`]."""
-        config = self.pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor
+        return undo_shift_and_scale(self.pipeline.vae, latents)
 
     def forward(
         self,

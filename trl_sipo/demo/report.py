@@ -163,7 +163,8 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     page.figure(
         figures["rewards"],
         "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both fall: "
-        "the model then prefers the chosen one only by getting worse at the rejected one faster.",
+        f"the model then prefers the chosen {medium.noun.removesuffix('s')} only by getting worse at the rejected one "
+        "faster.",
         "Line charts of chosen and rejected reward over steps, one panel per method",
     )
     page.figure(

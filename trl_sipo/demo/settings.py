@@ -124,12 +124,19 @@ class DemoSettings:
 FULL = DemoSettings((Part("off_policy", DEFAULT_ARMS, (0, 1, 2)), Part("on_policy", ("dpo", "sipo"), (0, 1))))
 QUICK = replace(FULL, parts=(Part("off_policy", ("dpo", "sipo"), (0,)),))
 
-# The video demo.
+# The video demo: a step on clips takes longer, so there are fewer of them, and of fewer pairs.
 VIDEO_FULL = DemoSettings(
-    (Part("off_policy", ("dpo", "sipo"), (0, 1)),),
-    max_steps=120,
+    (Part("off_policy", ("dpo", "sipo", "dpo_best"), (0, 1)),),
+    max_steps=160,
     eval_every=40,
+    batch_size=8,
     learning_rate=1e-4,
-    samples_per_prompt=3,
 )
-VIDEO_QUICK = replace(VIDEO_FULL, parts=(Part("off_policy", ("dpo", "sipo"), (0,)),))
+VIDEO_QUICK = replace(
+    VIDEO_FULL,
+    parts=(Part("off_policy", ("dpo", "sipo"), (0,)),),
+    max_steps=60,
+    eval_every=30,
+    num_pairs=192,
+    samples_per_prompt=1,
+)

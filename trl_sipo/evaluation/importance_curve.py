@@ -169,27 +169,32 @@ def stratum_midpoints(count: int) -> Tensor:
 
 
 def masked_regions(
-    times: Sequence[float], weights: Sequence[float], mask_threshold: float
+    times: Sequence[float],
+    weights: Sequence[float],
+    mask_threshold: float,
+    *,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> list[tuple[float, float]]:
     """Where a curve of weights lies below the threshold, as intervals of time.
 
     Between two times the curve is taken for a straight line; before the first and after the last for constant, up to
-    0 and 1.
+    the ends of what was measured.
 
     Args:
-        times: Increasing, in [0, 1].
+        times: Increasing, within the ends.
         weights: One per time.
         mask_threshold: A weight below it is masked.
+        within: The ends of the part of the schedule that was measured.
 
     Returns:
-        (start, end) of each region, in order; none if nothing is masked.
+        (start, end) of each region, in order; none if nothing is masked, or nothing was measured.
     """
     is_masked = [weight < mask_threshold for weight in weights]
-    edges = [0.0] if is_masked[0] else []
+    edges = [within[0]] if is_masked[:1] == [True] else []
     for i in range(1, len(weights)):
         if is_masked[i] != is_masked[i - 1]:
             part = (mask_threshold - weights[i - 1]) / (weights[i] - weights[i - 1])
             edges.append(times[i - 1] + part * (times[i] - times[i - 1]))
-    if is_masked[-1]:
-        edges.append(1.0)
+    if is_masked[-1:] == [True]:
+        edges.append(within[1])
     return list(zip(edges[::2], edges[1::2], strict=True))

@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
+from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,7 +38,7 @@ def make_parser(prog: str = "trl-sipo audit weights") -> argparse.ArgumentParser
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="PATH", help="hub id or local path of a diffusers pipeline")
     add("--lora", metavar="PATH", help="a LoRA to load on top, to look at a model in training")
-    add("--dtype", choices=DTYPES, help="precision of the weights (default: float32)")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of all but the VAE (default: %(default)s)")
     add("--dataset_name", required=True, metavar="PATH", help="hub id or local path of preference pairs")
     add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset_split", default="train", help="default: %(default)s")
@@ -47,6 +47,8 @@ def make_parser(prog: str = "trl-sipo audit weights") -> argparse.ArgumentParser
     add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
     add("--num_frames", type=int, default=1, help="frames of video clips; 1 takes images (default: %(default)s)")
     add("--frame_rate", type=float, help="frames per second of the clips (default: each video's own)")
+    part = {"nargs": 2, "metavar": ("LOW", "HIGH"), "default": [0.0, 1.0]}
+    add("--timestep_range", type=float, **part, help="part of the schedule to look at, such as that of one expert")
     add("--timestep_shift", type=float, help="shift of the drawn levels of a flow model (default: its sampler's)")
     add("--importance_steps", type=int, default=50, help="steps of the sampler grid (default: %(default)s)")
     add("--clip_range", type=float, default=0.1, help="default: %(default)s")
@@ -74,7 +76,7 @@ def training_settings(arguments: argparse.Namespace) -> "DiffusionSIPOConfig":
         check_plotting()
     shared = (
         "resolution", "num_frames", "frame_rate", "timestep_shift", "importance_steps", "clip_range",
-        "mask_threshold", "seed",
+        "mask_threshold", "seed", "timestep_range",
     )  # fmt: skip
     given = {name: getattr(arguments, name) for name in shared}
     # Nothing is trained, nor written there.
@@ -94,8 +96,9 @@ def load_adapter(arguments: argparse.Namespace) -> "BackboneAdapter":
 
     from trl_sipo.adapters import adapter_for, load_pipeline
 
-    options = {"dtype": getattr(torch, arguments.dtype)} if arguments.dtype else {}
-    pipeline: Any = load_pipeline(arguments.model_name_or_path, **options)
+    # As in training: several VAEs overflow in float16.
+    dtypes = {"default": getattr(torch, arguments.dtype), "vae": torch.float32}
+    pipeline: Any = load_pipeline(arguments.model_name_or_path, dtype=dtypes)
     if arguments.lora is not None:
         load_lora(pipeline, Path(arguments.lora))
     adapter = adapter_for(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
@@ -182,7 +185,11 @@ def measure(
     schedule: "VPSchedule | FlowSchedule",
     settings: "DiffusionSIPOConfig",
 ) -> "PairWeights":
-    """Both arms of every pair at every level, one pair at a time."""
+    """Both arms of every pair at every level, one pair at a time.
+
+    Raises:
+        NumericalError: An error that is not finite.
+    """
     from tqdm.auto import tqdm
 
     from trl_sipo.data.seeding import seeded_generator
@@ -195,7 +202,29 @@ def measure(
             noise = draw_noise(pair.chosen_latents, [seeded_generator(settings.seed, index)])
             options = {"schedule": schedule, "num_steps": settings.importance_steps, "on_level": progress.update}
             parts.append(pair_weights(adapter, adapter.denoiser, pair, noise, levels, **options))
+            check_finite(parts[-1], levels, schedule, index)
     return PairWeights.join(parts)
+
+
+def check_finite(
+    weights: "PairWeights", levels: "NoiseLevel", schedule: "VPSchedule | FlowSchedule", index: int
+) -> None:
+    """Raise [`NumericalError`] where the error of a pair is none: no weight follows from it, masked or not."""
+    from trl_sipo.core.noise_schedule import FlowSchedule
+
+    is_finite = (weights.chosen_error.isfinite() & weights.rejected_error.isfinite()).all(dim=1)
+    if is_finite.all():
+        return
+    position = int((~is_finite).nonzero()[0])
+    if isinstance(schedule, FlowSchedule):
+        level = f"sigma {float(levels.sigma_t[position]):.4f}"
+    else:
+        level = f"timestep {int(levels.timestep[position])}"
+    raise NumericalError(
+        f"The model's error is not finite for pair {index} at {level} ({int((~is_finite).sum())} of {len(is_finite)} "
+        "levels), so that no weight follows. Either the weights or the pair hold such values, or the computation "
+        "overflows, which `--dtype float32` avoids."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -238,7 +267,11 @@ def table(rows: list[dict[str, Any]], level_name: str) -> str:
 
 
 def find_regions(
-    rows: list[dict[str, Any]], schedule: "VPSchedule | FlowSchedule", level_name: str, mask_threshold: float
+    rows: list[dict[str, Any]],
+    schedule: "VPSchedule | FlowSchedule",
+    level_name: str,
+    mask_threshold: float,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> list[dict[str, Any]]:
     """Where half of the pairs or more are masked: ends in time and in the schedule's own unit, and in words."""
     import torch
@@ -247,7 +280,7 @@ def find_regions(
 
     curve = [row["median_pair_weight"] for row in rows]
     regions = []
-    for start, end in masked_regions([row["time"] for row in rows], curve, mask_threshold):
+    for start, end in masked_regions([row["time"] for row in rows], curve, mask_threshold, within=within):
         ends = schedule.level_at(torch.tensor([start, end], dtype=torch.float64))
         low, high = (ends.timestep if level_name == "timestep" else ends.sigma_t).tolist()
         shown = [f"{value:.0f}" if level_name == "timestep" else f"{value:.2f}" for value in (low, high)]
@@ -263,14 +296,18 @@ def find_regions(
     return regions
 
 
-def describe(regions: list[dict[str, Any]], masked_share: float, spacing: float) -> list[str]:
-    """What is masked, in plain words, and what that suggests."""
+def describe(
+    regions: list[dict[str, Any]], masked_share: float, num_levels: int, within: tuple[float, float] = (0.0, 1.0)
+) -> list[str]:
+    """What is masked of the levels `within` these times, in plain words, and what that suggests."""
+    length = within[1] - within[0]
     if not regions:
         masked = "Masked: no level for half of the pairs or more."
     else:
-        share = sum(region["time"][1] - region["time"][0] for region in regions)
+        share = sum(region["time"][1] - region["time"][0] for region in regions) / length
         where = " and ".join(region["words"] for region in regions)
-        masked = f"Masked: {where}, i.e. {share:.1%} of uniformly drawn times (ends known to {spacing:.2g} in time)."
+        known = f"{length / num_levels:.2g}"
+        masked = f"Masked: {where}, i.e. {share:.1%} of uniformly drawn times (ends known to {known} in time)."
     expected = f"Of single pairs at single levels, {masked_share:.1%} are masked: about where `sipo/masked_fraction` "
     return [masked, expected + "should start with uniform `timestep_sampling`.", suggestion(regions, masked_share)]
 
@@ -324,13 +361,15 @@ def schedule_words(schedule: "VPSchedule | FlowSchedule") -> str:
 
 def settings_words(
     *, pipeline: str, prediction_type: str, schedule: str, importance_steps: int, mask_threshold: float, height: int,
-    width: int, num_frames: int, num_pairs: int, dataset_split: str, seed: int,
+    width: int, num_frames: int, num_pairs: int, dataset_split: str, seed: int, timestep_range: list[float],
 ) -> str:  # fmt: skip
     """What the numbers depend on, in one sentence."""
     frames = f", {num_frames} frames" if num_frames > 1 else ""
+    low, high = timestep_range
+    times = "" if (low, high) == (0, 1) else f"times from {low:.4g} to {high:.4g} of the schedule; "
     return (
-        f"Settings: {pipeline}, {prediction_type}, {schedule}; neighbours on a grid of {importance_steps} steps; "
-        f"{width}x{height}{frames}; {num_pairs} pairs of {dataset_split!r}, noise of seed {seed}; masked below "
+        f"Settings: {pipeline}, {prediction_type}, {schedule}; {times}neighbours on a grid of {importance_steps} "
+        f"steps; {width}x{height}{frames}; {num_pairs} pairs of {dataset_split!r}, noise of seed {seed}; masked below "
         f"w = {mask_threshold:.4g}."
     )
 
@@ -341,22 +380,22 @@ def run(command: str, argv: list[str]) -> None:
     settings = training_settings(arguments)
     from trl_sipo.core.noise_schedule import FlowSchedule
     from trl_sipo.evaluation.importance_curve import stratum_midpoints
-    from trl_sipo.trainer.encoding import training_schedule
+    from trl_sipo.trainer.noise_levels import training_schedule
 
     adapter = load_adapter(arguments)
     size = settings.size or adapter.default_size
     adapter.validate_size(*size, settings.num_frames)
     schedule = training_schedule(adapter, settings, size)
-    times = stratum_midpoints(arguments.num_levels)
+    low, high = settings.timestep_range
+    times = low + (high - low) * stratum_midpoints(arguments.num_levels)
     levels = schedule.level_at(times)
-    schedule.previous_level(levels, settings.importance_steps)  # a grid that is none is refused before any long work
     encoded = encode_pairs(adapter, load_pairs(arguments, adapter, settings, size), arguments.num_pairs)
     weights = measure(adapter, encoded, levels, schedule, settings)
 
     level_name = "sigma" if isinstance(schedule, FlowSchedule) else "timestep"
     threshold = 1 - settings.clip_range if settings.mask_threshold is None else settings.mask_threshold
     rows = level_rows(times.tolist(), levels, weights, threshold)
-    regions = find_regions(rows, schedule, level_name, threshold)
+    regions = find_regions(rows, schedule, level_name, threshold, (low, high))
     masked_share = sum(row["masked_share"] for row in rows) / len(rows)
     report = {
         "command": shlex.join(["trl-sipo", *command.split(), *argv]),
@@ -364,6 +403,7 @@ def run(command: str, argv: list[str]) -> None:
             "pipeline": type(adapter.pipeline).__name__,
             "prediction_type": adapter.prediction_type,
             "schedule": schedule_words(schedule),
+            "timestep_range": settings.timestep_range,
             "importance_steps": settings.importance_steps,
             "mask_threshold": threshold,
             "height": size[0],
@@ -375,7 +415,7 @@ def run(command: str, argv: list[str]) -> None:
         },
         "masked_share": masked_share,
         "masked_regions": regions,
-        "reading": describe(regions, masked_share, 1 / arguments.num_levels),
+        "reading": describe(regions, masked_share, arguments.num_levels, (low, high)),
         "levels": rows,
     }
     print(table(rows, level_name), "", *report["reading"], "", settings_words(**report["settings"]), sep="\n")

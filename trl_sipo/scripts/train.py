@@ -237,8 +237,9 @@ def lora_config(model_args: ModelArguments):
     )
 
 
-def _target_modules(names: list[str] | None) -> list[str] | str | None:
+def _target_modules(names: list[str] | str | None) -> list[str] | str | None:
     """PEFT takes a string for a regular expression over whole names, or for `all-linear`."""
+    names = [names] if isinstance(names, str) else names  # one name in a YAML file
     if names is not None and len(names) == 1 and (names[0] == "all-linear" or set(names[0]) & set("*|+?()[]^$\\")):
         return names[0]
     return names
@@ -253,11 +254,12 @@ def quantization_config(training_args: Any, model_args: ModelArguments):
 
     from trl_sipo.adapters import denoiser_names
 
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     options = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
         "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
-        "bnb_4bit_compute_dtype": torch.bfloat16 if training_args.bf16 else torch.float32,
+        "bnb_4bit_compute_dtype": half or torch.float32,
     }
     return PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit",

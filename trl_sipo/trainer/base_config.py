@@ -128,7 +128,8 @@ class DiffusionPreferenceConfig(DPOConfig):
         sample_posterior: Draw latents from the VAE's posterior (`True`) or take its mean (`False`).
         num_checked_images: Number of pairs, evenly spaced, whose images are decoded before training starts; all
             of a dataset that has no more. Of the other pairs it is only checked that the images are there and not
-            empty: one of them that is broken ends the run when it comes to it.
+            empty: one of them that is broken ends the run when it comes to it. Of videos the index is read, and the
+            frames of some are decoded.
         precompute_latents: Encode every image once, before training, and keep the latents in memory. Contradicts
             `center_crop=False`, `random_flip=True`, `random_start=True` and `sample_posterior=True`. Every process
             encodes and keeps the whole dataset.

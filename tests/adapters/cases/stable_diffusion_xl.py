@@ -3,7 +3,9 @@
 
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
 
 from tests.adapters.backbone_cases import PROMPTS, BackboneCase, spied_forward
 from tests.tiny.stable_diffusion_xl import tiny_stable_diffusion_xl
@@ -13,9 +15,13 @@ def unconditional(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
     """What the UNet is given for the first half of a batch with guidance and no negative prompt."""
     with spied_forward(pipeline.unet) as calls:
         pipeline(PROMPTS[0], num_inference_steps=1, guidance_scale=2.0, output_type="latent")
-    embeds = calls[0]["encoder_hidden_states"].chunk(2)[0]
-    added = {name: tensor.chunk(2)[0] for name, tensor in calls[0]["added_cond_kwargs"].items()}
+    embeds = _first_half(calls[0]["encoder_hidden_states"])
+    added = {name: _first_half(tensor) for name, tensor in calls[0]["added_cond_kwargs"].items()}
     return {**calls[0], "encoder_hidden_states": embeds, "added_cond_kwargs": added}
+
+
+def _first_half(batch: Tensor) -> Tensor:
+    return torch.cat([batch[:1]] * len(PROMPTS))
 
 
 def _case(prediction_type: str, scheduler: str, **options: Any) -> BackboneCase:

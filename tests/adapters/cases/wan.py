@@ -24,8 +24,8 @@ def _wan(name: str, build: Any, height: int, width: int, **fields: Any) -> Backb
         call_options={"guidance_scale": 1.0, "height": height, "width": width, "num_frames": 5},
         media_shape=(3, 5, height, width),
         level_of_call=sampler_level_of_call,
-        timestep_atol=1.0,  # UniPC rounds down to integers,
-        grid_atol=3e-3,  # and its grid, before the shift, ends one training step above 0
+        floors_timesteps=True,
+        grid_atol=3e-3,  # UniPC's grid, before the shift, ends one training step above 0
         **{"linear_targets": ("to_q", "ffn.net.2"), **fields},
     )
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.call_defaults import call_default
-from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, uses_dynamic_shifting
+from trl_sipo.adapters.flow_scheduler import check_static_shift, flow_noise_schedule
+from trl_sipo.adapters.transformer import channel_statistics, check_channels
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
 from trl_sipo.errors import BackboneError
 
@@ -25,6 +26,7 @@ class WanAdapter(BackboneAdapter):
 
     pipeline_class_name = "WanPipeline"
     denoiser_name = "transformer"
+    prediction_type = "flow_prediction"
     frozen_names = ("vae", "text_encoder")
     is_video = True
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
@@ -40,11 +42,7 @@ class WanAdapter(BackboneAdapter):
         """Refuse transformers that need an image, and schedulers of another process."""
         for name in self._transformer_names:
             self._check_transformer(name)
-        if uses_dynamic_shifting(self.pipeline.scheduler):
-            raise BackboneError(
-                "The scheduler has use_dynamic_shifting=True, but WanPipeline computes no shift for it. Set "
-                "use_dynamic_shifting=False, and the shift of the resolution (flow_shift)."
-            )
+        check_static_shift(self.pipeline, "the shift of the resolution (flow_shift)")
         # Read once here, so that a wrong scheduler is an error of the constructor.
         _ = self.noise_schedule
 
@@ -54,25 +52,21 @@ class WanAdapter(BackboneAdapter):
         return [self.denoiser_name]
 
     def _check_transformer(self, name: str) -> None:
-        config, latent_channels = getattr(self.pipeline, name).config, self.pipeline.vae.config.z_dim
+        config = getattr(self.pipeline, name).config
         if config.image_dim is not None or config.added_kv_proj_dim is not None:
             raise BackboneError(f"The {name} is conditioned on an image. Use a text-to-video checkpoint.")
-        for side, channels in (("takes", config.in_channels), ("gives", config.out_channels or config.in_channels)):
-            if channels != latent_channels:
-                raise BackboneError(
-                    f"The {name} {side} {channels} channels but the VAE's latents have {latent_channels}: an "
-                    "image-to-video or control model. Use a text-to-video checkpoint."
-                )
+        check_channels(
+            name,
+            takes=config.in_channels,
+            gives=config.out_channels or config.in_channels,
+            latents=self.pipeline.vae.config.z_dim,
+            way_out="an image-to-video or control model. Use a text-to-video checkpoint.",
+        )
         if config.patch_size[0] != 1:
             raise BackboneError(
                 f"The {name} has patch_size={tuple(config.patch_size)}; only patches of a single latent frame are "
                 "supported, as in the published checkpoints."
             )
-
-    @property
-    def prediction_type(self) -> str:
-        """`"flow_prediction"`."""
-        return "flow_prediction"
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -139,18 +133,13 @@ class WanAdapter(BackboneAdapter):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """By channel, from the VAE's `latents_mean` and `latents_std`."""
-        mean, std = self._latent_statistics(latents)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return (latents - mean) / std
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Inverse of [`normalize_latents`]."""
-        mean, std = self._latent_statistics(latents)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return latents * std + mean
-
-    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.pipeline.vae.config
-        mean, std = (latents.new_tensor(values).view(-1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
-        return mean, std
 
     def forward(
         self,

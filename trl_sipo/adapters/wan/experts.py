@@ -136,11 +136,16 @@ class WanExperts(nn.Module):
 
 
 def save_experts_lora(pipeline_class: Any, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write one LoRA file per expert that carries one; see `LORA_FILES` and [`lora.save_lora`]."""
+    """Write one LoRA file per expert that carries one; see `LORA_FILES` and [`lora.save_lora`].
+
+    The file of an expert that is loaded and carries none is removed: an earlier save's LoRA is no part of this model.
+    That of an expert that is not loaded stays, since the two may be trained one after the other.
+    """
     model = lora.check_exportable(denoiser)
-    weights = lora.lora_state_dict(model)
+    weights, configs = lora.lora_state_dict(model), _configs_of_experts(model)
     loras = {
-        LORA_FILES[name]: (_of_expert(weights, name), config) for name, config in _configs_of_experts(model).items()
+        LORA_FILES[name]: (_of_expert(weights, name), configs[name]) if name in configs else None
+        for name in unwrap_denoiser(model).experts
     }
     lora.write_lora_files(pipeline_class, _NAME_IN_FILES, loras, directory)
 

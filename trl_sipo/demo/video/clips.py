@@ -47,7 +47,7 @@ class VideoMedium(Medium):
     all_attributes = "all"
     base = VIDEO_ASSETS
     sources = {
-        "off_policy": "real clips, the rejected one wrong in class, colour or direction",
+        "off_policy": "clips that the base model could not have drawn: photographs, turned and mirrored",
         "on_policy": "clips sampled from the base model itself",
     }
     title = "Diffusion-DPO and SIPO on a small text-to-video model"

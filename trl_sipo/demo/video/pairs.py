@@ -86,8 +86,8 @@ def on_policy_pairs(
     return as_dataset(adapter, kept_prompts, clips[kept, best[kept]], clips[kept, worst[kept]], "on_policy")
 
 
-def real_clips(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Clips of random photographs of the generator split.
+def turned_clips(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Clips of random photographs of the generator split, turned and mirrored as the base never draws them.
 
     Args:
         ids: class, colour and direction ids, int64 (N, 3).
@@ -99,7 +99,7 @@ def real_clips(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     by_class = {class_id: (split.class_ids == class_id).nonzero()[:, 0] for class_id in MOVING_CLASSES}
     draws = torch.rand(len(ids), generator=generator).tolist()
     indices = [by_class[c][int(u * len(by_class[c]))] for c, u in zip(ids[:, 0].tolist(), draws, strict=True)]
-    return make_clips(split.images[torch.stack(indices)], ids[:, 1], ids[:, 2], generator)
+    return make_clips(split.images[torch.stack(indices)], ids[:, 1], ids[:, 2], generator, turned_share=1.0)
 
 
 def spoil_one_attribute(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -117,14 +117,16 @@ def spoil_one_attribute(ids: torch.Tensor, generator: torch.Generator) -> torch.
 def off_policy_pairs(
     adapter: BackboneAdapter, verifier: Verifier, prompts: Sequence[VideoPrompt], *, pairs_per_prompt: int, seed: int
 ) -> datasets.Dataset:
-    """Pairs of real clips: the chosen one shows what the prompt says, the rejected one is wrong in one attribute.
+    """Pairs of clips of real photographs, turned and mirrored as the base model never draws them.
+
+    The chosen one shows what the prompt says, the rejected one is wrong in class, colour or direction.
 
     A pair is kept where the verifier agrees: chosen right in class, colour and direction, rejected not.
     """
     generator = torch.Generator().manual_seed(seed)
     asked = [prompt for prompt in prompts for _ in range(pairs_per_prompt)]
     ids = prompt_ids(asked)
-    chosen, rejected = real_clips(ids, generator), real_clips(spoil_one_attribute(ids, generator), generator)
+    chosen, rejected = turned_clips(ids, generator), turned_clips(spoil_one_attribute(ids, generator), generator)
     is_right, is_still_right = (judge_clips(verifier, clips, ids)["correct"] for clips in (chosen, rejected))
     kept = (is_right & ~is_still_right).nonzero()[:, 0]
     return as_dataset(adapter, [asked[i] for i in kept.tolist()], chosen[kept], rejected[kept], "off_policy")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from trl_sipo.demo.fashion import IMAGE_SIZE, FashionPrompt, FashionSplit, colour_values, load_split, tint
+from trl_sipo.demo.fashion import IMAGE_SIZE, FashionPrompt, FashionSplit, colour_values, load_split, tint, turn
 
 NUM_FRAMES = 5
 #: Ids of the classes and colours that move: a few that stay apart at this size, so that minutes of training suffice.
@@ -95,7 +95,12 @@ def paths(direction_ids: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def make_clips(
-    photographs: torch.Tensor, colour_ids: torch.Tensor, direction_ids: torch.Tensor, generator: torch.Generator
+    photographs: torch.Tensor,
+    colour_ids: torch.Tensor,
+    direction_ids: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    turned_share: float = 0.0,
 ) -> torch.Tensor:
     """Tint photographs, shrink them and let them move.
 
@@ -103,11 +108,15 @@ def make_clips(
         photographs: uint8 (N, 28, 28), 0 = background.
         colour_ids: int64 (N,).
         direction_ids: int64 (N,).
+        turned_share: Chance of a photograph to be turned, mirrored and shrunk, see `fashion.turn`.
 
     Returns:
         float32 (N, 3, 5, 32, 32) in [-1, 1] on a white ground.
     """
     pictures = tint(photographs, colour_values(colour_ids, generator))
+    if turned_share > 0:
+        is_turned = torch.rand(len(pictures), 1, 1, 1, generator=generator) < turned_share
+        pictures = torch.where(is_turned, turn(pictures, generator), pictures)
     frames = pictures.repeat_interleave(NUM_FRAMES, dim=0)
     moved = place(frames, paths(direction_ids, generator).flatten(0, 1), SPRITE_SCALE)
     return moved.unflatten(0, (-1, NUM_FRAMES)).transpose(1, 2)
@@ -120,7 +129,9 @@ def moving_photographs(split: str) -> FashionSplit:
     return FashionSplit(photographs.images[moving], photographs.class_ids[moving])
 
 
-def random_clips(split: FashionSplit, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def random_clips(
+    split: FashionSplit, count: int, generator: torch.Generator, *, turned_share: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips of random photographs of a split, in random colours and directions.
 
     Returns:
@@ -129,7 +140,7 @@ def random_clips(split: FashionSplit, count: int, generator: torch.Generator) ->
     chosen = torch.randint(len(split), (count,), generator=generator)
     colour_ids = torch.tensor(MOVING_COLOURS)[torch.randint(len(MOVING_COLOURS), (count,), generator=generator)]
     direction_ids = torch.randint(len(DIRECTIONS), (count,), generator=generator)
-    clips = make_clips(split.images[chosen], colour_ids, direction_ids, generator)
+    clips = make_clips(split.images[chosen], colour_ids, direction_ids, generator, turned_share=turned_share)
     return clips, torch.stack([split.class_ids[chosen], colour_ids, direction_ids], dim=1)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.demo.verifier import NONE_CLASS, TRAINING_SPLITS, Verifier
-from trl_sipo.demo.verifier_training import disturb, fit_verifier
+from trl_sipo.demo.verifier_training import TURNED_SHARE, disturb, fit_verifier
 from trl_sipo.demo.video.coding import decode_many, encode_many
 from trl_sipo.demo.video.sprites import moving_photographs, random_clips
 from trl_sipo.demo.video.verifier import close_ups, judge_clips
@@ -34,7 +34,8 @@ class CloseUps:
     """What a judge learns from: close-ups of real clips, of their reconstructions, and of spoiled ones."""
 
     def __init__(self, split: str, adapter: BackboneAdapter, generator: torch.Generator) -> None:
-        clips, ids = random_clips(moving_photographs(split), NUM_CLIPS, generator)
+        # A model trained on the turned photographs of the off-policy pairs must not be marked down for turning.
+        clips, ids = random_clips(moving_photographs(split), NUM_CLIPS, generator, turned_share=TURNED_SHARE)
         latents = encode_many(adapter, clips)
         # Sampled latents are never as clean as encoded ones.
         strength = 0.3 * torch.rand(NUM_CLIPS, 1, 1, 1, 1, generator=generator)
