@@ -21,7 +21,7 @@ from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
-from trl_sipo.scripts import data_check
+from trl_sipo.scripts import data_check, encode
 from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.train import DataArguments, ModelArguments, parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
@@ -120,6 +120,14 @@ def test_audit_commands_parse():
         assert importlib.import_module(AUDITS[name][0]).make_parser().parse_args(argv)
 
 
+def test_encode_commands_parse():
+    lines = [words for words in _commands() if {"encode", "trl_sipo.scripts.encode"} & set(words)]
+    assert len(lines) >= 3
+    for words in lines:
+        place = next(i for i, word in enumerate(words) if word in ("encode", "trl_sipo.scripts.encode"))
+        encode.check_arguments(encode.make_parser().parse_args(words[place + 1 :]))
+
+
 def test_files_in_commands_exist():
     for words in _commands():
         for word in words:
@@ -131,7 +139,8 @@ def test_options_in_running_text_exist():
     configs = {field.name for config in (*CONFIGS, DataArguments, ModelArguments) for field in fields(config)}
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
-    audits = {"lora", "output"} | {action.dest for action in data_check.make_parser()._actions}
+    parsers = (data_check.make_parser(), encode.make_parser())
+    audits = {"lora", "output"} | {action.dest for parser in parsers for action in parser._actions}
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`

@@ -70,7 +70,7 @@ def run(command: str, argv: list[str]) -> None:
         NumericalError: Latents that are not finite.
     """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
-    _check(arguments)
+    check_arguments(arguments)
     if arguments.export is not None:
         _export(arguments)
         return
@@ -97,7 +97,8 @@ def run(command: str, argv: list[str]) -> None:
         print(f"Train on it with `--dataset_name {arguments.output}`.")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise [`ConfigurationError`] for options that are out of range, missing, or contradict one another."""
     if arguments.export is not None:
         if arguments.cache is None:
             raise ConfigurationError("`--export` needs `--cache`, the folder that was encoded.")
