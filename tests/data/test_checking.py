@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from tests.data.clips import MPEG4, damaged, write_frames, write_video
 from tests.data.pictures import canonical, encoded, pick_a_pic, picture
@@ -15,7 +16,7 @@ from trl_sipo.data.checking.judgements import Count, Judgements, find_repeats, f
 from trl_sipo.data.checking.noise import flips_from_agreement, flips_from_cycles, noise_report, share, suggestion
 from trl_sipo.data.checking.rows import RowCheck, is_of_videos, media_hash
 from trl_sipo.data.formats import FORMATS
-from trl_sipo.data.row_selection import listed_rows
+from trl_sipo.data.row_selection import listed_rows, row_key, without_rows
 from trl_sipo.errors import DatasetError
 
 QUIET = CheckOptions(show_progress=False)
@@ -188,9 +189,9 @@ def test_a_set_with_everything_wrong():
         "rows": 9, "bad": 3, "ties": 1, "unlabelled": 1, "pairs": 4, "identical_arms": 1, "repeated_pairs": 2,
         "repeats": 2, "contradictory_pairs": 1, "unequal_sizes": 0,
     }  # fmt: skip
-    listed = {name: [row for row, _ in rows] for name, rows in found.listed.items()}
+    listed = {name: [each.row for each in rows] for name, rows in found.listed.items()}
     assert listed == {"bad_rows": [0, 1, 8], "identical_arms": [3], "repeats": [6, 7], "contradictory": [5, 7]}
-    reasons = dict(found.listed["bad_rows"])
+    reasons = {listed.row: listed.reason for listed in found.listed["bad_rows"]}
     assert "jpg_1" in reasons[0] and "does not open" in reasons[1] and "prompt is empty" in reasons[8]
     assert found.report["sizes"] == {"40x30": 12} and found.report["prompts"]["num_distinct"] == 4
     assert found.report["first_preferred"]["hits"] == 3
@@ -221,8 +222,8 @@ def test_videos(tmp_path):
     assert (found.report["shortest_frames"], found.report["longest_frames"]) == (5, 12)
     assert found.report["frame_rates"] == {"24.0": 3, "8.0": 1}
     enough = check_data(Dataset.from_dict(columns), CheckOptions(num_frames=9, show_progress=False))
-    assert [row for row, _ in enough.listed["bad_rows"]] == [1, 2]
-    assert "5.mp4" in enough.listed["bad_rows"][0][1]
+    assert [listed.row for listed in enough.listed["bad_rows"]] == [1, 2]
+    assert "5.mp4" in enough.listed["bad_rows"][0].reason
 
 
 def test_damage_within_a_video_is_found_by_decoding_it(tmp_path):
@@ -231,7 +232,7 @@ def test_damage_within_a_video_is_found_by_decoding_it(tmp_path):
     columns = {"prompt": ["a"], "chosen": [str(whole)], "rejected": [str(damaged(broken, 0.55, 0.6))]}
     assert check_data(Dataset.from_dict(columns), QUIET).report["num_bad"] == 0
     closely = check_data(Dataset.from_dict(columns), CheckOptions(decode_videos=True, show_progress=False))
-    assert "is damaged" in closely.listed["bad_rows"][0][1]
+    assert "is damaged" in closely.listed["bad_rows"][0].reason
 
 
 def test_latents():
@@ -250,10 +251,47 @@ def test_lists_can_be_skipped_and_leave_nothing_of_an_earlier_check(tmp_path):
     rows[2]["jpg_0"] = b""
     found = check_data(Dataset.from_list(rows), QUIET)
     assert [path.name for path in found.write(tmp_path)] == ["report.json", "bad_rows.jsonl"]
-    assert listed_rows(tmp_path / "bad_rows.jsonl") == [2]
+    assert list(listed_rows(tmp_path / "bad_rows.jsonl")) == [2]
     assert json.loads((tmp_path / "report.json").read_text()) == found.report
     check_data(pick_a_pic(), QUIET).write(tmp_path)
     assert not (tmp_path / "bad_rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["bad_rows", "identical_arms", "contradictory"])
+def test_workers_on_a_stream_leave_out_the_listed_rows_alone(tmp_path, name):
+    """Each worker counts the rows of its own shards from 0, so that only contents can tell them."""
+    rows = list(canonical(12, label=[1.0] * 12))
+    rows[5]["chosen"] = {"bytes": b"no image", "path": None}
+    rows[7]["rejected"] = rows[7]["chosen"]
+    rows[10] = {**rows[2], "label": 0.0}
+    features = canonical(1, label=[1.0]).features
+    dataset = Dataset.from_list(rows, features=features)
+    check_data(dataset, QUIET).write(tmp_path)
+    listed = listed_rows(tmp_path / f"{name}.jsonl")
+    assert list(listed) == {"bad_rows": [5], "identical_arms": [7], "contradictory": [2, 10]}[name]
+    left = sorted(set(range(12)) - set(listed))
+    stream = without_rows(dataset.to_iterable_dataset(num_shards=4), listed).remove_columns(["chosen", "rejected"])
+    prompts = [row["prompt"] for row in DataLoader(stream, batch_size=None, num_workers=2)]
+    assert sorted(prompts) == sorted(dataset.select(left)["prompt"][:])
+    assert without_rows(dataset, listed)["prompt"][:] == dataset.select(left)["prompt"][:]
+
+
+def test_a_list_of_other_data_is_refused(tmp_path):
+    rows = list(pick_a_pic())
+    rows[2]["jpg_0"] = b""
+    check_data(Dataset.from_list(rows), QUIET).write(tmp_path)
+    with pytest.raises(DatasetError, match="row 2 is to be skipped, but another row stands there"):
+        without_rows(pick_a_pic(), listed_rows(tmp_path / "bad_rows.jsonl"))
+
+
+def test_keys_go_by_contents_and_names_of_files():
+    fmt = FORMATS["canonical"]
+    row = {"prompt": "a", "chosen": "/here/1.png", "rejected": b"x", "label": 1.0}
+    same = {"prompt": "a", "chosen": {"bytes": None, "path": "/there/1.png"}, "rejected": b"x", "label": 1.0}
+    others = [{"prompt": "x/a"}, {"chosen": "/here/2.png"}, {"rejected": b"y"}, {"label": 0.0}, {"label": None}]
+    others.append({"rejected": [b"x", b""]})
+    assert row_key(fmt, row) == row_key(fmt, same) == row_key(fmt, {**row, "label": 1})
+    assert len(row_key(fmt, row)) == 16 and len({row_key(fmt, {**row, **other}) for other in [{}, *others]}) == 7
 
 
 def test_an_empty_set_is_refused():

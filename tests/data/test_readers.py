@@ -360,15 +360,15 @@ def test_names_are_checked():
 # --- rows left out
 
 
-@both
-def test_listed_rows_are_left_out(tmp_path, streaming, caplog):
+def test_listed_rows_are_left_out(tmp_path, caplog):
     canonical(4).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "bad.jsonl").write_text('{"row": 2, "reason": "x"}\n{"row": 0}\n{"row": 2}\n')
-    dataset = load_preference_dataset(
-        tmp_path / "train.parquet", streaming=streaming, skip_rows=tmp_path / "bad.jsonl"
-    )
-    assert [row["prompt"] for row in dataset] == ["prompt 1", "prompt 3"]
-    assert "Leaving out 2 rows" in caplog.text
+    options = {"skip_rows": tmp_path / "bad.jsonl"}
+    dataset = load_preference_dataset(tmp_path / "train.parquet", **options)
+    assert dataset["prompt"][:] == ["prompt 1", "prompt 3"]
+    assert "Leaving out 2 of 4 rows" in caplog.text
+    with pytest.raises(ConfigurationError, match="without their keys, which alone tell the rows of a stream"):
+        load_preference_dataset(tmp_path / "train.parquet", streaming=True, **options)
 
 
 @pytest.mark.parametrize(

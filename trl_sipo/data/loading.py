@@ -94,8 +94,9 @@ def load_preference_dataset(
             relative to its folder, or to the folder beside it that has its name (`train.json`, `train/`).
         min_confidence: leave pairs out whose label is closer to a tie: at least this share of votes must be for one
             side. None: none.
-        skip_rows: a JSON Lines file of `{"row": number, ...}`, such as `trl-sipo data check` writes: these rows are
-            left out. They are counted in the split as it is loaded, before `min_confidence`.
+        skip_rows: a JSON Lines file of `{"row": number, "key": ..., ...}`, such as `trl-sipo data check` writes: these
+            rows are left out. They are counted in the split as it is loaded, before `min_confidence`; the rows of a
+            stream are told by their keys.
 
     Raises:
         DatasetError: nothing there, no such split (lists those there are), files that cannot be read, columns of

@@ -1,24 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leave rows out, by number or by how certain their label is, and say so."""
+"""Leave rows out, those of a list or those whose label is uncertain, and say so."""
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from trl_sipo.data.formats import PreferenceFormat, detect_format, label_values
+from trl_sipo.data.formats import PreferenceFormat, detect_format, label_values, undecoded
 from trl_sipo.data.preference_dataset import stream_columns
+from trl_sipo.data.stored import stored_value
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 
-def listed_rows(file: str | os.PathLike[str]) -> list[int]:
-    """The row numbers of a JSON Lines file of `{"row": number, ...}`, ascending, each once.
+def row_key(fmt: PreferenceFormat, row: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that tell a row by what is stored in it, without reading files; of paths, the names count.
+
+    A stream has no row numbers that the workers of a data loader agree on, and a number alone would not tell that a
+    list belongs to other data.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for column in fmt.columns:
+        parts = _stored_parts(row[column]) if column in (fmt.first, fmt.second) else [_text(row[column])]
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "big"))  # so that parts cannot run into each other
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _stored_parts(value: Any) -> Iterator[bytes]:
+    """What is stored of an image, a video or latents; a folder may have moved, so of a path only the name."""
+    value = stored_value(value)
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, str | os.PathLike):
+        yield _text(os.path.basename(value))
+    elif isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes | Mapping):
+        for part in value:
+            yield from _stored_parts(part)
+    else:
+        yield _text(value)
+
+
+def _text(value: Any) -> bytes:
+    """Numbers as floats: what is 1 in one chunk of a table may be 1.0 in another."""
+    value = float(value) if isinstance(value, int | float) else value
+    return (value if isinstance(value, str) else repr(value)).encode("utf-8", "surrogatepass")
+
+
+def listed_rows(file: str | os.PathLike[str]) -> dict[int, str | None]:
+    """The rows of a JSON Lines file of `{"row": number, "key": row_key, ...}`: number to key, None without one.
 
     Raises:
         DatasetError: no such file, or a line of another form.
@@ -27,35 +65,57 @@ def listed_rows(file: str | os.PathLike[str]) -> list[int]:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"skip_rows={str(file)!r} cannot be read: {error}") from error
-    rows = set()
+    rows: dict[int, str | None] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)["row"]
+            listed = json.loads(line)
+            row, key = listed["row"], listed.get("key")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DatasetError(f'{file}, line {number}: expected {{"row": number, ...}}, found {line:.80}') from error
         if not isinstance(row, int) or isinstance(row, bool) or row < 0:
             raise DatasetError(f"{file}, line {number}: a row is a number from 0, found {row!r}")
-        rows.add(row)
-    return sorted(rows)
+        rows[row] = key
+    return rows
 
 
-def without_rows(dataset: Dataset | IterableDataset, rows: Collection[int]) -> Dataset | IterableDataset:
-    """The dataset without some rows, named by their position.
+def without_rows(dataset: Dataset | IterableDataset, listed: Mapping[int, str | None]) -> Dataset | IterableDataset:
+    """The dataset without some rows: of a stream those of the listed keys, of other data those of the listed numbers.
 
     Raises:
-        DatasetError: a row beyond the end, so that the list must be of other data; of a stream the end is not known.
+        DatasetError: a number beyond the end, or a row that is not of the listed key: the list is of other data.
+        ConfigurationError: a stream, and a row that is listed without a key.
     """
-    if not rows:
+    if not listed:
         return dataset
-    skipped = frozenset(rows)
-    logger.warning("Leaving out %d rows that are listed to be skipped.", len(skipped))
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(lambda _, number: number not in skipped, with_indices=True)
-    if max(skipped) >= len(dataset):
+        return _stream_without_rows(dataset, listed)
+    fmt = detect_format(dataset.column_names)
+    rows = undecoded(dataset, fmt)
+    for number, key in listed.items():
+        if number >= len(dataset):
+            reason = f"the dataset has {len(dataset)} rows"
+        elif key is not None and row_key(fmt, rows[number]) != key:
+            reason = "another row stands there"
+        else:
+            continue
         raise DatasetError(
-            f"row {max(skipped)} is to be skipped, but the dataset has {len(dataset)} rows: the list is of another one"
+            f"row {number} is to be skipped, but {reason}: the list is of other data, or of another split or format. "
+            "Make a new one: trl-sipo data check."
         )
-    return dataset.select(np.setdiff1d(np.arange(len(dataset)), sorted(skipped)))
+    logger.warning("Leaving out %d of %d rows, as listed.", len(listed), len(dataset))
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), list(listed)))
+
+
+def _stream_without_rows(dataset: IterableDataset, listed: Mapping[int, str | None]) -> IterableDataset:
+    keys = frozenset(listed.values())
+    if None in keys:
+        raise ConfigurationError(
+            "`skip_rows` lists rows without their keys, which alone tell the rows of a stream. Take a list that has "
+            "them, such as the `bad_rows.jsonl` of `trl-sipo data check`, or read the data without streaming."
+        )
+    fmt = detect_format(stream_columns(dataset))
+    logger.warning("Leaving out the %d rows of a stream that are listed.", len(listed))
+    return undecoded(dataset, fmt).filter(lambda row: row_key(fmt, row) not in keys)
 
 
 def confident_pairs(dataset: Dataset | IterableDataset, minimum: float) -> Dataset | IterableDataset:

@@ -6,11 +6,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from trl_sipo.data.checking.check import Listed
 from trl_sipo.data.checking.rows import THUMBNAIL, CheckedRow
 from trl_sipo.reporting.page import Page, png_bytes
 
 _CELL, _MARGIN, _LINE = THUMBNAIL[0], 8, 16
 _PAIRS_PER_ROW = 3
+_NUM_BAD = 50
 
 _COUNTS = {
     "num_rows": "Rows",
@@ -28,16 +30,14 @@ _COUNTS = {
 }
 
 
-def data_page(
-    title: str, report: Mapping[str, Any], shown: Sequence[CheckedRow], bad: Sequence[tuple[int, str]]
-) -> str:
+def data_page(title: str, report: Mapping[str, Any], shown: Sequence[CheckedRow], bad: Sequence[Listed]) -> str:
     """The report as one HTML file.
 
     Args:
         title: of the page.
         report: as `DataCheck.report`.
         shown: rows with thumbnails.
-        bad: numbers of bad rows and what is wrong with them; the first of them are shown.
+        bad: bad rows; the first of them are shown.
     """
     page = Page(title)
     verdict = "every row can be read" if not report["num_bad"] else f"{report['num_bad']} rows cannot be trained on"
@@ -54,7 +54,7 @@ def data_page(
     page.table(("", "images, videos or prompts"), rows)
     if bad:
         page.heading("Bad rows")
-        page.table(("row", "reason"), [(str(row), reason) for row, reason in bad[:50]])
+        page.table(("row", "reason"), [(str(listed.row), listed.reason) for listed in bad[:_NUM_BAD]])
     if shown:
         page.heading("Pairs")
         page.figure(png_bytes(contact_sheet(shown)), "First arm left, second arm right.", "A contact sheet of pairs.")

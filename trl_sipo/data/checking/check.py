@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,18 +51,34 @@ class CheckOptions:
     show_progress: bool = True
 
 
+class Listed(NamedTuple):
+    """A row of a list: its number, its key (None where rows of one content are meant to stay), and why it is there."""
+
+    row: int
+    key: str | None
+    reason: str
+
+
 @dataclass(frozen=True)
 class ListedRows:
-    """Rows with one reason: numbers alone, since there may be millions."""
+    """Rows with one reason, as arrays, since there may be millions.
+
+    Args:
+        rows: int64 numbers.
+        keys: uint64; None: without keys.
+        reason: of all.
+    """
 
     rows: np.ndarray
+    keys: np.ndarray | None
     reason: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return ((int(row), self.reason) for row in self.rows)
+    def __iter__(self) -> Iterator[Listed]:
+        for position, row in enumerate(self.rows.tolist()):
+            yield Listed(row, None if self.keys is None else f"{int(self.keys[position]):016x}", self.reason)
 
 
 @dataclass
@@ -76,11 +92,11 @@ class DataCheck:
     """
 
     report: dict[str, Any]
-    listed: dict[str, list[tuple[int, str]] | ListedRows]
+    listed: dict[str, list[Listed] | ListedRows]
     shown: list[CheckedRow]
 
     def write(self, folder: Path) -> list[Path]:
-        """`report.json`, and one JSON Lines file of `{"row", "reason"}` for each list that is not empty."""
+        """`report.json`, and one JSON Lines file of `{"row", "key", "reason"}` for each list that is not empty."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "report.json"]
         paths[0].write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
@@ -89,7 +105,7 @@ class DataCheck:
             path.unlink(missing_ok=True)  # of an earlier check
             if rows:
                 with path.open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in rows)
+                    file.writelines(json.dumps(row._asdict()) + "\n" for row in rows)
                 paths.append(path)
         return paths
 
@@ -98,9 +114,13 @@ def check_data(dataset: Dataset | IterableDataset, options: CheckOptions | None 
     """Look at every row, in order, keeping numbers and hashes of it only: memory does not grow with the media.
 
     Raises:
-        DatasetError: columns of no known format, or no rows.
+        DatasetError: columns of no known format, no rows, or a cache of encoded pairs.
     """
     options = options or CheckOptions()
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise DatasetError(
+            f"a {type(dataset).__name__} was checked when it was made: give the data that it is made of"
+        )
     is_stream = isinstance(dataset, IterableDataset)
     fmt = detect_format(stream_columns(dataset) if is_stream else dataset.column_names)
     num_rows = None if is_stream else min(len(dataset), options.limit or len(dataset))
@@ -159,9 +179,10 @@ class _Findings:
     """What is kept of the rows that were looked at."""
 
     num_rows: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[Listed] = field(default_factory=list)
     shown: list[CheckedRow] = field(default_factory=list)
     row: array = field(default_factory=lambda: array("q"))
+    key: array = field(default_factory=lambda: array("Q"))
     prompt: array = field(default_factory=lambda: array("q"))
     first: array = field(default_factory=lambda: array("q"))
     second: array = field(default_factory=lambda: array("q"))
@@ -176,13 +197,16 @@ class _Findings:
     def add(self, row: CheckedRow) -> None:
         self.num_rows += 1
         if row.problems or row.prompt is None or row.arms is None:
-            self.bad.append((row.number, "; ".join(row.problems)))
+            self.bad.append(Listed(row.number, row.key, "; ".join(row.problems)))
             return
         first, second = row.arms
-        values = (row.number, text_hash(row.prompt), first.content, second.content, row.label, len(row.prompt.split()))
-        columns = (self.row, self.prompt, self.first, self.second, self.label, self.words)
-        for column, value in zip(columns, values, strict=True):
-            column.append(value)
+        self.row.append(row.number)
+        self.key.append(int(row.key, 16))
+        self.prompt.append(text_hash(row.prompt))
+        self.first.append(first.content)
+        self.second.append(second.content)
+        self.label.append(row.label)
+        self.words.append(len(row.prompt.split()))
         for arm in row.arms:
             self.sizes.update([arm.size] if arm.size else [])
             self.lengths.update([arm.num_frames] if arm.num_frames else [])
@@ -223,7 +247,7 @@ def _summary(found: _Findings, fmt: PreferenceFormat, check: RowCheck) -> DataCh
         "prompts": _prompt_statistics(judgements.prompt, np.array(found.words)),
         "label_noise": noise_report(repeats.agreement, find_triples(judgements), minority),
     }
-    return DataCheck(report, _lists(found.bad, identical, repeats), found.shown)
+    return DataCheck(report, _lists(found, identical, repeats), found.shown)
 
 
 def _label_counts(label: np.ndarray) -> dict[str, Any]:
@@ -266,10 +290,16 @@ def _common(counter: Counter, name: Any) -> dict[str, int]:
     return {**common, "others": rest} if rest else common
 
 
-def _lists(bad: list[tuple[int, str]], identical: np.ndarray, repeats: Repeats) -> dict[str, Any]:
+def _lists(found: _Findings, identical: np.ndarray, repeats: Repeats) -> dict[str, Any]:
+    rows, keys = np.array(found.row, dtype=np.int64), np.array(found.key, dtype=np.uint64)
+
+    def listed(numbers: np.ndarray, reason: str) -> ListedRows:
+        return ListedRows(numbers, keys[np.searchsorted(rows, numbers)], reason)
+
     return {
-        "bad_rows": bad,
-        "identical_arms": ListedRows(identical, "both arms are the same"),
-        "repeats": ListedRows(repeats.rows, "repeats an earlier row"),
-        "contradictory": ListedRows(repeats.contradictory_rows, "another row prefers the other arm"),
+        "bad_rows": found.bad,
+        "identical_arms": listed(identical, "both arms are the same"),
+        # Without keys: those of an exact copy are those of the row that is to stay.
+        "repeats": ListedRows(repeats.rows, None, "repeats an earlier row"),
+        "contradictory": listed(repeats.contradictory_rows, "another row prefers the other arm"),
     }

@@ -16,6 +16,7 @@ import torch
 from trl_sipo.data.formats import PreferenceFormat, read_prompt
 from trl_sipo.data.images import verify_image
 from trl_sipo.data.preference_dataset import read_latents
+from trl_sipo.data.row_selection import row_key
 from trl_sipo.data.stored import VIDEO_SUFFIXES, is_video, stored_value
 from trl_sipo.data.video import ClipSampler, checked_length, open_video
 from trl_sipo.errors import DatasetError
@@ -50,6 +51,7 @@ class CheckedRow:
 
     Args:
         number: its position.
+        key: by which it is found again (`row_selection.row_key`).
         problems: why it cannot be trained on; empty: it can, unless it is a tie or has no label.
         prompt: None if it is none.
         label: share of votes for the first arm; NaN: nobody has judged it.
@@ -57,6 +59,7 @@ class CheckedRow:
     """
 
     number: int
+    key: str
     problems: tuple[str, ...]
     prompt: str | None = None
     label: float = float("nan")
@@ -87,7 +90,8 @@ class RowCheck:
             arms = tuple(_with_thumbnail(arm) for arm in arms)
         elif arms is not None:
             arms = tuple(_without_image(arm) for arm in arms)
-        return CheckedRow(number, tuple(problems), prompt, float("nan") if label is None else label, arms)
+        key = row_key(self.fmt, row)
+        return CheckedRow(number, key, tuple(problems), prompt, float("nan") if label is None else label, arms)
 
     def _media(self, row: Mapping[str, Any], problems: list[str]) -> tuple[CheckedArm, CheckedArm] | None:
         """Both are opened even if the first is broken, so that all that is wrong is said at once."""
