@@ -5,8 +5,8 @@
     python benchmarks/step_time.py --device cuda --latent-size 64 --unet sd15
 
 The variants take turns, step by step, so that what disturbs the machine disturbs all of them; the ratios are of the
-medians of one run. Weights are random and nothing is downloaded. A step is: the batch's forward passes, the backward pass,
-clipping, the optimiser. Prints a table and writes JSON.
+medians of one run. Weights are random and nothing is downloaded. A step is: the batch's forward passes, the backward
+pass, clipping, the optimiser. Prints a table and writes JSON.
 
 - `bare`: latents and embeddings at hand, one reference and one policy pass over both arms, the loss, nothing else.
 - `bare, no reference`: the same without the reference pass, whose errors are given.
