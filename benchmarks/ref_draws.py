@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/ref_draws.py --seeds 3
 
 The demo's base model and its pairs; Diffusion-DPO with a LoRA, each number of draws and the live reference with the
-same seeds, steps and settings. Held-out pairs are evaluated at fixed noise by the live reference. Prints a table and writes
-JSON. All data ships with the package.
+same seeds, steps and settings. Held-out pairs are evaluated at fixed noise by the live reference. Prints a table and
+writes JSON. All data ships with the package.
 """
 
 import argparse
