@@ -348,6 +348,13 @@ def test_a_name_decides_between_two_sources():
     assert read_source(dataset, "hpdv2_ranking")["chosen"][:] == ["d"]
 
 
+def test_votes_that_were_counted_before_may_be_named():
+    counted = read_source(rapidata(), "rapidata").remove_columns(["votes_image1", "votes_image2"])
+    assert read_source(counted, "rapidata")["label"][:] == [0.75, 0.0, 0.5, None]
+    with pytest.raises(DatasetError, match=r"not of the format 'rapidata': \['label'\] missing"):
+        read_source(counted.remove_columns("label"), "rapidata")
+
+
 def test_names_are_checked():
     with pytest.raises(DatasetError, match="unknown format 'hpdv4'.*hpdv2, .*pick_a_pic"):
         read_source(canonical(1), "hpdv4")

@@ -68,10 +68,10 @@ def read_source(dataset: Dataset | IterableDataset, name: str | None = None) -> 
     if name not in {*READERS, *FORMATS}:
         known = ", ".join(sorted({*READERS, *FORMATS}))
         raise DatasetError(f"unknown format {name!r} of a dataset; known are {known}")
-    expected = READERS[name].columns if name in READERS else FORMATS[name].required_columns
-    missing = [column for column in expected if column not in columns]
-    if not missing and name in READERS:
+    if name in READERS and set(READERS[name].columns) <= set(columns):
         return READERS[name].read(dataset)
+    expected = FORMATS[name].required_columns if name in FORMATS else READERS[name].columns
+    missing = [column for column in expected if column not in columns]
     if missing:
         raise DatasetError(f"the dataset is not of the format {name!r}: {missing} missing, columns found: {columns}")
     others = {column for fmt in FORMATS.values() for column in fmt.required_columns} - set(FORMATS[name].columns)
