@@ -298,3 +298,19 @@ def test_audits_are_listed(capsys):
     assert all(name in capsys.readouterr().out for name in AUDITS)
     assert main(["audit", "wights"]) == 2
     assert "known are weights" in capsys.readouterr().err
+
+
+def test_data_of_another_layout(material, tmp_path, capsys):
+    """HPDv3, whose paths are relative to another folder than its table's."""
+    (tmp_path / "media").mkdir()
+    records = []
+    for number, row in enumerate(preference_pairs(2)):
+        paths = {name: f"{number}_{arm}.png" for name, arm in (("path1", "chosen"), ("path2", "rejected"))}
+        row["chosen"].save(tmp_path / "media" / paths["path1"])
+        row["rejected"].save(tmp_path / "media" / paths["path2"])
+        records.append({"prompt": row["prompt"], **paths})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    argv = ["audit", "weights", "--model_name_or_path", str(material / "epsilon"), "--dataset_name", str(tmp_path)]
+    argv += ["--dataset_media_folder", str(tmp_path / "media"), "--dataset_format", "hpdv3", "--num_pairs", "2"]
+    assert main([*argv, "--num_levels", str(LEVELS)]) == 0
+    assert "Masked: " in capsys.readouterr().out

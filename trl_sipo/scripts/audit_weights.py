@@ -42,6 +42,8 @@ def make_parser(prog: str = "trl-sipo audit weights") -> argparse.ArgumentParser
     add("--dataset_name", required=True, metavar="PATH", help="hub id or local path of preference pairs")
     add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset_split", default="train", help="default: %(default)s")
+    add("--dataset_format", metavar="NAME", help="layout of the data (default: recognised by its columns)")
+    add("--dataset_media_folder", metavar="DIR", help="folder to which paths are relative (default: their table's)")
     add("--num_pairs", type=int, default=8, help="evenly spaced over the split (default: %(default)s)")
     add("--num_levels", type=int, default=50, help="evenly spaced over the drawn times (default: %(default)s)")
     add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
@@ -144,7 +146,13 @@ def load_pairs(
     from trl_sipo.trainer.preference_data import as_tensors
 
     split = arguments.dataset_split
-    rows = load_preference_dataset(arguments.dataset_name, name=arguments.dataset_config, split=split)
+    rows = load_preference_dataset(
+        arguments.dataset_name,
+        name=arguments.dataset_config,
+        split=split,
+        format=arguments.dataset_format,
+        media_folder=arguments.dataset_media_folder,
+    )
     pairs = as_tensors(rows, adapter, settings, size, split)
     if len(pairs) < arguments.num_pairs:
         raise DatasetError(
