@@ -37,7 +37,7 @@ def material(tmp_path_factory) -> Encoded:
     folder = tmp_path_factory.mktemp("encode")
     tiny_stable_diffusion().save_pretrained(folder / "model")
     arms = {arm: [picture(2 * i + k) for i in range(42)] for k, arm in enumerate(("chosen", "rejected"))}
-    prompts = [f"prompt number {i % 21}" for i in range(42)]
+    prompts = [f"prompt number {i % 21}" if i % 21 else "ein Gürteltier 🦔" for i in range(42)]
     datasets.Dataset.from_dict({"prompt": prompts, **arms}).to_parquet(folder / "pairs.parquet")
     encoded = Encoded(folder / "model", folder / "pairs.parquet", folder / "cache", SIZE)
     encoded.encode(*SMALL_FILES)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from trl_sipo.data.cache import shards
 from trl_sipo.data.cache.manifest import MANIFEST, Manifest, encoders_fingerprint, read_manifest
-from trl_sipo.data.cache.shards import OpenFiles, TensorFile, write_tensors, write_whole
+from trl_sipo.data.cache.shards import OpenFiles, TensorFile, ragged, write_tensors, write_whole
 from trl_sipo.errors import DatasetError
 
 TENSORS = {
@@ -32,6 +32,17 @@ def test_rows_and_tensors_are_those_that_were_written(tmp_path):
         assert read.dtype == value.dtype and torch.equal(read, value) and file.shape(name) == value.shape
         for index in range(len(value)):
             assert torch.equal(file.row(name, index), value[index])
+
+
+def test_tensors_of_several_shapes_lie_on_top_of_one_another(tmp_path):
+    rows = [torch.randn(3, 2).bfloat16(), torch.randn(1, 2).bfloat16(), torch.zeros(0, 2).bfloat16(), torch.ones(4, 2)]
+    rows[3] = rows[3].bfloat16()
+    scalars = [torch.tensor(1), torch.tensor(2)]
+    write_tensors(tmp_path / "a.safetensors", {**ragged("embeds", rows), **ragged("number", scalars)})
+    file = TensorFile(tmp_path / "a.safetensors")
+    for index, row in enumerate(rows):
+        assert torch.equal(file.ragged_row("embeds", index), row)
+    assert [file.ragged_row("number", index).item() for index in range(2)] == [1, 2]
 
 
 def test_a_transposed_tensor_is_written_as_it_reads(tmp_path):

@@ -4,7 +4,7 @@
     cache.json            what was encoded, with what and how; written last, so that a folder with it has its index
     index.parquet         one row per pair: its prompt, the shard and the row that hold its latents
     prompts.parquet       the text of every prompt, once
-    text/00000.safetensors     embeddings of some prompts, each trimmed to its own length
+    text/00000.safetensors     embeddings of some prompts, each trimmed to its own length, and their text
     text/null.safetensors      what an unconditional sample is given
     latents/00000.safetensors  `chosen` and `rejected` of some pairs, all of one shape
 

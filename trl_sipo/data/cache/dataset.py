@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from trl_sipo.data.cache.manifest import is_cache, read_manifest
-from trl_sipo.data.cache.plan import NULL_FILE, PROMPTS, latents_file, read_index, text_file
-from trl_sipo.data.cache.shards import OpenFiles
+from trl_sipo.data.cache.plan import NULL_FILE, PROMPT, latents_file, read_index, text_file
+from trl_sipo.data.cache.shards import OpenFiles, TensorFile
 from trl_sipo.errors import DatasetError
 
 
@@ -42,7 +41,6 @@ class CachedPairs(torch.utils.data.Dataset):
                 f"the cache {str(folder)!r} is not complete: {len(missing)} of {len(wanted)} files are missing, such "
                 f"as {missing[0]}. Run the same `trl-sipo encode` again, which writes what is missing."
             )
-        self._prompts = pq.read_table(self.folder / PROMPTS)["prompt"].combine_chunks()
         self._files = OpenFiles()
         self._conditioning_names = self._files[self.folder / NULL_FILE].names
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -55,16 +53,19 @@ class CachedPairs(torch.utils.data.Dataset):
         file = self._files[self.folder / latents_file(int(self.index.shard[index]))]
         stored = {name: file.row(name, int(self.index.row[index])) for name in file.names}
         prompt = int(self.index.prompt[index])
-        item: dict[str, Any] = {"prompt": self._prompts[prompt].as_py()}
+        text, row = self._text_of(prompt)
+        item: dict[str, Any] = {"prompt": text.ragged_row(PROMPT, row).numpy().tobytes().decode()}
         for arm in ("chosen", "rejected"):
             item[f"{arm}_latents"] = stored.pop(arm).float()
         for name, value in stored.items():
             item[name] = value.float() if value.ndim else float(value)
-        return {**item, "conditioning": self._conditioning(prompt), "pair_index": index}
+        conditioning = {name: text.ragged_row(name, row) for name in self._conditioning_names}
+        return {**item, "conditioning": conditioning, "pair_index": index}
 
-    def _conditioning(self, prompt: int) -> dict[str, torch.Tensor]:
-        file = self._files[self.folder / text_file(prompt // self.manifest.prompts_per_shard)]
-        return {name: file.tensor(f"{prompt}.{name}") for name in self._conditioning_names}
+    def _text_of(self, prompt: int) -> tuple[TensorFile, int]:
+        """The file that holds a prompt, and its place there."""
+        shard, row = divmod(prompt, self.manifest.prompts_per_shard)
+        return self._files[self.folder / text_file(shard)], row
 
     def null_conditioning(self) -> dict[str, torch.Tensor]:
         """What an unconditional sample is given in place of a prompt."""

@@ -23,6 +23,7 @@ from trl_sipo.data.cache.manifest import MANIFEST, Manifest, check_same, is_cach
 from trl_sipo.data.cache.plan import (
     INDEX,
     NULL_FILE,
+    PROMPT,
     PROMPTS,
     Index,
     Shape,
@@ -31,7 +32,7 @@ from trl_sipo.data.cache.plan import (
     text_file,
     write_plan,
 )
-from trl_sipo.data.cache.shards import write_tensors
+from trl_sipo.data.cache.shards import ragged, write_tensors
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import PreferenceDataset
 from trl_sipo.errors import ConfigurationError, NumericalError
@@ -154,12 +155,13 @@ def encode_texts(
     prompts = pq.read_table(folder / PROMPTS)["prompt"].combine_chunks()
     for shard in tqdm(missing, desc="Prompts", unit="file", disable=not show_progress):
         texts = prompts[shard * size : (shard + 1) * size].to_pylist()
-        tensors = {}
+        rows = []
         for start in range(0, len(texts), TEXT_BATCH_SIZE):
-            rows = adapter.encode_prompts(texts[start : start + TEXT_BATCH_SIZE])
-            for number, row in enumerate(rows, start=shard * size + start):
-                tensors |= {f"{number}.{name}": value for name, value in _stored_row(row, dtype).items()}
-        write_tensors(folder / text_file(shard), tensors)
+            encoded = adapter.encode_prompts(texts[start : start + TEXT_BATCH_SIZE])
+            rows.extend(_stored_row(row, dtype) for row in encoded)
+        letters = [torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for text in texts]
+        columns = [ragged(PROMPT, letters), *(ragged(name, [row[name] for row in rows]) for name in rows[0])]
+        write_tensors(folder / text_file(shard), {name: value for part in columns for name, value in part.items()})
 
 
 def _stored_row(row: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

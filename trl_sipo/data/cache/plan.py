@@ -24,6 +24,8 @@ from trl_sipo.errors import DatasetError
 
 INDEX, PROMPTS = "index.parquet", "prompts.parquet"
 NULL_FILE = Path("text", "null.safetensors")
+# The text of a prompt beside its embeddings, as bytes: in this way training reads no table of all prompts.
+PROMPT = "utf8"
 
 Shape = tuple[int, int, int]
 

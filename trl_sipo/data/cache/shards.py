@@ -4,7 +4,7 @@
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_MAX_OPEN_FILES = 64
+_MAX_OPEN_FILES = 256
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,6 +50,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # Without metadata, whose order in the file would change from one process to another.
     content = {name: value.contiguous() for name, value in tensors.items()}
     write_whole(path, lambda temporary: save_file(content, temporary))
+
+
+def ragged(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one dtype and number of dimensions as three: a header with an entry for each would take long to read.
+
+    Returns:
+        `name`: their numbers, one after the other; `<name>.starts`: where each begins, and the end; `<name>.shapes`.
+    """
+    starts = torch.tensor([0, *(tensor.numel() for tensor in tensors)]).cumsum(0)
+    shapes = torch.tensor([tensor.shape for tensor in tensors], dtype=torch.int64)
+    return {
+        name: torch.cat([tensor.flatten() for tensor in tensors]),
+        f"{name}.starts": starts,
+        f"{name}.shapes": shapes.reshape(len(tensors), -1),
+    }
 
 
 def _to_disk(path: Path) -> None:
@@ -130,6 +145,16 @@ class TensorFile:
         entry = self._stored[name]
         num_bytes = entry.num_bytes // entry.shape[0]
         return self._read(entry.dtype, entry.shape[1:], entry.start + index * num_bytes, num_bytes)
+
+    def ragged_row(self, name: str, index: int) -> torch.Tensor:
+        """One of the tensors that [`ragged`] put on top of one another."""
+        start, end = self._slice(f"{name}.starts", index, 2).tolist()
+        return self._slice(name, start, end - start).reshape(self.row(f"{name}.shapes", index).tolist())
+
+    def _slice(self, name: str, start: int, length: int) -> torch.Tensor:
+        """Some numbers of a tensor of one dimension."""
+        entry, size = self._stored[name], self._stored[name].dtype.itemsize
+        return self._read(entry.dtype, (length,), entry.start + start * size, length * size)
 
     def _read(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, num_bytes: int) -> torch.Tensor:
         if num_bytes == 0:
