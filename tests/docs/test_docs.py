@@ -131,10 +131,11 @@ def test_options_in_running_text_exist():
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
     audits = {"lora", "output"}
+    demo = {"quick", "video"}
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`
-        assert option.removeprefix("no_") in configs | scripts | launchers | audits, option
+        assert option.removeprefix("no_") in configs | scripts | launchers | audits | demo, option
 
 
 @each_page
