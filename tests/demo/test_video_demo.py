@@ -37,15 +37,14 @@ TINY = replace(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two steps of Diffusion-DPO and SIPO, in this process."""
+    """Two steps of SIPO, in this process."""
     files = DemoFiles(tmp_path_factory.mktemp("video"), VIDEO_ASSETS)
     pipeline, verifiers = CLIPS.load_pipeline(files.base_pipeline), load_verifiers(files.verifiers)
     prepare_pairs(pipeline, verifiers[0], TINY, "off_policy", files, CLIPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clips, "NUM_REFERENCE_CLIPS", 60)
         base = prepare_base(pipeline, verifiers, TINY, files, CLIPS)
-    runs = [run_arm("off_policy", arm, 0, TINY, files, CLIPS) for arm in ("dpo", "sipo")]
-    return files, base, runs
+    return files, base, [run_arm("off_policy", "sipo", 0, TINY, files, CLIPS)]
 
 
 def test_runs_start_from_the_base_and_move_it(finished):
@@ -77,8 +76,8 @@ def test_the_report_shows_the_frames_of_every_model(finished):
     assert page.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     with Image.open(files.root / "figures" / "off_policy_samples.png") as sheet:
-        # The name column, then three models of five frames each.
-        assert sheet.width > 3 * 5 * 96
+        # The name column, then two models of five frames each.
+        assert sheet.width > 2 * 5 * 96
 
 
 def test_a_handful_of_steps_writes_a_pipeline_judges_and_a_log(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ PAGES = [
     ROOT / "examples" / "README.md",
     ROOT / "reports" / "sd15_step" / "README.md",
     ROOT / "reports" / "demo" / "README.md",
+    ROOT / "reports" / "demo_video" / "README.md",
     ROOT / "README.md",
 ]
 

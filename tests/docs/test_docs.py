@@ -141,10 +141,11 @@ def test_options_in_running_text_exist():
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
     parsers = (data_check.make_parser(), encode.make_parser())
     audits = {"lora", "output"} | {action.dest for parser in parsers for action in parser._actions}
+    demo = {"quick", "video"}
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`
-        assert option.removeprefix("no_") in configs | scripts | launchers | audits, option
+        assert option.removeprefix("no_") in configs | scripts | launchers | audits | demo, option
 
 
 @each_page

@@ -2,6 +2,7 @@
 """Every backbone through the same trainers: nothing in them knows which one it is."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+import trl_sipo.trainer
 from tests.adapters.backbone_cases import BACKBONES, BackboneCase, spied_forward
 from tests.trainer.media import pairs_for
 from tests.trainer.runs import DPO, PROMPTS, SIPO, changed, collate_first, logged, make_config, snapshot
-from trl_sipo.adapters import adapter_for, load_pipeline
+from trl_sipo.adapters import ADAPTERS, adapter_for, load_pipeline
 from trl_sipo.errors import ConfigurationError
 
 each_backbone = pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case.name)
@@ -328,3 +330,15 @@ def test_the_model_card_says_how_to_load_the_lora(name, lines, tmp_path):
     card = (tmp_path / "run" / "README.md").read_text()
     assert all(line in card for line in lines)
     assert f"pipeline_tag: text-to-{'video' if trainer.adapter.is_video else 'image'}" in card
+
+
+def test_the_trainers_know_no_backbone():
+    """What is particular to a model is its adapter's: no name of a pipeline, of its module or of a denoiser."""
+    sources = {path: path.read_text(encoding="utf-8") for path in Path(trl_sipo.trainer.__file__).parent.rglob("*.py")}
+    assert len(sources) > 15
+    modules = {path.split(":")[0].rsplit(".", 1)[1] for path in ADAPTERS.values()}
+    forbidden = re.compile(
+        "|".join([*ADAPTERS, *(rf"adapters\.{name}\b" for name in modules), r"\.unet\b", r'"unet"'])
+    )
+    for path, source in sources.items():
+        assert not forbidden.search(source), path

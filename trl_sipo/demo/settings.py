@@ -136,7 +136,8 @@ VIDEO_QUICK = replace(
     VIDEO_FULL,
     parts=(Part("off_policy", ("dpo", "sipo"), (0,)),),
     max_steps=60,
-    eval_every=30,
+    eval_every=60,
     num_pairs=192,
+    num_held_out=16,
     samples_per_prompt=1,
 )

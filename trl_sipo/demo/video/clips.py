@@ -69,7 +69,7 @@ class VideoMedium(Medium):
         "seed, last step."
     )
     level_label = "sigma (0 is clean)"
-    curve_levels = tuple(round(0.02 * step, 2) for step in range(1, 50))
+    curve_levels = tuple(round(0.04 * step, 2) for step in range(1, 25))
     training_options = {"resolution": [IMAGE_SIZE], "num_frames": NUM_FRAMES}
 
     def load_pipeline(self, folder: Path) -> WanPipeline:
