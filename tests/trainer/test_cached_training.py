@@ -3,7 +3,11 @@
 
 import logging
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -185,18 +189,24 @@ def test_another_model_is_refused(stable_diffusion, tmp_path):
         stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, model=str(tmp_path / "sd3"))
 
 
+_SQUARE = {"height": 32, "width": 32, "num_frames": 1}
+
+
+def _pairs_of_shapes(count: int) -> datasets.Dataset:
+    """In turns wide, high and square pairs, and ones whose arms differ."""
+    sizes = [((80, 48), (80, 48)), ((48, 80), (48, 80)), ((64, 64), (64, 64)), ((80, 48), (64, 64))]
+    arms = [[picture(2 * i + arm).resize(sizes[i % 4][arm]) for i in range(count)] for arm in (0, 1)]
+    prompts = [PROMPTS[i % 4] for i in range(count)]
+    return datasets.Dataset.from_dict({"prompt": prompts, "chosen": arms[0], "rejected": arms[1]})
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """Pairs of three shapes, and pairs whose arms differ in theirs, in buckets."""
     folder = tmp_path_factory.mktemp("shapes")
     tiny_stable_diffusion().save_pretrained(folder / "model")
-    sizes = [((80, 48), (80, 48)), ((48, 80), (48, 80)), ((64, 64), (64, 64)), ((80, 48), (64, 64))]
-    arms = [[picture(2 * i + arm).resize(sizes[i % 4][arm]) for i in range(14)] for arm in (0, 1)]
-    prompts = [PROMPTS[i % 4] for i in range(14)]
-    rows = datasets.Dataset.from_dict({"prompt": prompts, "chosen": arms[0], "rejected": arms[1]})
-    rows.to_parquet(folder / "pairs.parquet")
-    size = {"height": 32, "width": 32, "num_frames": 1}
-    encoded = Encoded(folder / "model", folder / "pairs.parquet", folder / "cache", size)
+    _pairs_of_shapes(14).to_parquet(folder / "pairs.parquet")
+    encoded = Encoded(folder / "model", folder / "pairs.parquet", folder / "cache", _SQUARE)
     encoded.encode(*FLOAT32, "--buckets")
     return encoded
 
@@ -277,3 +287,28 @@ def test_videos_of_different_lengths_train_together(tmp_path):
     trainer = encoded.trainer(tmp_path / "run", encoded.cache, per_device_train_batch_size=1, max_steps=4)
     trainer.train()
     assert len(logged(trainer, "loss")) == 4 and all(map(math.isfinite, logged(trainer, "loss")))
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_shapes_train_one_model(tmp_path):
+    """One calls the model twice, for arms of two shapes, while another calls it once; and the model has buffers."""
+    _case("sd3").build().save_pretrained(tmp_path / "model")
+    encoded = Encoded(tmp_path / "model", tmp_path / "pairs.parquet", tmp_path / "cache", _SQUARE)
+    _pairs_of_shapes(16).to_parquet(encoded.pairs)
+    encoded.encode("--buckets")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(Path(__file__).with_name("cached_distributed_run.py"))
+    root = str(Path(__file__).resolve().parents[2])
+    settings = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    done = subprocess.run(
+        [*launcher, script, str(encoded.model), str(encoded.cache), str(tmp_path / "run")],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    one, other = (torch.load(tmp_path / "run" / f"result-{rank}.pt", weights_only=False) for rank in range(2))
+    calls = [(len(set(mine)), len(set(theirs))) for mine, theirs in zip(one["shapes"], other["shapes"], strict=True)]
+    assert len(calls) == 16 and any(mine != theirs for mine, theirs in calls)
+    assert not changed(one["weights"], other["weights"]) and all(map(math.isfinite, one["loss"]))

@@ -60,6 +60,16 @@ def check_cache(pairs: CachedPairs, args: DiffusionPreferenceConfig, name: str) 
             )
 
 
+def settle_for_shapes(pairs: CachedPairs, args: DiffusionPreferenceConfig) -> None:
+    """Set, in place, what would let processes wait for one another for ever, where they see pairs of other shapes.
+
+    Arms of different shapes pass the model one after the other: two calls, where another process may make one. With
+    each call DDP would broadcast the model's buffers, which are constants, and the calls would not match.
+    """
+    if pairs.num_buckets > 1 and args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False
+
+
 def check_cache_fits(
     pairs: CachedPairs, adapter: BackboneAdapter, args: DiffusionPreferenceConfig, size: tuple[int, int], name: str
 ) -> None:

@@ -19,7 +19,13 @@ from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.validation import check_preference_dataset
 from trl_sipo.errors import ConfigurationError, DatasetError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
-from trl_sipo.trainer.cached_data import check_batches, check_cache, check_cache_fits, check_has_encoders
+from trl_sipo.trainer.cached_data import (
+    check_batches,
+    check_cache,
+    check_cache_fits,
+    check_has_encoders,
+    settle_for_shapes,
+)
 from trl_sipo.trainer.description import describe_media
 
 
@@ -92,6 +98,7 @@ def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> A
     """
     if isinstance(dataset, CachedPairs):
         check_cache(dataset, args, name)
+        settle_for_shapes(dataset, args)
     if isinstance(dataset, PREPARED):
         return dataset
     if dataset is None:
