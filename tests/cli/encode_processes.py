@@ -7,6 +7,7 @@ encode_processes.py share <processes> <argv...>        processes that share the 
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ def fork(argv: list[str], **environment: str) -> int:
 
 
 def kill_at_random(kills: int, seed: int, argv: list[str]) -> None:
-    """Kill processes one after the other until all is written; prints after how many kills there was a part of it.
+    """Kill processes one after the other; prints after how many kills there was a part of what is to be written.
 
     The moments are spread over what an undisturbed process takes, and begin anew when all is written.
     """
@@ -52,9 +53,18 @@ def kill_at_random(kills: int, seed: int, argv: list[str]) -> None:
         written = len(list(output.rglob("[!.]*.safetensors")))
         partial += 0 < written < whole
         if written == whole:
-            break
+            assert same_files(output, Path(f"{output}-undisturbed"))
+            shutil.rmtree(output)
     print(f"partial {partial}")
     assert os.waitstatus_to_exitcode(os.waitpid(fork(argv), 0)[1]) == 0
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same bytes."""
+    names = [
+        {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} for folder in (one, other)
+    ]
+    return names[0] == names[1] and all((one / name).read_bytes() == (other / name).read_bytes() for name in names[0])
 
 
 def share(processes: int, argv: list[str]) -> None:

@@ -188,6 +188,23 @@ def test_limit_bfloat16_and_splits(material, tmp_path, capsys):
         load_preference_dataset(material.cache, streaming=True)
 
 
+def test_a_training_command_takes_the_folder_of_the_splits(material, tmp_path, capsys):
+    for split in ("train", "test"):
+        argv = [*material.argv(tmp_path / "cache" / split, "--limit", "4"), "--dataset_split", split]
+        assert main(["encode", *argv]) == 0
+    argv = ["dpo", "--model_name_or_path", material.model, "--dataset_name", tmp_path / "cache", "--use_peft"]
+    options = (
+        "--resolution 32 --eval_strategy steps --eval_steps 1 --max_steps 1 --use_cpu --bf16 false --report_to none"
+    )
+    assert main([*map(str, argv), *options.split(), "--output_dir", str(tmp_path / "run")]) == 0
+    assert "eval_loss" in capsys.readouterr().out
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    audit = ["audit", "weights", *map(str, argv[1:5]), "--resolution", "32", "--num_pairs", "2", "--num_levels", "3"]
+    assert main(audit) == 0
+    assert main(["data", "check", str(tmp_path / "cache")]) == 2
+    assert "a CachedPairs was checked when it was made" in capsys.readouterr().err
+
+
 def test_soft_labels_come_along(material, tmp_path):
     rows = load_preference_dataset(material.pairs).select(range(4)).add_column("label", [0.5, 1.0, 0.2, 0.75])
     rows.to_parquet(tmp_path / "pairs.parquet")

@@ -69,6 +69,16 @@ def test_the_losses_are_those_of_the_images(name, tmp_path):
         torch.testing.assert_close(trained[weight], expected[weight], rtol=0, atol=1e-6)
 
 
+def test_workers_read_what_the_process_itself_reads(stable_diffusion, tmp_path):
+    runs = [
+        stable_diffusion.trainer(tmp_path / str(workers), stable_diffusion.cache, dataloader_num_workers=workers)
+        for workers in (0, 2)
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert logged(runs[0], "loss") == logged(runs[1], "loss")
+
+
 def test_a_sample_of_the_stored_posterior_is_that_of_the_vae(stable_diffusion, tmp_path):
     encoded = stable_diffusion
     trainers = [
@@ -100,7 +110,7 @@ def test_encoders_are_never_loaded(stable_diffusion, tmp_path, monkeypatch):
 def test_every_backbone_trains_without_its_encoders(case, tmp_path):
     encoded = saved(case, tmp_path, count=2)
     trainer = encoded.trainer(tmp_path / "run", encoded.encode(), caption_dropout=0.5, max_steps=1)
-    assert not trainer.adapter.has_encoders
+    assert not trainer.adapter.has_encoders and not trainer.adapter.frozen_modules()
     trainer.train()
     assert math.isfinite(logged(trainer, "loss")[0])
     trainer.save_model()
