@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         # On import it warns that image processors do without torchvision, which is of no consequence here.
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
+        # And bitsandbytes, which peft imports, that a kernel of its own for CPUs is not installed.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
 
     try:
