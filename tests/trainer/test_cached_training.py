@@ -19,6 +19,7 @@ from tests.adapters.backbone_cases import BACKBONES, BackboneCase
 from tests.data.clips import write_frames
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.cached import Encoded, saved
+from tests.trainer.media import pairs_for
 from tests.trainer.runs import PROMPTS, changed, collate_first, logged, picture, snapshot, trained_weights
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.weightless import ENCODER_NAMES
@@ -129,6 +130,16 @@ def test_a_saved_pipeline_has_the_encoders_of_its_source(stable_diffusion, tmp_p
         assert not changed(snapshot(getattr(original, part)), snapshot(getattr(loaded, part)))
     # What was trained from the cache has its encoders, and so may be trained from it further.
     stable_diffusion.trainer(tmp_path / "again", stable_diffusion.cache, model=str(tmp_path / "run"))
+
+
+def test_weights_of_a_variant_are_copied_under_their_plain_name(tmp_path):
+    tiny_stable_diffusion().save_pretrained(tmp_path / "model", variant="fp16")
+    pairs_for(_case("sd"), tmp_path, 4).to_parquet(tmp_path / "pairs.parquet")
+    encoded = Encoded(tmp_path / "model", tmp_path / "pairs.parquet", tmp_path / "cache", _case("sd").size)
+    options = {"is_lora": False, "model_init_kwargs": {"variant": "fp16"}}
+    trainer = encoded.trainer(tmp_path / "run", encoded.encode("--variant", "fp16"), **options)
+    trainer.save_model()
+    assert not changed(snapshot(tiny_stable_diffusion().vae), snapshot(load_pipeline(tmp_path / "run").vae))
 
 
 def test_without_a_local_source_the_denoiser_is_saved_alone_and_a_warning_says_so(stable_diffusion, tmp_path, caplog):

@@ -6,6 +6,7 @@ Training from encoded pairs needs of a VAE what its configuration says, and enco
 
 import importlib
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from trl_sipo.errors import BackboneError
+
+_VARIANT = re.compile(r"(model)\.\w+(\.safetensors|\.bin)$")
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,12 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
     return module.requires_grad_(False).eval()
 
 
+def _copy_as_plain(source: str, target: str) -> None:
+    """Copy a file; weights that are there as a variant only ("model.fp16.safetensors") under their plain name."""
+    is_variant_only = not Path(_VARIANT.sub(r"\1\2", source)).exists()
+    shutil.copy2(source, _VARIANT.sub(r"\1\2", target) if is_variant_only else target)
+
+
 def save_pipeline(pipeline: Any, directory: Path) -> None:
     """Save a pipeline for `from_pretrained`; what it holds without weights is copied from the folder it came from.
 
@@ -70,7 +79,7 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
     source = pipeline.config.get("_name_or_path") or ""
     if Path(source).is_dir():
         for name in absent:
-            shutil.copytree(Path(source, name), directory / name, dirs_exist_ok=True)
+            shutil.copytree(Path(source, name), directory / name, copy_function=_copy_as_plain, dirs_exist_ok=True)
         pipeline.save_config(directory)
         return
     denoisers = [name for name in ("unet", "transformer", "transformer_2") if components.get(name) is not None]

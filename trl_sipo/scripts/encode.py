@@ -33,6 +33,7 @@ def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the cache, or of what is exported")
     add("--model_name_or_path", metavar="PATH", help="hub id or local path of a diffusers pipeline")
     add("--model_revision", metavar="NAME", help="branch, tag or commit on the hub")
+    add("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
     add("--dataset_name", metavar="PATH", help="hub id or local path of preference pairs")
     add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset_split", default="train", help="default: %(default)s")
@@ -168,12 +169,14 @@ def load_encoders(arguments: argparse.Namespace) -> "BackboneAdapter":
     from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
 
     revision = {} if arguments.model_revision is None else {"revision": arguments.model_revision}
+    variant = {} if arguments.variant is None else {"variant": arguments.variant}
     text_dtype = getattr(torch, arguments.text_dtype or arguments.dtype)
     pipeline: Any = load_pipeline(
         arguments.model_name_or_path,
         weightless=denoiser_names(arguments.model_name_or_path, **revision),
         dtype={"default": text_dtype, "vae": getattr(torch, arguments.vae_dtype)},
         **revision,
+        **variant,
     )
     adapter = adapter_for(pipeline)
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -209,6 +212,7 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
     return Manifest(
         model=model,
         revision=revision,
+        variant=arguments.variant,
         pipeline_class=adapter.pipeline_class_name,
         encoders=encoders_fingerprint(model, revision),
         data=data_fingerprint(rows, fmt, num_pairs),

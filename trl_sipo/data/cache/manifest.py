@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -40,6 +41,7 @@ class Manifest:
     Args:
         model: hub id or path that the model was loaded from.
         revision: of a hub id.
+        variant: of the weight files.
         pipeline_class: of the model.
         encoders: fingerprint of its VAE, text encoders and tokenizers; None: not known.
         num_pairs: pairs in the cache.
@@ -67,6 +69,7 @@ class Manifest:
     size: tuple[int, int]
     split: str = "train"
     revision: str | None = None
+    variant: str | None = None
     encoders: str | None = None
     soft_labels: bool = False
     buckets: tuple[tuple[int, int], ...] | None = None
@@ -220,18 +223,18 @@ def data_fingerprint(dataset: datasets.Dataset, fmt: PreferenceFormat, num_pairs
     kept = select_pairs(dataset, fmt).kept[:num_pairs]
     digest = hashlib.blake2b(repr((fmt.name, fmt.soft_labels)).encode(), digest_size=8)
     digest.update(kept.tobytes())
-    for start in range(0, len(kept), _ROWS_AT_A_TIME):
-        table = rows[kept[start : start + _ROWS_AT_A_TIME].tolist()]
+    for start in range(0, int(kept[-1]) + 1, _ROWS_AT_A_TIME):
+        table = rows[start : start + _ROWS_AT_A_TIME]  # rows in one piece are not copied
+        inside = kept[np.searchsorted(kept, start) : np.searchsorted(kept, start + _ROWS_AT_A_TIME)] - start
         for column in fmt.columns:
-            is_arm = column in (fmt.first, fmt.second)
-            for value in _sizes(table[column]) if is_arm else table[column].to_pylist():
-                digest.update(repr(value).encode())
+            read = _sizes if column in (fmt.first, fmt.second) else pa.Array.to_pylist
+            values = [value for chunk in table[column].chunks for value in read(chunk)]
+            digest.update(repr([values[row] for row in inside]).encode())
     return digest.hexdigest()
 
 
-def _sizes(column: pa.ChunkedArray) -> list[Any]:
+def _sizes(column: pa.Array) -> list[Any]:
     """What tells media from one another without reading them: their number of bytes, or the name of their file."""
-    column = column.combine_chunks()
     if pa.types.is_struct(column.type):
         sizes = pc.binary_length(column.field("bytes")).to_pylist()
         paths = column.field("path").to_pylist()
