@@ -23,7 +23,7 @@ from trl_sipo.cli.main import main
 from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.loading import load_preference_dataset
 from trl_sipo.data.transforms import image_to_tensor
-from trl_sipo.errors import ConfigurationError, DatasetError
+from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Four pairs to a file of latents, and eight prompts to one of embeddings.
@@ -251,6 +251,21 @@ def test_a_denoiser_is_not_loaded_to_encode(material, tmp_path):
 def test_mistakes_are_one_line_and_status_2(argv, message, tmp_path, capsys):
     assert main(["encode", "--output", str(tmp_path / "cache"), *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "advice"),
+    [("vae", "quant_conv.bias", "--vae_dtype"), ("text_encoder", "final_layer_norm.bias", "--text_dtype")],
+)
+def test_numbers_that_are_not_finite_are_never_stored(part, name, advice, material, tmp_path):
+    pipeline = tiny_stable_diffusion()
+    broken = next(value for key, value in getattr(pipeline, part).named_parameters() if key.endswith(name))
+    broken.data.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(NumericalError, match=f"not finite.*{advice}"):
+        Encoded(tmp_path / "model", material.pairs, tmp_path / "cache", SIZE).encode()
+    with pytest.raises(DatasetError, match="not complete"):
+        CachedPairs(tmp_path / "cache")
 
 
 def test_latents_and_caches_are_not_encoded_again(material, tmp_path):

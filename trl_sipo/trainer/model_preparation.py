@@ -327,7 +327,7 @@ def load_reference_denoiser(ref_model: Any, denoiser: torch.nn.Module, adapter: 
             another noise schedule (of a module alone this is not known).
     """
     if isinstance(ref_model, (str, os.PathLike)):
-        ref_model = load_pipeline(ref_model)
+        ref_model = load_pipeline(ref_model, weightless=ENCODER_NAMES)
     if isinstance(ref_model, DiffusionPipeline):
         ref_adapter = adapter_for(ref_model)
         _check_same_process(ref_adapter, adapter)

@@ -7,7 +7,7 @@ reach from one file into the next.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,17 @@ def encode_texts(
             rows.extend(_stored_row(row, dtype) for row in encoded)
         letters = [torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for text in texts]
         columns = [ragged(PROMPT, letters), *(ragged(name, [row[name] for row in rows]) for name in rows[0])]
+        bad = next((text for text, row in zip(texts, rows, strict=True) if not _is_finite(row.values())), None)
+        if bad is not None:
+            raise NumericalError(
+                f"The embeddings of the prompt {bad!r:.80} are not finite. T5 and others overflow in float16: encode "
+                "with `--text_dtype bfloat16` or `float32`."
+            )
         write_tensors(folder / text_file(shard), {name: value for part in columns for name, value in part.items()})
+
+
+def _is_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _stored_row(row: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -200,6 +210,8 @@ def encode_media(
     """Write this process's files of latents."""
     mine = share.of(index.num_shards)
     missing = [shard for shard in mine if not (folder / latents_file(shard)).is_file()]
+    if not missing:
+        return
     sizes = np.bincount(index.shard, minlength=index.num_shards)
     loader = DataLoader(
         dataset,
@@ -219,10 +231,14 @@ def encode_media(
             while done < sizes[shard]:
                 batch = next(batches)
                 parts.append(_encode_batch(adapter, batch, manifest))
+                if not _is_finite(parts[-1].values()):
+                    raise NumericalError(
+                        f"The latents of one of the pairs {batch['pair_index'].tolist()} are not finite. VAEs "
+                        "overflow in half precision: encode with `--vae_dtype float32`."
+                    )
                 done += len(batch["pair_index"])
                 bar.update(len(batch["pair_index"]))
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            _check_finite(tensors, folder / latents_file(shard))
             write_tensors(folder / latents_file(shard), tensors)
 
 
@@ -237,13 +253,3 @@ def _encode_batch(adapter: BackboneAdapter, batch: dict[str, Any], manifest: Man
         else:
             encoded[arm] = adapter.encode_media(pixels).to(dtype).cpu()
     return encoded
-
-
-def _check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    for name, value in tensors.items():
-        if value.ndim > 1 and not torch.isfinite(value).all():
-            row = int((~torch.isfinite(value).flatten(1).all(1)).nonzero()[0])
-            raise NumericalError(
-                f"The {name} latents of row {row} of {file.name} are not finite. A VAE in half precision overflows: "
-                "encode with `--vae_dtype float32`."
-            )
