@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 from tests.tiny_models import tiny_stable_diffusion
 from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
+from trl_sipo.adapters.weightless import ENCODER_NAMES
 from trl_sipo.errors import BackboneError
 
 
@@ -40,6 +42,23 @@ def test_the_home_folder_is_expanded(saved, monkeypatch):
     path = f"~/{saved.name}"
     assert type(load_pipeline(path)).__name__ == "StableDiffusionPipeline"
     assert denoiser_names(path) == ["unet"]
+
+
+def test_of_a_hub_model_no_weights_of_encoders_are_needed(saved, tmp_path):
+    """As the hub's cache has it when only their configurations were downloaded."""
+    folder = tmp_path / "models--org--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc123")
+    shutil.copytree(saved, folder / "snapshots" / "abc123")
+    for part in ("vae", "text_encoder"):
+        for weights in (folder / "snapshots" / "abc123" / part).glob("*.safetensors"):
+            weights.unlink()
+    pipeline = load_pipeline("org/tiny", weightless=ENCODER_NAMES, cache_dir=tmp_path, local_files_only=True)
+    devices = [pipeline.components[name].device.type for name in ("vae", "text_encoder", "unet")]
+    assert devices == ["meta", "meta", "cpu"]
+    assert adapter_for(pipeline).latent_shape(32, 32) == (4, 8, 8)
+    with pytest.raises(BackboneError, match="does not load"):
+        load_pipeline("org/tiny", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_the_class_is_checked_before_the_weights(saved, tmp_path):
