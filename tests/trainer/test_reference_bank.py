@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import (
     DPO,
     METHODS,
@@ -151,6 +152,7 @@ def test_a_bank_is_kept_grows_and_is_shared_by_runs(folder, tmp_path, monkeypatc
         {"share_noise": False},
         {"pairs": "others"},
         {"model": "other"},
+        {"vae": "other"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -158,9 +160,12 @@ def test_a_bank_is_not_that_of_another_run(options, folder, tmp_path):
     banked(DPO, tmp_path / "1", num_ref_draws=1)
     if "pairs" in options:
         options = {"pairs": preference_pairs(seed=5)}
-    if "model" in options:
-        from tests.tiny_models import tiny_stable_diffusion
-
+    if "vae" in options:
+        pipeline = tiny_stable_diffusion()
+        with torch.no_grad():
+            pipeline.vae.encoder.conv_in.weight.mul_(1.01)
+        options = {"model": pipeline}
+    elif "model" in options:
         options = {"model": tiny_stable_diffusion(seed=7)}
     banked(DPO, tmp_path / "2", num_ref_draws=1, **options)
     assert len(list(folder.iterdir())) == 2

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.core.timestep_sampling import time_quantile
 from trl_sipo.data.seeding import seeded_generator
@@ -35,6 +36,7 @@ from trl_sipo.trainer.reference import AdapterReference, Reference
 BANK_STREAM = 2
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _FORMAT = 1
+_SAMPLED_VALUES = 64
 
 # (pair indices, draw) -> levels, and one generator per pair
 Draw = Callable[[torch.Tensor, int], tuple[NoiseLevel, list[torch.Generator]]]
@@ -259,6 +261,7 @@ def _key(trainer: Any) -> dict[str, Any]:
         "pipeline": type(trainer.adapter.pipeline).__name__,
         "prediction_type": trainer.adapter.prediction_type,
         "weights": _hash_of_reference(trainer),
+        "encoders": _hash_of_encoders(trainer.adapter),
         "size": list(trainer.size),
         "process": process,
         **{name: getattr(args, name) for name in names},
@@ -276,4 +279,15 @@ def _hash_of_reference(trainer: Any) -> str:
         # As it is called without PEFT around it: which layers a new LoRA adapts is no part of its reference.
         digest.update(name.removeprefix("base_model.model.").replace(".base_layer.", ".").encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_of_encoders(adapter: BackboneAdapter) -> str:
+    """Of the beginning of every weight of the VAE and the text encoders, on which latents and conditioning depend."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in adapter.frozen_modules():
+        for name, parameter in module.named_parameters():
+            beginning = parameter.detach().flatten()[:_SAMPLED_VALUES].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(beginning.numpy())
     return digest.hexdigest()
