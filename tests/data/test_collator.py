@@ -23,13 +23,13 @@ def latents(index: int, *shape: int) -> dict:
 def test_pixels():
     dataset = PreferenceDataset(canonical(3), transform=PairedTransform(8))
     batch = collate([dataset[2], dataset[0]])
-    assert batch.keys() == {"prompt", "chosen_pixels", "rejected_pixels", "pair_index"}
+    assert batch.keys() == {"prompt", "chosen_pixels", "rejected_pixels", "pair_index", "pair_numbers"}
     assert batch["prompt"] == ["prompt 2", "prompt 0"]
     assert batch["chosen_pixels"].shape == batch["rejected_pixels"].shape == (2, 3, 8, 8)
     assert batch["chosen_pixels"].dtype == torch.float32
     assert torch.equal(batch["rejected_pixels"][1], dataset[0]["rejected_pixels"])
     assert batch["pair_index"].dtype == torch.int64
-    assert batch["pair_index"].tolist() == [2, 0]
+    assert batch["pair_index"].tolist() == batch["pair_numbers"] == [2, 0]
 
 
 def test_latents_and_large_indices():

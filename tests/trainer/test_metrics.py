@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run logs, recomputed by hand, and the warnings that it raises."""
 
+import dataclasses
 import logging
 import math
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from tests.trainer.runs import DPO, METHODS, SIPO, logged, make_trainer
+from tests.trainer.runs import DPO, DPO_CM, METHODS, SIPO, logged, make_trainer
+from trl_sipo.errors import NumericalError
 from trl_sipo.trainer.callbacks import DRIFT_WINDOW, MASKED_WINDOW, DivergenceWarningCallback
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
@@ -186,3 +188,39 @@ def test_the_clip_fraction_counts_with_the_methods_range(tmp_path):
     """Without clipping, with the paper's range."""
     ranges = {method.name: make_trainer(method, tmp_path).clip_range for method in METHODS}
     assert ranges == {"dpo": 0.1, "sipo": 0.1, "dpo_cm": 0.2, "poly_dpo": 0.1}
+
+
+@pytest.mark.parametrize("method", [SIPO, DPO_CM], ids=lambda method: method.name)
+def test_metrics_that_wait_on_the_device_are_those_of_the_steps(method, tmp_path):
+    """As on a GPU: fetched when a step is logged, with the values that fetching every step gives."""
+    options = {"max_steps": 7, "logging_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    at_once = make_trainer(method, tmp_path / "at_once", **options)
+    deferred = make_trainer(method, tmp_path / "deferred", **options)
+    deferred.recorder.is_deferred = True
+    fetched = []
+    flush = deferred.recorder.flush
+    deferred.recorder.flush = lambda: fetched.append(len(deferred.recorder._pending)) or flush()
+    for trainer in (at_once, deferred):
+        trainer.train()
+    assert [count for count in fetched if count] == [6, 6, 2]
+    ours = [key for key in deferred.state.log_history[0] if key.startswith(("rewards/", "sipo/", "drift/", "logps/"))]
+    assert len(ours) > 10
+    for key in ours:
+        assert logged(deferred, key) == logged(at_once, key), key
+
+
+def test_an_error_that_waits_on_the_device_is_named_before_anything_is_saved(tmp_path):
+    options = {"max_steps": 6, "logging_steps": 50, "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(DPO, tmp_path, **options)
+    trainer.recorder.is_deferred = True
+    pair_errors, calls = trainer.pair_errors, []
+
+    def overflowing(*args, **kwargs):
+        calls.append(pair_errors(*args, **kwargs))
+        factor = float("inf") if len(calls) == 2 else 1.0
+        return dataclasses.replace(calls[-1], chosen=calls[-1].chosen * factor)
+
+    trainer.pair_errors = overflowing
+    with pytest.raises(NumericalError, match="Step 2: .* for 4 of 4 pairs"):
+        trainer.train()
+    assert len(calls) == 4 and not list(tmp_path.glob("checkpoint-*"))

@@ -20,9 +20,10 @@ class DataCollatorForDiffusionPreference:
     """Stack the items of a `PreferenceDataset`.
 
     `[{"prompt", "chosen_pixels", "rejected_pixels", "pair_index"}, ...]` becomes `{"prompt": list[str],
-    "chosen_pixels": (B, 3, H, W), "rejected_pixels": (B, 3, H, W), "pair_index": int64 (B,)}`, and likewise for
-    `chosen_latents`, `rejected_latents`: (B, *latent_shape), float32. Of videos, the pixels are (B, 3, F, H, W), and
-    there is `frame_rate`: float32 (B,). With soft labels, there is `label`: float32 (B,).
+    "chosen_pixels": (B, 3, H, W), "rejected_pixels": (B, 3, H, W), "pair_index": int64 (B,), "pair_numbers": the same
+    as a list}`, and likewise for `chosen_latents`, `rejected_latents`: (B, *latent_shape), float32. Of videos, the
+    pixels are (B, 3, F, H, W), and there is `frame_rate`: float32 (B,). With soft labels, there is `label`: float32
+    (B,).
     Of a cache, there is `conditioning` too, a list of one dict of tensors per pair, and where it holds the VAE's
     posterior `chosen_std`, `rejected_std`.
 
@@ -43,7 +44,9 @@ class DataCollatorForDiffusionPreference:
                 batch[key] = torch.tensor([item[key] for item in items], dtype=torch.float32)
         if "conditioning" in items[0]:
             batch["conditioning"] = [item["conditioning"] for item in items]
-        batch["pair_index"] = torch.tensor([item["pair_index"] for item in items], dtype=torch.int64)
+        # Twice: the tensor goes to the device with the others, and the seeds of the pairs are made of the numbers.
+        batch["pair_numbers"] = [int(item["pair_index"]) for item in items]
+        batch["pair_index"] = torch.tensor(batch["pair_numbers"], dtype=torch.int64)
         return batch
 
 

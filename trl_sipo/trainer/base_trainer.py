@@ -56,6 +56,7 @@ from trl_sipo.trainer.encoding import (
     check_inputs,
     draw_pair_noise,
     pair_generators,
+    pair_numbers,
 )
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
@@ -166,7 +167,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._recorder = MetricsRecorder(self.accelerator, self._metrics)
+        self.recorder = MetricsRecorder(self.accelerator, self._metrics)
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         if args.precompute_ref_log_probs:
@@ -330,14 +331,13 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         return loss, torch.stack([statistics["rewards/chosen"], statistics["rewards/rejected"]], dim=1)
 
     def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        level, generators, known = self._draw(inputs["pair_index"])
+        level, generators, known = self._draw(pair_numbers(inputs))
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
-        where = f"Step {self.state.global_step + 1}"
-        self._recorder.record_training(statistics, inputs["pair_index"], level, where)
+        self.recorder.record_training(statistics, inputs["pair_index"], level, f"Step {self.state.global_step + 1}")
         return loss.mean(), statistics
 
     def _draw(self, pair_index: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator], dict[str, Any]]:
@@ -354,21 +354,21 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
-        per_level = []
+        per_level, pair_index = [], pair_numbers(inputs)
         levels = evaluation_levels(self.adapter, self.noise_schedule, self.args)
         bank = getattr(self.reference, "evaluation", {}).get(self._evaluated)
         for position, (time, level) in enumerate(levels.items()):
-            generators = pair_generators(inputs["pair_index"], EVAL_STREAM, self.args.eval_noise_seed, position)
+            generators = pair_generators(pair_index, EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
-            known = {} if bank is None else {"ref_errors": lookup(bank, inputs["pair_index"], position)}
+            known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
             errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True), **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")
-            self._recorder.check_finite(statistics, inputs["pair_index"], level, "Evaluation")
-            self._recorder.record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
+            self.recorder.check_finite(statistics, inputs["pair_index"], level, "Evaluation")
+            self.recorder.record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
-        self._recorder.record_evaluation(mean)
+        self.recorder.record_evaluation(mean)
         return mean["loss"].mean(), mean
 
     # ---------------------------------------------------------------------------------------------- bookkeeping
@@ -440,7 +440,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
         self._signature_columns = [
             "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
-            "frame_rate", "label", "chosen_std", "rejected_std", "conditioning",
+            "frame_rate", "label", "chosen_std", "rejected_std", "conditioning", "pair_numbers",
         ]  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- saving and loading

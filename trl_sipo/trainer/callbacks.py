@@ -81,6 +81,26 @@ class EpochCallback(TrainerCallback):
             save_stream_position(StreamPosition(self._epoch, self._steps), checkpoint)
 
 
+class MetricsCallback(TrainerCallback):
+    """Fetches the metrics of the steps from the device when they are needed: to be logged, or before weights are kept.
+
+    Args:
+        recorder: A [`~trl_sipo.trainer.statistics.MetricsRecorder`].
+    """
+
+    def __init__(self, recorder: Any):
+        self.recorder = recorder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Fetch, if this step is logged, evaluated, saved or the last; errors that are not finite raise here."""
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.recorder.flush()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The same for what is done by epochs."""
+        self.on_step_end(args, state, control)
+
+
 class DivergenceWarningCallback(TrainerCallback):
     """Warns once, with advice, when the winner's error rises steadily, when all is masked, or when logits saturate.
 
@@ -141,7 +161,7 @@ class DivergenceWarningCallback(TrainerCallback):
 
 def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     """The callbacks that a trainer's configuration asks for, besides `EpochCallback`."""
-    callbacks: list[TrainerCallback] = [DivergenceWarningCallback()]
+    callbacks: list[TrainerCallback] = [MetricsCallback(trainer.recorder), DivergenceWarningCallback()]
     if trainer.args.sync_ref_model:
         callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
         callbacks.append(ReferenceCheckpointCallback(trainer))

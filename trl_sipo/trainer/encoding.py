@@ -60,6 +60,12 @@ class EncodedPairs:
         return None if self.frame_rate is None else torch.cat([self.frame_rate, self.frame_rate])
 
 
+def pair_numbers(inputs: dict) -> torch.Tensor:
+    """`pair_index` (batch,) on the CPU, without waiting for the device where the collator has kept it there too."""
+    kept = inputs.get("pair_numbers")
+    return inputs["pair_index"].cpu() if kept is None else torch.tensor(kept)
+
+
 def pair_generators(pair_index: torch.Tensor, *key: int) -> list[torch.Generator]:
     """One CPU generator per pair, keyed by `(*key, index)`."""
     return [seeded_generator(*key, index) for index in pair_index.tolist()]

@@ -101,8 +101,23 @@ def not_finite(where: str, pair_index: torch.Tensor, timestep: torch.Tensor, mar
     )
 
 
+@dataclass(frozen=True)
+class _RecordedStep:
+    """One forward pass of training, on its device."""
+
+    means: torch.Tensor
+    statistics: dict[str, torch.Tensor]
+    pair_index: torch.Tensor
+    level: NoiseLevel
+    where: str
+    ends_step: bool
+
+
 class MetricsRecorder:
     """Collects the statistics of steps over all processes, for the next log.
+
+    What a step gives stays on its device until [`flush`], so that no step waits for it. On a CPU, where there is
+    nothing to wait for, that is at once.
 
     Args:
         accelerator: Gathers.
@@ -112,31 +127,48 @@ class MetricsRecorder:
     def __init__(self, accelerator: Accelerator, metrics: dict[str, dict[str, list[float]]]):
         self.accelerator = accelerator
         self.metrics = metrics
+        self.is_deferred = accelerator.device.type != "cpu"
+        self._pending: list[_RecordedStep] = []
         self._empty_batches = 0
         self._masked_in_step: list[bool] = []
 
     def record_training(
         self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor, level: NoiseLevel, where: str
     ) -> None:
-        """Append the global batch's means, with one gather and one transfer for all of them.
+        """Keep the global batch's means, with one gather for all of them.
 
         Args:
             statistics: Name to (batch,).
             where: The step, as a sentence begins.
 
         Raises:
-            NumericalError: An error of policy or reference is not finite; else it would pass for a masked pair.
+            NumericalError: as [`flush`].
         """
         gathered = self.accelerator.gather(torch.stack(list(statistics.values()), dim=1))
-        means = dict(zip(statistics, gathered.mean(0).tolist(), strict=True))
-        if not math.isfinite(means["rewards/margins"]):
-            self._raise_not_finite(statistics, pair_index, level, where)
-        for name, value in means.items():
-            self.metrics["train"][name].append(value)
-        self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
-        if self.accelerator.sync_gradients:  # the last part of an accumulated batch
-            self._empty_batches += all(self._masked_in_step)
-            self._masked_in_step.clear()
+        ends_step = self.accelerator.sync_gradients  # the last part of an accumulated batch
+        self._pending.append(_RecordedStep(gathered.mean(0), statistics, pair_index, level, where, ends_step))
+        if not self.is_deferred:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append what is kept to the metrics, with one transfer for all of it.
+
+        Raises:
+            NumericalError: An error of policy or reference was not finite; else it would pass for a masked pair.
+        """
+        if not self._pending:
+            return
+        steps, self._pending = self._pending, []
+        for step, values in zip(steps, torch.stack([step.means for step in steps]).tolist(), strict=True):
+            means = dict(zip(step.statistics, values, strict=True))
+            if not math.isfinite(means["rewards/margins"]):
+                self._raise_not_finite(step.statistics, step.pair_index, step.level, step.where)
+            for name, value in means.items():
+                self.metrics["train"][name].append(value)
+            self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
+            if step.ends_step:
+                self._empty_batches += all(self._masked_in_step)
+                self._masked_in_step.clear()
         self.metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
 
     def record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
