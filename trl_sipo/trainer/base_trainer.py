@@ -59,10 +59,10 @@ from trl_sipo.trainer.encoding import (
     pair_numbers,
 )
 from trl_sipo.trainer.model_card import save_run_card
-from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, load_policy
+from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, is_adapted, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
-from trl_sipo.trainer.reference import AdapterReference, make_reference
+from trl_sipo.trainer.reference import make_reference
 from trl_sipo.trainer.reference_bank import (
     BankDraws,
     BankedReference,
@@ -133,7 +133,9 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     ):
         args = self._check_args(model, args)
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
-        # The data is looked at before the model is loaded: both can take long, and bad data is the likelier mistake.
+        keeps_reference = ref_model is None and (peft_config is not None or is_adapted(model))
+        check_precomputing(args, is_stream=isinstance(train_dataset, IterableDataset), keeps_reference=keeps_reference)
+        # Before the model is loaded: both can take long, and bad data is the likelier mistake.
         train_dataset = check_dataset(train_dataset, args, "train")
         eval_dataset = for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
 
@@ -170,9 +172,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         self.recorder = MetricsRecorder(self.accelerator, self._metrics)
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
-        if args.precompute_ref_log_probs:
-            check_precomputing(args, self.reads_stream, keeps_reference=isinstance(self.reference, AdapterReference))
-            self.reference = precompute_reference(self)
+        self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
         self._epoch_callback = EpochCallback(self)
         for callback in [self._epoch_callback, *watching_callbacks(self)]:

@@ -117,8 +117,15 @@ def lookup(errors: torch.Tensor, pair_index: torch.Tensor, draw: torch.Tensor | 
     return errors[pair_index.cpu(), draw].unbind(dim=1)
 
 
-def check_precomputing(args: DiffusionPreferenceConfig, is_stream: bool, keeps_reference: bool) -> None:
-    """Raise [`ConfigurationError`] when the settings would make the stored errors those of something else."""
+def check_precomputing(args: DiffusionPreferenceConfig, *, is_stream: bool, keeps_reference: bool) -> None:
+    """Raise [`ConfigurationError`], before anything is loaded, when stored errors would be those of something else.
+
+    Args:
+        is_stream: Whether the training data is one.
+        keeps_reference: Whether the reference costs nothing and stays (the base of a LoRA).
+    """
+    if not args.precompute_ref_log_probs:
+        return
     if is_stream:
         raise ConfigurationError(
             "`precompute_ref_log_probs=True` numbers the pairs, which a stream does not allow. Download the dataset, "
@@ -140,9 +147,11 @@ def check_precomputing(args: DiffusionPreferenceConfig, is_stream: bool, keeps_r
         )
 
 
-def precompute_reference(trainer: Any) -> BankedReference:
-    """The reference errors of a trainer's datasets, from its live reference or from the file of an earlier run."""
+def precompute_reference(trainer: Any) -> Reference:
+    """A trainer's live reference, or the errors that it makes on its datasets, if they are to be precomputed."""
     args, live = trainer.args, trainer.reference
+    if not args.precompute_ref_log_probs:
+        return live
     draws = BankDraws(args, trainer.noise_schedule)
     key = _key(trainer)
     train = _bank(trainer, trainer.train_dataset, "train", key, args.num_ref_draws, draws)
