@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trl_sipo.adapters import lora, weightless
+from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
@@ -124,8 +125,8 @@ class BackboneAdapter(ABC):
 
     @property
     def default_num_frames(self) -> int:
-        """Frames that the pipeline draws when no number is given; 1 for image models."""
-        return 1
+        """Frames that the pipeline draws when no number is given: its call's default, and 1 for image models."""
+        return call_default(self.pipeline, "num_frames") if self.is_video else 1
 
     @property
     def embeds_guidance(self) -> bool:

@@ -75,11 +75,6 @@ class HunyuanVideoAdapter(BackboneAdapter):
         """720 x 1280."""
         return call_default(self.pipeline, "height"), call_default(self.pipeline, "width")
 
-    @property
-    def default_num_frames(self) -> int:
-        """129."""
-        return call_default(self.pipeline, "num_frames")
-
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Per prompt `prompt_embeds` (length, dim), their `prompt_embeds_mask`, and `pooled_prompt_embeds` (dim,).
 

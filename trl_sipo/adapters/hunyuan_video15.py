@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from trl_sipo.adapters.base import BackboneAdapter, Conditioning
-from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import check_static_shift, flow_noise_schedule
 from trl_sipo.adapters.text_padding import pad_rows, trim_padding
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
@@ -72,11 +71,6 @@ class HunyuanVideo15Adapter(BackboneAdapter):
         pipeline = self.pipeline
         width, height = pipeline.default_aspect_ratio
         return pipeline.video_processor.calculate_default_height_width(height, width, pipeline.target_size)
-
-    @property
-    def default_num_frames(self) -> int:
-        """121."""
-        return call_default(self.pipeline, "num_frames")
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Per prompt `prompt_embeds` (length, dim) of Qwen2.5-VL, `prompt_embeds_2` (length, dim) of ByT5, and masks.

@@ -75,11 +75,6 @@ class LTXAdapter(BackboneAdapter):
         """512 x 704."""
         return call_default(self.pipeline, "height"), call_default(self.pipeline, "width")
 
-    @property
-    def default_num_frames(self) -> int:
-        """161."""
-        return call_default(self.pipeline, "num_frames")
-
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Per prompt `prompt_embeds` (length, dim) and `prompt_embeds_mask` (length,), without padding."""
         if not prompts:

@@ -70,8 +70,8 @@ def check_preference_dataset(
         `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
         `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
         (pixels; None for latents); of videos also what `_video_report` says, and `num_decoded`, of which the three
-        before are then. For a stream, the number of rows, ties,
-        unlabelled and pairs are of the rows looked at, and `streaming` is True.
+        before are then. For a stream, the number of rows, ties, unlabelled and pairs are of the rows looked at, and
+        `streaming` is True.
 
     Raises:
         DatasetError: with the rows concerned and what to do.
@@ -80,21 +80,27 @@ def check_preference_dataset(
         if count < 0:
             raise DatasetError(f"{name} must not be negative, found {count}")
     clip = of_videos(clip)
-    kind = "image" if clip is None else "video"
     if isinstance(dataset, IterableDataset):
         return _check_stream(dataset, fmt or detect_format(stream_columns(dataset)), num_checked_images, clip)
     refuse_custom_transform(dataset)
     fmt = fmt or detect_format(dataset.column_names)
     if len(dataset) == 0:
         raise DatasetError("the dataset is empty: it has no rows")
+    return _check_table(dataset, fmt, num_checked_images, num_decoded_videos, clip)
+
+
+def _check_table(
+    dataset: Dataset, fmt: PreferenceFormat, num_checked: int, num_decoded: int, clip: ClipSampler | None
+) -> dict[str, Any]:
+    kind = "image" if clip is None else "video"
     selection = select_pairs(dataset, fmt)
     _refuse_nothing_left(selection, len(dataset))
     rows = undecoded(dataset, fmt)
     _check_prompts(rows, fmt, selection.kept)
     if not fmt.holds_latents:
         _check_stored_media(rows, fmt, selection.kept, kind)
-    checked = selection.kept[_evenly_spaced(len(selection.kept), num_checked_images)]
-    decoded = set(checked[_evenly_spaced(len(checked), num_decoded_videos)].tolist())
+    checked = selection.kept[_evenly_spaced(len(selection.kept), num_checked)]
+    decoded = set(checked[_evenly_spaced(len(checked), num_decoded)].tolist())
     report = {
         "format": fmt.name,
         "streaming": False,

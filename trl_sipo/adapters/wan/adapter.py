@@ -96,11 +96,6 @@ class WanAdapter(BackboneAdapter):
         """480 x 832."""
         return call_default(self.pipeline, "height"), call_default(self.pipeline, "width")
 
-    @property
-    def default_num_frames(self) -> int:
-        """81, five seconds at 16 frames per second."""
-        return call_default(self.pipeline, "num_frames")
-
     @cached_property
     def _max_prompt_tokens(self) -> int:
         """512 as in the pipeline's `__call__`; `encode_prompt` alone would take 226, and the length matters."""
