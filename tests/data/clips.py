@@ -9,6 +9,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from trl_sipo.data.video import ClipSampler, open_video, read_clip
+
 SIZE = (32, 24)  # width, height
 
 # Suffix: codec, pixel format, options. Few key frames and many B-frames, so that seeking has something to get wrong.
@@ -113,3 +115,9 @@ def write_folder(folder: Path, num_frames: int = 8) -> Path:
     for number in range(num_frames):
         grey(number).save(folder / f"{number}.png")
     return folder
+
+
+def clip_of(value: Any, num_frames: int, start: int = 0, **options: Any) -> list[int]:
+    """The numbers of the frames of one clip."""
+    sampler = ClipSampler(num_frames, **options)
+    return numbers(read_clip(open_video(value, frame_rate=sampler.rate), sampler, start))
