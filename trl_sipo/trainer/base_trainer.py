@@ -58,8 +58,9 @@ from trl_sipo.trainer.encoding import (
     pair_generators,
     pair_numbers,
 )
+from trl_sipo.trainer.engine import check_engine, settle_arguments
 from trl_sipo.trainer.model_card import save_run_card
-from trl_sipo.trainer.model_preparation import check_engine, check_model_arguments, is_adapted, load_policy
+from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.reference import make_reference
@@ -71,16 +72,6 @@ from trl_sipo.trainer.reference_bank import (
     precompute_reference,
 )
 from trl_sipo.trainer.statistics import MetricsRecorder, PairErrors, pair_statistics
-
-
-def settle_arguments(args: DiffusionPreferenceConfig) -> None:
-    """Set, in place, what transformers' Trainer would otherwise decide to the harm of preference pairs."""
-    # Else accelerate would join and cut the batches of a stream itself, which it cannot do with lists of prompts.
-    args.accelerator_config.dispatch_batches = False
-    # Else the order of the data would hang on the global random state when training starts.
-    args.data_seed = args.seed if args.data_seed is None else args.data_seed
-    # Else transformers would log a loss of NaN as the mean of the losses before it.
-    args.logging_nan_inf_filter = False
 
 
 class DiffusionPreferenceTrainer(DPOTrainer):

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 
@@ -280,16 +279,6 @@ def _all_weights(adapter: BackboneAdapter) -> torch.nn.Module:
             "precision), or train a LoRA with `peft_config`."
         )
     return adapter.denoiser.requires_grad_(True)
-
-
-def check_engine(accelerator: Accelerator, *, is_fsdp_enabled: bool) -> None:
-    """Raise [`ConfigurationError`] under an engine that shards the weights."""
-    deepspeed = accelerator.state.deepspeed_plugin
-    if is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
-        raise ConfigurationError(
-            "FSDP and DeepSpeed ZeRO-3 shard the weights, and saving sharded weights in diffusers' format is not "
-            "supported yet. Use plain data parallelism (`accelerate launch --multi_gpu`) or ZeRO-2."
-        )
 
 
 def _check_same_process(ref_adapter: BackboneAdapter, adapter: BackboneAdapter) -> None:
