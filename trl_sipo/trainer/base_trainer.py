@@ -59,6 +59,7 @@ from trl_sipo.trainer.encoding import (
     pair_numbers,
 )
 from trl_sipo.trainer.engine import check_engine, settle_arguments
+from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
@@ -106,6 +107,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
     config_class: type[DiffusionPreferenceConfig]
     # What `sipo/clip_fraction` counts with where nothing is clipped: the range of the SIPO paper.
     clip_range: float = 0.1
+    # Times that a masked noise level is drawn anew, where the method masks.
+    mask_redraws: int = 0
 
     def __init__(
         self,
@@ -161,6 +164,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             optimizers=optimizers,
         )
         self.recorder = MetricsRecorder(self.accelerator, self._metrics)
+        remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
+        self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         self.reference = precompute_reference(self)
@@ -327,6 +332,8 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
+        weight, ends_step = statistics["sipo/importance_weight"], self.accelerator.sync_gradients
+        statistics |= self.level_memory.record(level, weight, ends_step=ends_step)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
         self.recorder.record_training(statistics, inputs["pair_index"], level, f"Step {self.state.global_step + 1}")
         return loss.mean(), statistics
@@ -335,7 +342,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         """Noise level and generator of each pair; with a precomputed reference its draw, and the errors on it."""
         if not isinstance(self.reference, BankedReference):
             generators = pair_generators(pair_index, TRAIN_STREAM, self.args.seed, self._epoch)
-            return self.sample_noise_levels(generators), generators, {}
+            return self.level_memory.draw(self.sample_noise_levels, generators), generators, {}
         draws = BankDraws(self.args, self.noise_schedule)
         draw = draws.choose(pair_index, self._epoch)
         level, generators = draws(pair_index, draw)
@@ -452,6 +459,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_weights(self.adapter, self.unwrapped_model, resume_from_checkpoint)
+        self.level_memory.load(resume_from_checkpoint)
         if self.args.sync_ref_model:
             load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
 

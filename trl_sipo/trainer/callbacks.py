@@ -16,6 +16,7 @@ from trl_sipo.trainer.checkpointing import (
     load_stream_position,
     save_stream_position,
 )
+from trl_sipo.trainer.level_memory import LevelMemoryCallback
 from trl_sipo.trainer.sample_grids import SampleGridCallback
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,8 @@ def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     if trainer.args.sync_ref_model:
         callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
         callbacks.append(ReferenceCheckpointCallback(trainer))
+    if trainer.mask_redraws:
+        callbacks.append(LevelMemoryCallback(trainer.level_memory))
     if trainer.args.sample_every_steps:
         callbacks.append(SampleGridCallback(trainer))
     return callbacks

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.level_memory import LEVEL_MEMORY_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ STREAM_POSITION_FILE = "stream_position.json"
 # Files by which a run continues; they are no part of the model.
 _TRAINER_STATE = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin",
-    REFERENCE_FOLDER, STREAM_POSITION_FILE, "README.md",
+    REFERENCE_FOLDER, STREAM_POSITION_FILE, LEVEL_MEMORY_FILE, "README.md",
 )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
         clip_range: Weights are clipped to [1 - clip_range, 1 + clip_range]; within (0, 1).
         mask_threshold: Pairs whose importance weight is below this are masked. `None` is `1 - clip_range`.
         mask: Whether to mask at all.
+        mask_redraws: Times that a noise level is drawn anew when the pairs of the last step in its part of the
+            schedule were masked: masked pairs cost as much as others and give nothing. 0 draws once. Levels are then
+            distributed otherwise, and the brake that the mask is gets looser; see `docs/source/sipo.md`.
         reweight: Whether to use the clipped weight; `False` leaves it at 1.
         weight_grad: Whether the gradient flows through SIPO's weight. DPO-C&M's never carries one.
         poly_alpha: Coefficient of Poly-DPO's polynomial term, at least -1; 0 turns it off.
@@ -40,6 +43,9 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
         metadata={"help": "Pairs with an importance weight below this are masked; 1 - clip_range if not given."},
     )
     mask: bool = field(default=True, metadata={"help": "Whether to mask pairs with a low importance weight."})
+    mask_redraws: int = field(
+        default=0, metadata={"help": "Times that a noise level which was masked at the last visit is drawn anew."}
+    )
     reweight: bool = field(default=True, metadata={"help": "Whether to use the clipped weight; otherwise it is 1."})
     weight_grad: bool = field(default=True, metadata={"help": "Whether the gradient flows through SIPO's weight."})
     poly_alpha: float = field(default=0.0, metadata={"help": "Coefficient of Poly-DPO's term, at least -1; 0 is off."})
@@ -57,9 +63,26 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
             raise ConfigurationError(
                 f"`mask=False` contradicts `mask_threshold={self.mask_threshold}`: remove one of the two."
             )
+        self._check_redraws()
         if not self.weight_grad and (not self.reweight or self.objective == "dpo_cm"):
             cause = "objective='dpo_cm'" if self.objective == "dpo_cm" else "reweight=False"
             raise ConfigurationError(
                 f"`weight_grad=False` has no effect with `{cause}`, whose weight carries no gradient: leave it out."
             )
         super().__post_init__()
+
+    def _check_redraws(self) -> None:
+        if isinstance(self.mask_redraws, bool) or not isinstance(self.mask_redraws, int) or self.mask_redraws < 0:
+            raise ConfigurationError(f"`mask_redraws={self.mask_redraws!r}` must be a whole number, 0 or more.")
+        if not self.mask_redraws:
+            return
+        if not self.mask:
+            raise ConfigurationError(
+                f"`mask_redraws={self.mask_redraws}` draws masked levels anew, but `mask=False` masks none: remove "
+                "one of the two."
+            )
+        if self.precompute_ref_log_probs:
+            raise ConfigurationError(
+                f"`mask_redraws={self.mask_redraws}` contradicts `precompute_ref_log_probs=True`, whose draws of "
+                "level and noise are fixed. Remove one of the two."
+            )

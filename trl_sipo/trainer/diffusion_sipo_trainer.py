@@ -51,6 +51,11 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
         """Of the configuration."""
         return self.args.clip_range
 
+    @property
+    def mask_redraws(self) -> int:
+        """Of the configuration."""
+        return self.args.mask_redraws
+
     def clip_importance_weights(self, pair_log_weight: torch.Tensor) -> torch.Tensor:
         """SIPO: clip(1 / w); DPO-C&M: clip(w); 1 without `reweight`. Clipped in the log domain; (batch,)."""
         if not self.args.reweight:
