@@ -189,7 +189,7 @@ def test_every_logged_key_is_explained():
     keys = set(pair_statistics(PairErrors(one, one, one, one), one, one, one, keep, beta=1.0, clip_range=0.1))
     page = read(SOURCE / "metrics.md")
     explained = set(re.findall(r"^\| `([\w/]+)`", page, re.M))
-    assert explained >= keys | {"loss", "grad_norm", "sipo/empty_batches"}
+    assert explained >= keys | {"loss", "grad_norm", "sipo/empty_batches", "sipo/masked_levels"}
     prefixes = "rewards|logps|sipo|drift"
     mentioned = set(re.findall(rf"\b(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
     assert len(mentioned) > 8 and mentioned <= keys | {"sipo/empty_batches"}

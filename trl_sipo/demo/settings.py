@@ -35,6 +35,7 @@ ARMS = {
     "mask_only": Arm("dynamic mask only", "sipo", {"reweight": False}),
     "weight_only": Arm("SIPO weight, no mask", "sipo", {"mask": False}),
     "sipo_50": Arm("SIPO, w on the paper's 50-step grid", "sipo", {"importance_steps": 50}),
+    "sipo_redraws": Arm("SIPO, masked levels drawn anew", "sipo", {"mask_redraws": 3}),
     "static_mask": Arm("static mask", "dpo", {"timestep_range": [0.06, 1.0]}),
 }
 DEFAULT_ARMS = ("dpo", "dpo_cm", "sipo", "poly_dpo", "dpo_best")
