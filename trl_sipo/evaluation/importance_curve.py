@@ -11,8 +11,8 @@ from torch import Tensor
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
-from trl_sipo.core.parameterization import prediction_error, prediction_target
 from trl_sipo.core.transition import rho_squared
+from trl_sipo.trainer.arms import arm_error, noised_arm
 from trl_sipo.trainer.encoding import EncodedPairs
 
 
@@ -75,9 +75,8 @@ def errors_at_levels(
     errors = []
     for alpha_t, sigma_t, timestep in zip(levels.alpha_t, levels.sigma_t, levels.timestep, strict=True):
         level = NoiseLevel(alpha_t.expand(count), sigma_t.expand(count), timestep.expand(count)).to(device)
-        prediction = adapter.forward(denoiser, level.add_noise(clean_latents, noise), level, conditioning, extra)
-        target = prediction_target(clean_latents, noise, level, adapter.prediction_type)
-        errors.append(prediction_error(prediction, target).float().cpu())
+        arm = noised_arm(clean_latents, noise, level, conditioning, extra or {}, adapter.prediction_type)
+        errors.append(arm_error(adapter, denoiser, arm).float().cpu())
         on_level()
     denoiser.train(was_training)
     return torch.stack(errors)

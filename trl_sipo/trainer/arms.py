@@ -66,16 +66,17 @@ def arm_errors(
     Arms of different shapes pass the denoiser one after the other in any case.
     """
     if not split and chosen.noisy_latents.shape == rejected.noisy_latents.shape:
-        return _error(adapter, denoiser, _on_top_of_one_another(chosen, rejected)).chunk(2)
+        return arm_error(adapter, denoiser, _on_top_of_one_another(chosen, rejected)).chunk(2)
     if not split or not torch.is_grad_enabled():
-        return _error(adapter, denoiser, chosen), _error(adapter, denoiser, rejected)
+        return arm_error(adapter, denoiser, chosen), arm_error(adapter, denoiser, rejected)
     # The chosen arm first: autograd goes backward through what came last, and so has freed the activations of the
     # rejected arm when it comes to recompute those of the chosen one.
-    chosen_error = checkpoint(_error, adapter, denoiser, chosen, use_reentrant=False)
-    return chosen_error, _error(adapter, denoiser, rejected)
+    chosen_error = checkpoint(arm_error, adapter, denoiser, chosen, use_reentrant=False)
+    return chosen_error, arm_error(adapter, denoiser, rejected)
 
 
-def _error(adapter: BackboneAdapter, denoiser: torch.nn.Module, arm: NoisedArm) -> torch.Tensor:
+def arm_error(adapter: BackboneAdapter, denoiser: torch.nn.Module, arm: NoisedArm) -> torch.Tensor:
+    """Mean squared error of the denoiser on each sample of an arm, (batch,) float32."""
     prediction = adapter.forward(denoiser, arm.noisy_latents, arm.level, arm.conditioning, arm.extra)
     return prediction_error(prediction, arm.target)
 
