@@ -20,7 +20,7 @@ from tests.trainer.runs import (
 from trl_sipo.core.noise_schedule import FlowSchedule
 from trl_sipo.core.timestep_sampling import logit_normal_time, time_quantile
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.trainer import reference_bank
+from trl_sipo.trainer import reference_bank, reference_pass
 from trl_sipo.trainer.reference import AdapterReference, FrozenModelReference
 from trl_sipo.trainer.reference_bank import BankDraws, BankedReference
 
@@ -36,6 +36,14 @@ def folder(tmp_path, monkeypatch):
 
 def banked(method, path, **options):
     return make_trainer(method, path, precompute_ref_log_probs=True, **{"num_ref_draws": 3, **options})
+
+
+def draws_measured(monkeypatch):
+    """The draws that the reference is run on, batch by batch, as they come."""
+    measured = []
+    measure = reference_pass._draw_errors
+    monkeypatch.setattr(reference_pass, "_draw_errors", lambda *args: measured.append(args[2]) or measure(*args))
+    return measured
 
 
 def _live_on_the_banks_draws(trainer, reference):
@@ -129,16 +137,15 @@ def test_quantiles_invert_the_samplers():
 
 def test_a_bank_is_kept_grows_and_is_shared_by_runs(folder, tmp_path, monkeypatch):
     """More draws are added to what is there; another rank, method or length of run needs none."""
-    measured = []
-    measure = reference_bank._measure
-    monkeypatch.setattr(reference_bank, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
+    measured = draws_measured(monkeypatch)
     first = banked(DPO, tmp_path / "1", num_ref_draws=2)
-    assert measured == [0, 1] and len(list(folder.iterdir())) == 1
+    assert measured == 2 * [0, 1] and len(list(folder.iterdir())) == 1
     grown = banked(SIPO, tmp_path / "2", num_ref_draws=4, trainer_options={"peft_config": lora(r=2)})
-    assert measured == [0, 1, 2, 3] and len(list(folder.iterdir())) == 1
-    assert torch.equal(grown.reference.train[:, :2], first.reference.train)
+    assert measured == 2 * [0, 1] + 2 * [2, 3] and len(list(folder.iterdir())) == 1
+    measured.clear()
+    assert torch.equal(grown.reference.train.errors[:, :2], first.reference.train.errors)
     again = banked(DPO, tmp_path / "3", num_ref_draws=3, max_steps=9, is_lora=False)
-    assert measured == [0, 1, 2, 3] and torch.equal(again.reference.train, grown.reference.train[:, :3])
+    assert not measured and torch.equal(again.reference.train.errors, grown.reference.train.errors[:, :3])
     (stored,) = folder.iterdir()
     assert load_file(stored)["errors"].shape == (8, 4, 2) and stored.stat().st_size < 1024 + 8 * 4 * 2 * 4 + 4096
 
@@ -172,10 +179,10 @@ def test_a_bank_is_not_that_of_another_run(options, folder, tmp_path):
 
 
 def test_a_torn_bank_is_computed_anew(folder, tmp_path):
-    expected = banked(DPO, tmp_path / "1").reference.train
+    expected = banked(DPO, tmp_path / "1").reference.train.errors
     (stored,) = folder.iterdir()
     stored.write_bytes(stored.read_bytes()[:-20])
-    assert torch.equal(banked(DPO, tmp_path / "2").reference.train, expected)
+    assert torch.equal(banked(DPO, tmp_path / "2").reference.train.errors, expected)
 
 
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs as tensors, decoded in the data loader's workers, with randomness that depends only on which pair it is."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +40,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
         transform: required for images and videos, unused for latents.
         seed: of the starts, crops and flips.
         clip: the arms are videos, of which it says what frames to take. None, or one frame: they are images.
+        numbers: by which the rows are called, where they were selected from others; None: their positions.
 
     Attributes:
         num_ties, num_unlabelled: rows that were left out; with soft labels, ties are counted and stay.
@@ -56,8 +58,10 @@ class PreferenceDataset(torch.utils.data.Dataset):
         transform: PairedTransform | None = None,
         seed: int = 0,
         clip: ClipSampler | None = None,
+        numbers: np.ndarray | None = None,
     ) -> None:
         self.fmt = fmt or detect_format(dataset.column_names)
+        self._numbers = numbers
         _check_transform(self.fmt, transform)
         self.transform = transform
         self.seed = seed
@@ -81,11 +85,19 @@ class PreferenceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._row_numbers)
 
+    def row_number(self, index: int) -> int:
+        """What the row of a pair is called."""
+        position = int(self._row_numbers[index])
+        return position if self._numbers is None else int(self._numbers[position])
+
+    def stored_row(self, index: int) -> dict[str, Any]:
+        """The row of a pair as it is stored, nothing decoded."""
+        return self._rows[int(self._row_numbers[index])]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]  # negative indices count from the end; beyond it, IndexError
-        row_number = int(self._row_numbers[index])
-        where = f"row {row_number}"
-        pair = self.fmt.read(self._rows[row_number], where=where)
+        where = f"row {self.row_number(index)}"
+        pair = self.fmt.read(self.stored_row(index), where=where)
         if self.fmt.holds_latents:
             return {**read_latents(pair, where=where), **_label(pair), "pair_index": index}
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)
@@ -126,8 +138,25 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         self.seed = seed
         self.clip = of_videos(clip)
         self._rows = undecoded(dataset, self.fmt)
+        self._without_media = np.empty(0, dtype=np.int64)
         self._epoch = _shared_integers(1)
         self._dropped = _shared_integers(_MAX_WORKERS, 2)  # a slot per worker: increments of one slot would race
+
+    @property
+    def fingerprint(self) -> str:
+        """Of how the pairs are read, but not of which they are: that a stream does not say."""
+        parts = ("stream", self.fmt, self.transform, self.clip)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def without_media_of(self, known: np.ndarray) -> "StreamingPreferenceDataset":
+        """The same stream, in which some pairs are `{"pair_index": ...}` alone, so that their media are not decoded.
+
+        Args:
+            known: their indices, int64, ascending.
+        """
+        stream = copy.copy(self)
+        stream._without_media = known
+        return stream
 
     @property
     def num_ties(self) -> int:
@@ -163,6 +192,9 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
     def _item(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         pair = self.fmt.read(row, where=where)
         index = pair_fingerprint(pair)
+        place = np.searchsorted(self._without_media, index)
+        if place < len(self._without_media) and self._without_media[place] == index:
+            return {"pair_index": index}
         if self.fmt.holds_latents:
             return {**read_latents(pair, where=where), **_label(pair), "pair_index": index}
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.core.transfer import to_device
 from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.errors import ConfigurationError
 
@@ -74,7 +75,7 @@ def pair_generators(pair_index: torch.Tensor, *key: int) -> list[torch.Generator
 def draw_noise(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     """Standard normal noise of the shape of `like` (batch, ...) in float32, each row from its own generator."""
     rows = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(rows).to(like.device)
+    return to_device(torch.stack(rows), like.device)
 
 
 def draw_pair_noise(pairs: EncodedPairs, generators: list[torch.Generator], *, share: bool) -> PairNoise:
@@ -111,8 +112,14 @@ class PairEncoder:
         chosen = self._latents(inputs, "chosen", device, generators, training)
         rejected = self._latents(inputs, "rejected", device, generators, training)
         conditioning = self._conditioning(inputs, generators, training)
-        conditioning = {name: value.to(device) for name, value in conditioning.items()}
+        conditioning = {name: to_device(value, device) for name, value in conditioning.items()}
         return EncodedPairs(chosen, rejected, conditioning, inputs.get("frame_rate"))
+
+    def encoded_once(self, inputs: dict, device: torch.device) -> dict:
+        """A batch as a cache gives it, with latents (posterior mean) and conditioning: to encode it again is free."""
+        arms = ("chosen", "rejected")
+        latents = {f"{arm}_latents": self._latents(inputs, arm, device, [], training=False) for arm in arms}
+        return {**inputs, **latents, "conditioning": self._prompt_rows(inputs)}
 
     def _latents(
         self, inputs: dict, arm: str, device: torch.device, generators: list[torch.Generator], training: bool
@@ -133,16 +140,19 @@ class PairEncoder:
     def _conditioning(
         self, inputs: dict, generators: list[torch.Generator], training: bool
     ) -> dict[str, torch.Tensor]:
-        rows = inputs["conditioning"] if "conditioning" in inputs else self._encode_prompts(inputs["prompt"])
+        rows = self._prompt_rows(inputs)
         if training and self.caption_dropout > 0:
             dropped = [bool(torch.rand((), generator=generator) < self.caption_dropout) for generator in generators]
             rows = [self._null_like(row) if drop else row for row, drop in zip(rows, dropped, strict=True)]
         return self.adapter.collate(rows)
 
+    def _prompt_rows(self, inputs: dict) -> list[dict[str, torch.Tensor]]:
+        return inputs["conditioning"] if "conditioning" in inputs else self._encode_prompts(inputs["prompt"])
+
     def _null_like(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.null is None:
             self.null = self.adapter.null_conditioning()
-        return {name: value.to(row[name].device) for name, value in self.null.items()}
+        return {name: to_device(value, row[name].device) for name, value in self.null.items()}
 
     def _encode_prompts(self, prompts: list[str]) -> list[dict[str, torch.Tensor]]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompt_cache]
