@@ -14,6 +14,7 @@ from trl_sipo.adapters.base import BackboneAdapter, Conditioning
 from trl_sipo.adapters.unet import check_text_to_image_unet, default_unet_size
 from trl_sipo.adapters.vp_scheduler import vp_noise_schedule, vp_prediction_type
 from trl_sipo.core.noise_schedule import NoiseLevel, VPSchedule
+from trl_sipo.core.transfer import to_device
 from trl_sipo.errors import BackboneError
 
 _TIME_IDS = 6
@@ -130,7 +131,8 @@ class StableDiffusionXLAdapter(BackboneAdapter):
         mean, std = self.pipeline.vae.config.get("latents_mean"), self.pipeline.vae.config.get("latents_std")
         if mean is None or std is None:
             mean, std = [0.0], [1.0]
-        return latents.new_tensor(mean).view(-1, 1, 1), latents.new_tensor(std).view(-1, 1, 1)
+        mean, std = to_device(torch.tensor([mean, std], dtype=latents.dtype), latents.device)
+        return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     @contextmanager
     def _frozen_inference(self, name: str) -> Iterator[Any]:
@@ -175,5 +177,5 @@ class StableDiffusionXLAdapter(BackboneAdapter):
         """(B, 6), the whole of an image of the size drawn; float32, since bfloat16 would round 2056 to 2048."""
         batch, _, *latent_size = latents.shape
         height, width = (side * self.spatial_multiple for side in latent_size)
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
-        return sizes.expand(batch, _TIME_IDS)
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return to_device(sizes, latents.device).expand(batch, _TIME_IDS)

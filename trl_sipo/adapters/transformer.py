@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_sipo.core.transfer import to_device
 from trl_sipo.errors import BackboneError
 
 
@@ -42,5 +43,6 @@ def undo_shift_and_scale(vae: Any, latents: Tensor) -> Tensor:
 def channel_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, by the VAE's configuration, shaped for latents (B, C, ...)."""
     per_channel = (-1, *[1] * (latents.ndim - 2))
-    mean, std = (torch.tensor(values).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std))
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).to(latents.dtype)
+    mean, std = to_device(statistics, latents.device)
     return mean.view(per_channel), std.view(per_channel)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trl_sipo.core.precision import per_sample, wide_dtype, widen
+from trl_sipo.core.transfer import to_device
 from trl_sipo.errors import ConfigurationError
 
 _WIDE_DTYPES = (torch.float32, torch.float64)
@@ -92,11 +93,9 @@ class NoiseLevel:
         """
         if dtype is not None:
             _check_dtype(dtype)
-        return NoiseLevel(
-            self.alpha_t.to(device=device, dtype=dtype),
-            self.sigma_t.to(device=device, dtype=dtype),
-            self.timestep.to(device=device),
-        )
+        device = self.alpha_t.device if device is None else device
+        parts = (self.alpha_t.to(dtype=dtype), self.sigma_t.to(dtype=dtype), self.timestep)
+        return NoiseLevel(*(to_device(part, device) for part in parts))
 
     def expand(self, batch: int) -> "NoiseLevel":
         """One level `(1,)` for each of `batch` samples, `(batch,)`."""
@@ -177,7 +176,7 @@ class VPSchedule:
         """Levels of `timesteps` `(batch,)`, where -1 is the clean end, looked up on their device."""
         if timesteps.device not in self._coefficients:
             self._coefficients[timesteps.device] = tuple(
-                table.to(timesteps.device) for table in self._coefficients[torch.device("cpu")]
+                to_device(table, timesteps.device) for table in self._coefficients[torch.device("cpu")]
             )
         alpha_t, sigma_t = (table[timesteps + 1] for table in self._coefficients[timesteps.device])
         return NoiseLevel(alpha_t, sigma_t, timesteps)

@@ -36,6 +36,7 @@ from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
 from trl_sipo.core.objectives.soft_label import soft_label_loss
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
+from trl_sipo.core.transfer import to_device
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
@@ -46,6 +47,7 @@ from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.cached_data import bucket_sampler, needs_encoders, stored_null
 from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
+from trl_sipo.trainer.compilation import compile_denoisers
 from trl_sipo.trainer.description import describe_run
 from trl_sipo.trainer.encoding import (
     EVAL_STREAM,
@@ -137,11 +139,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         set_seed(args.seed)  # LoRA weights are drawn at random
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(
-            model,
-            args,
-            peft_config,
-            quantization_config,
-            processing_class,
+            *(model, args, peft_config, quantization_config, processing_class),
             needs_reference_adapter=ref_model is None,
             needs_encoders=needs_encoders(args, train_dataset, eval_dataset),
         )
@@ -168,6 +166,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
+        compile_denoisers(self.accelerator, [self.model, getattr(self.reference, "ref_model", None)])
         self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
         self._epoch_callback = EpochCallback(self)
@@ -280,7 +279,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             ref_errors = self._reference_errors(arms)
         with self.accelerator.autocast():
             errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
-        return PairErrors(*errors, *(error.to(errors[0].device) for error in ref_errors))
+        return PairErrors(*errors, *(to_device(error, errors[0].device) for error in ref_errors))
 
     def _reference_errors(self, arms: list[NoisedArm]) -> tuple[torch.Tensor, ...]:
         # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block

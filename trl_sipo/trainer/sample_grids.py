@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.compilation import uncompiled
 
 # Frames of each clip that a contact sheet shows, evenly spaced.
 SHEET_FRAMES = 6
@@ -111,7 +112,8 @@ def sampling_pipeline(trainer: Any, *, use_reference: bool = False):
     model.eval()
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with torch.no_grad(), trainer.accelerator.autocast():
+        # Uncompiled: graphs of the shapes of sampling would take the place of those of training, and be slower there.
+        with torch.no_grad(), trainer.accelerator.autocast(), uncompiled():
             if not use_reference:
                 yield pipeline
             else:
