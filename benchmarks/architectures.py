@@ -7,8 +7,12 @@ billions, and a test counts the built modules against them. Numbers of parameter
 divided into heads; they, like the sizes and lengths of a usual sample, are as stated.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -207,3 +211,14 @@ FROZEN: dict[str, tuple[str, str, dict[str, Any], float]] = {
     "llama3_8b": ("transformers", "LlamaModel", _LLAMA3_8B, 7.505),
     "mistral_24b": ("transformers", "Mistral3ForConditionalGeneration", _MISTRAL_24B, 24.0),
 }  # fmt: skip
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters are made in `dtype`, so that no float32 copy of a model ever exists."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -12,15 +12,15 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from architectures import ARCHITECTURES, FROZEN, Architecture
+from architectures import ARCHITECTURES, FROZEN, Architecture, default_dtype
 from denoiser_inputs import DENOISER_INPUTS, Sample
 from memory_counting import LiveBytes, count_step
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -56,17 +56,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # ------------------------------------------------------------------------------------------------------- one LoRA step
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are made in `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def adapter_class(pipeline: str) -> type[BackboneAdapter]:
