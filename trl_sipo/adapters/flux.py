@@ -13,6 +13,7 @@ from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule, linear_mu
 from trl_sipo.adapters.transformer import check_channels, shift_and_scale, undo_shift_and_scale
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
+from trl_sipo.core.transfer import to_device
 
 
 class FluxAdapter(BackboneAdapter):
@@ -121,6 +122,7 @@ class FluxAdapter(BackboneAdapter):
         pipeline, dtype, device = self.pipeline, self.input_dtype(denoiser), noisy_latents.device
         batch, channels, height, width = noisy_latents.shape
         prompt_embeds = conditioning["prompt_embeds"].to(device, dtype)
+        image_ids = pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", dtype)
         prediction = denoiser(
             hidden_states=pipeline._pack_latents(noisy_latents.to(dtype), batch, channels, height, width),
             # Rounded as the pipeline rounds it: sigma * 1000 to the transformer's dtype, and divided there.
@@ -129,7 +131,7 @@ class FluxAdapter(BackboneAdapter):
             pooled_projections=conditioning["pooled_prompt_embeds"].to(device, dtype),
             encoder_hidden_states=prompt_embeds,
             txt_ids=torch.zeros(prompt_embeds.shape[1], 3, dtype=dtype, device=device),
-            img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
+            img_ids=to_device(image_ids, device),
             joint_attention_kwargs={},
             return_dict=False,
         )[0]

@@ -15,6 +15,7 @@ from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.adapters.flow_scheduler import flow_noise_schedule
 from trl_sipo.adapters.transformer import check_channels
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel
+from trl_sipo.core.transfer import to_device
 
 
 class Flux2Adapter(BackboneAdapter):
@@ -134,8 +135,8 @@ class Flux2Adapter(BackboneAdapter):
             timestep=(level.timestep.to(device) * 1000).to(dtype) / 1000,
             guidance=self._guidance(noisy_latents, extra),
             encoder_hidden_states=prompt_embeds,
-            txt_ids=pipeline._prepare_text_ids(prompt_embeds).to(device),
-            img_ids=pipeline._prepare_latent_ids(noisy_latents).to(device),
+            txt_ids=to_device(pipeline._prepare_text_ids(prompt_embeds), device),
+            img_ids=to_device(pipeline._prepare_latent_ids(noisy_latents), device),
             return_dict=False,
         )[0]
         return prediction.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
