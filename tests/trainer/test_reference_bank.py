@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A reference computed once: the same losses as the live one on the same draws, and no reference pass in a step."""
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.cached import Encoded
 from tests.trainer.runs import (
     DPO,
     METHODS,
@@ -17,14 +19,19 @@ from tests.trainer.runs import (
     preference_pairs,
     trained_weights,
 )
+from trl_sipo.adapters import adapter_for
 from trl_sipo.core.noise_schedule import FlowSchedule
 from trl_sipo.core.timestep_sampling import logit_normal_time, time_quantile
+from trl_sipo.data.cache.dataset import CachedPairs
+from trl_sipo.data.preference_dataset import PreferenceDataset
+from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer import reference_bank, reference_pass
 from trl_sipo.trainer.reference import AdapterReference, FrozenModelReference
 from trl_sipo.trainer.reference_bank import BankDraws, BankedReference
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+ARMS = ("chosen", "rejected")
+SIZE = ("height", "width", "num_frames")
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +67,62 @@ def _live_on_the_banks_draws(trainer, reference):
     return trainer
 
 
-@each_method
-@pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
-def test_losses_are_those_of_the_live_reference_on_the_same_draws(method, is_lora, tmp_path):
+def _latents(pairs):
+    """The same pairs, as latents that somebody has made of them."""
+    adapter = adapter_for(tiny_stable_diffusion())
+    items = PreferenceDataset(pairs, transform=PairedTransform(adapter.default_size))
+    rows = [
+        {
+            "prompt": item["prompt"],
+            **{f"{arm}_latents": adapter.encode_media(item[f"{arm}_pixels"][None])[0].numpy() for arm in ARMS},
+        }
+        for item in (items[index] for index in range(len(items)))
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def _cache(pairs, folder):
+    size = adapter_for(tiny_stable_diffusion()).default_size
+    encoded = Encoded(
+        folder / "model", folder / "pairs.parquet", folder / "cache", dict(zip(SIZE, (*size, 1), strict=True))
+    )
+    tiny_stable_diffusion().save_pretrained(encoded.model)
+    pairs.to_parquet(encoded.pairs)
+    return {"pairs": CachedPairs(encoded.encode()), "model": str(encoded.model)}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """The same pairs in every form in which they train."""
+    pairs = preference_pairs()
+    stream = pairs.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=4)
+    return {
+        "images": {"pairs": pairs},
+        "latents": {"pairs": _latents(pairs)},
+        "kept latents": {"pairs": pairs, "precompute_latents": True},
+        "stream": {"pairs": stream},
+        "stream of latents": {"pairs": _latents(pairs).to_iterable_dataset()},
+        "cache": _cache(pairs, tmp_path_factory.mktemp("cache")),
+    }
+
+
+# Every method on rows and on a stream; the other forms, which all methods read alike, with one of them.
+_CASES = [
+    *((method, kind, is_lora) for method in METHODS for kind in ("images", "stream") for is_lora in (True, False)),
+    *((SIPO, kind, is_lora) for kind in ("latents", "cache") for is_lora in (True, False)),
+    *((DPO, kind, True) for kind in ("kept latents", "stream of latents")),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "is_lora"), _CASES, ids=[f"{m.name}-{k}-{'lora' if x else 'full'}" for m, k, x in _CASES]
+)
+def test_losses_are_those_of_the_live_reference_on_the_same_draws(method, is_lora, kind, kinds, tmp_path):
     options = {"is_lora": is_lora, "max_steps": 6, "per_device_train_batch_size": 4, "caption_dropout": 0.3}
+    options |= kinds[kind]
     stored = banked(method, tmp_path / "stored", **options)
     live = banked(method, tmp_path / "live", **options)
-    plain = make_trainer(method, tmp_path / "plain", is_lora=is_lora)
+    plain = make_trainer(method, tmp_path / "plain", is_lora=is_lora, model=options.get("model"))
     _live_on_the_banks_draws(live, plain.reference)
     for trainer in (stored, live):
         trainer.train()

@@ -74,8 +74,7 @@ def add_errors(trainer: Any, dataset: Any, bank: Bank, draws: Draws, name: str, 
         finally:
             bank.save()
             progress.close()
-            if accelerator.gradient_state.in_dataloader:  # the stream goes on after the last batch
-                loader.end()
+            loader.end()  # a stream goes on after the last batch that is read
             accelerator._dataloaders.remove(loader)  # else checkpoints would keep its state
     return num_pairs
 
