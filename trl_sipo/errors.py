@@ -10,9 +10,17 @@ class DatasetError(ValueError):
     """The preference data cannot be used as it is."""
 
 
+class MediaAccessError(DatasetError):
+    """A file of the preference data cannot be read, which is not its fault: no permission, or no answer of a disk."""
+
+
 class BackboneError(ValueError):
     """The model is of a kind that no adapter knows, or its configuration is not supported."""
 
 
 class NumericalError(RuntimeError):
     """A computation gave NaN or infinity. It comes while running: the model or a pair is at fault."""
+
+
+class StorageError(RuntimeError):
+    """A file cannot be written: no space is left, say. It comes while running."""

@@ -3,6 +3,9 @@
 
 encode_processes.py kill <kills> <seed> <argv...>      one process after the other, each killed at a random moment
 encode_processes.py share <processes> <argv...>        processes that share the work, at the same time
+encode_processes.py interrupt <argv...>                one process, that gets Ctrl-C when it has begun to write
+
+Several of these, with `then` between them, need one start.
 """
 
 import os
@@ -47,12 +50,13 @@ def kill_at_random(kills: int, seed: int, argv: list[str]) -> None:
     whole = len(list(Path(f"{output}-undisturbed").rglob("*.safetensors")))
     for _ in range(kills):
         child = fork(argv)
-        time.sleep(moments.uniform(0.2, 0.8) * duration)
+        time.sleep(moments.uniform(0.1, 1.05) * duration)  # some also while the last files are written, or after
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         written = len(list(output.rglob("[!.]*.safetensors")))
         partial += 0 < written < whole
         if written == whole:
+            assert os.waitstatus_to_exitcode(os.waitpid(fork(argv), 0)[1]) == 0
             assert same_files(output, Path(f"{output}-undisturbed"))
             shutil.rmtree(output)
     print(f"partial {partial}")
@@ -74,11 +78,28 @@ def share(processes: int, argv: list[str]) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * processes
 
 
+def interrupt(argv: list[str]) -> None:
+    """Interrupt a process that has begun to write; prints its exit status."""
+    begun = Path(argv[argv.index("--output") + 1], "cache.json")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this was started in the background
+    child = fork(argv)
+    while not begun.is_file():
+        time.sleep(0.005)
+    os.kill(child, signal.SIGINT)
+    print(f"status {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in IMPORTED:
         import_module(module)
-    if sys.argv[1] == "kill":
-        kill_at_random(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
-    else:
-        share(int(sys.argv[2]), sys.argv[3:])
+    words = [*sys.argv[1:], "then"]
+    while words:
+        end = words.index("then")
+        (command, *options), words = words[:end], words[end + 1 :]
+        if command == "kill":
+            kill_at_random(int(options[0]), int(options[1]), options[2:])
+        elif command == "share":
+            share(int(options[0]), options[1:])
+        else:
+            interrupt(options)

@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def start(*arguments: object) -> str:
-    """Run `encode_processes.py`; returns what it printed."""
+    """Run `encode_processes.py`; returns what it printed, errors too."""
     script = str(Path(__file__).with_name("encode_processes.py"))
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -62,7 +62,7 @@ def start(*arguments: object) -> str:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_a_cache_holds_the_pairs_in_their_order(material):

@@ -56,15 +56,15 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
         # And bitsandbytes, which peft imports, that a kernel of its own for CPUs is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError
 
     try:
         import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
         print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ntrl-sipo {argv[0]}: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:  # its text, if any, says how to go on
+        print(f"\ntrl-sipo {argv[0]}: interrupted. {error}".rstrip(), file=sys.stderr)
         return 130
     return 0
 

@@ -12,7 +12,15 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
-from trl_sipo.data.stored import EXPECTED, VIDEO_INSTEAD, checked_value, described, is_video
+from trl_sipo.data.stored import (
+    EXPECTED,
+    VIDEO_INSTEAD,
+    access_error,
+    checked_value,
+    described,
+    is_of_file_system,
+    is_video,
+)
 from trl_sipo.errors import DatasetError
 
 
@@ -33,6 +41,7 @@ def open_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:
         DatasetError: the value is empty, of another kind, not there, truncated, broken, too large for Pillow's limit,
             or of a pixel format without an agreed range (floating point). Truncated files are read only when the
             process has asked Pillow to fill them (`PIL.ImageFile.LOAD_TRUNCATED_IMAGES`).
+        MediaAccessError: a file that is there cannot be read: no permission, or no answer of the disk.
     """
     with _named(where):
         with _opened(_source(value, where), where) as image:
@@ -82,6 +91,8 @@ def _named(where: str) -> Iterator[None]:
     except PIL.UnidentifiedImageError as error:
         raise DatasetError(f"{where}: not an image that Pillow can read. Replace or remove this row.") from error
     except Exception as error:  # decoders of broken files raise OSError, SyntaxError, struct.error, zlib.error, ...
+        if isinstance(error, OSError) and is_of_file_system(error):
+            raise access_error(error, where) from error
         raise DatasetError(
             f"{where}: the image does not open ({type(error).__name__}: {error}). Replace or remove this row."
         ) from error

@@ -89,6 +89,24 @@ def without_rows(dataset: Dataset | IterableDataset, listed: Mapping[int, str | 
         return dataset
     if isinstance(dataset, IterableDataset):
         return _stream_without_rows(dataset, listed)
+    return dataset.select(_unlisted_rows(dataset, listed))
+
+
+def remaining_rows(
+    dataset: Dataset, skip_rows: str | os.PathLike[str] | None, min_confidence: float | None
+) -> np.ndarray:
+    """The numbers of the rows that `without_rows` and, of what is left, `confident_pairs` leave.
+
+    Raises:
+        DatasetError: a list that cannot be read, or is of other data.
+        ConfigurationError: a share outside [0.5, 1], or a dataset without labels.
+    """
+    listed = {} if skip_rows is None else listed_rows(skip_rows)
+    numbers = _unlisted_rows(dataset, listed) if listed else np.arange(len(dataset))
+    return numbers if min_confidence is None else numbers[_confident_rows(dataset.select(numbers), min_confidence)]
+
+
+def _unlisted_rows(dataset: Dataset, listed: Mapping[int, str | None]) -> np.ndarray:
     fmt = detect_format(dataset.column_names)
     rows = undecoded(dataset, fmt)
     for number, key in listed.items():
@@ -103,7 +121,7 @@ def without_rows(dataset: Dataset | IterableDataset, listed: Mapping[int, str | 
             "Make a new one: trl-sipo data check."
         )
     logger.warning("Leaving out %d of %d rows, as listed.", len(listed), len(dataset))
-    return dataset.select(np.setdiff1d(np.arange(len(dataset)), list(listed)))
+    return np.setdiff1d(np.arange(len(dataset)), list(listed))
 
 
 def _stream_without_rows(dataset: IterableDataset, listed: Mapping[int, str | None]) -> IterableDataset:
@@ -124,21 +142,25 @@ def confident_pairs(dataset: Dataset | IterableDataset, minimum: float) -> Datas
     Raises:
         ConfigurationError: a share outside [0.5, 1], or a dataset without labels.
     """
+    if not isinstance(dataset, IterableDataset):
+        return dataset.select(_confident_rows(dataset, minimum))
+    label = _label_column(stream_columns(dataset), minimum)
+    return dataset.filter(lambda value: value is not None and max(value, 1 - value) >= minimum, input_columns=[label])
+
+
+def _confident_rows(dataset: Dataset, minimum: float) -> np.ndarray:
+    _label_column(dataset.column_names, minimum)
+    labels = label_values(dataset, detect_format(dataset.column_names))
+    kept = np.flatnonzero(np.maximum(labels, 1 - labels) >= minimum)  # NaN, a row without a label, is left out
+    logger.warning("Leaving out %d of %d rows below min_confidence.", len(dataset) - len(kept), len(dataset))
+    return kept
+
+
+def _label_column(columns: list[str], minimum: float) -> str:
+    """Which column has the labels that a smallest confidence is held against."""
     if not 0.5 <= minimum <= 1:
         raise ConfigurationError(f"`min_confidence` is a share of votes for one side, in [0.5, 1]; got {minimum}.")
-    is_stream = isinstance(dataset, IterableDataset)
-    fmt = detect_format(stream_columns(dataset) if is_stream else dataset.column_names)
-    if fmt.label is None:
+    label = detect_format(columns).label
+    if label is None:
         raise ConfigurationError(f"`min_confidence={minimum}` needs labels, but the dataset has none. Remove it.")
-    if is_stream:
-        return dataset.filter(
-            lambda label: label is not None and max(label, 1 - label) >= minimum, input_columns=[fmt.label]
-        )
-    kept = _confident_rows(dataset, fmt, minimum)
-    logger.warning("Leaving out %d of %d rows below min_confidence.", len(dataset) - len(kept), len(dataset))
-    return dataset.select(kept)
-
-
-def _confident_rows(dataset: Dataset, fmt: PreferenceFormat, minimum: float) -> np.ndarray:
-    labels = label_values(dataset, fmt)
-    return np.flatnonzero(np.maximum(labels, 1 - labels) >= minimum)  # NaN, a row without a label, is left out
+    return label

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cell of a dataset holds: a path, bytes, or both; rather an image, or rather a video."""
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import DatasetError, MediaAccessError
 
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 # Pillow opens GIF and WebP too, as their first frame: a file of that suffix may be either.
@@ -27,7 +29,10 @@ VIDEO_INSTEAD = "where an image is expected: to train on videos, set `num_frames
 
 _MAX_QUOTED = 80
 _MAX_PATH = 300
+_BLOCK = 1 << 20
 _HEAD = 12  # bytes that tell the kind of a file
+# What the system says when a path leads to no file. Whatever else it says is not for the row to mend.
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 
 def stored_value(value: Any) -> Any:
@@ -58,12 +63,52 @@ def checked_value(value: Any, kind: str, *, where: str) -> Any:
     return _existing_path(value, kind, where) if isinstance(value, str | os.PathLike) else value
 
 
+def is_of_file_system(error: OSError) -> bool:
+    """Whether an error is of the file system, such as no permission or no answer, and not of what a file holds."""
+    return error.errno is not None and error.errno not in _NOT_THERE
+
+
+def access_error(error: OSError, where: str) -> MediaAccessError:
+    """Such an error, as one that names the file."""
+    file = "a file" if error.filename is None else f"the file {quoted_path(os.fspath(error.filename))}"
+    return MediaAccessError(f"{where}: {file} cannot be read: {error.strerror or error}")
+
+
+def check_readable(file: Path, where: str) -> None:
+    """Read a file to its end. Raises MediaAccessError when the file system does not let it be read."""
+    try:
+        with file.open("rb") as opened:
+            while opened.read(_BLOCK):
+                pass
+    except OSError as error:
+        if is_of_file_system(error):
+            raise access_error(error, where) from error
+
+
+def _status(path: str, where: str) -> os.stat_result | None:
+    """Of a file or folder; None: it is not there."""
+    try:
+        return os.stat(path)
+    except ValueError:  # no path at all: it holds a zero byte
+        return None
+    except OSError as error:
+        if is_of_file_system(error):
+            raise access_error(error, where) from error
+        return None
+
+
 def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path:
     text = os.fspath(value)
-    if os.path.exists(text):
-        if os.path.isfile(text) and os.path.getsize(text) == 0:
+    status = _status(text, where)
+    if status is not None:
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0:
             raise DatasetError(f"{where}: the file {quoted_path(text)} is empty (0 bytes)")
         return Path(text)
+    if isinstance(text, str) and "://" in text:
+        raise DatasetError(
+            f"{where}: {quoted_path(text)} is an address, and nothing is downloaded here. Fetch the {kind}s first, "
+            "and give the paths of their files."
+        )
     if isinstance(text, str) and looks_like_text(text):
         raise DatasetError(
             f"{where}: expected {EXPECTED[kind]}, found the text {quoted(text)}. Preference data of language models "
@@ -114,8 +159,11 @@ def described(value: Any, kind: str) -> str:
 def _head(file: bytes | Path) -> bytes:
     if isinstance(file, bytes):
         return file[:_HEAD]
-    with open(file, "rb") as opened:
-        return opened.read(_HEAD)
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(_HEAD)
+    except PermissionError as error:
+        raise access_error(error, "the data") from error
 
 
 def _has_video_head(head: bytes) -> bool:

@@ -17,7 +17,7 @@ from PIL.Image import Transpose
 
 from trl_sipo.data.frame_source import TimedFrame, Timeline
 from trl_sipo.data.images import open_image
-from trl_sipo.data.stored import IMAGE_INSTEAD
+from trl_sipo.data.stored import IMAGE_INSTEAD, check_readable
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 # FFmpeg's own decoders of these drop the alpha channel, which the files' metadata announces.
@@ -148,6 +148,8 @@ class VideoFile:
                 stream.codec_context.thread_count = 1  # the workers of the data loader are what runs in parallel
                 yield container, stream
         except av.error.FFmpegError as error:
+            if isinstance(self._file, Path):
+                check_readable(self._file, self.name)  # FFmpeg says of both that there was an error of input
             raise DatasetError(f"{self.name} is broken, or no video that FFmpeg reads ({error.strerror})") from error
 
 

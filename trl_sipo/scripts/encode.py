@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError
 
 if TYPE_CHECKING:
     from trl_sipo.adapters.base import BackboneAdapter
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trl_sipo.data.cache.manifest import Manifest
     from trl_sipo.data.preference_dataset import PreferenceDataset
 
+MAX_BROKEN = 0.1
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -41,6 +42,10 @@ def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
     add("--dataset_media_folder", metavar="DIR", help="folder to which paths are relative; else their table's")
     add("--min_confidence", type=float, help="leave out pairs whose label gives neither side this share of the votes")
     add("--skip_rows", metavar="FILE", help="file of bad rows to leave out (trl-sipo data check)")
+    add(
+        "--skip_broken", action="store_true", help="leave out and list pairs that cannot be read; else they are errors"
+    )
+    add("--max_broken", type=float, metavar="SHARE", help="end when more of the pairs are broken (default: 0.1)")
     add("--limit", type=int, metavar="PAIRS", help="encode the first pairs only")
     add("--soft_labels", action="store_true", help="store labels as probabilities; ties are pairs then")
     add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
@@ -69,32 +74,41 @@ def run(command: str, argv: list[str]) -> None:
         ConfigurationError: Contradicting options, or a folder with another cache.
         DatasetError: Pairs that cannot be used.
         NumericalError: Latents that are not finite.
+        StorageError: The disk is full, say.
     """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     check_arguments(arguments)
     if arguments.export is not None:
         _export(arguments)
         return
+    from trl_sipo.data.cache.broken import BAD_ROWS
     from trl_sipo.data.cache.encode import encode_pairs
 
     share = share_of_process()
-    rows = load_rows(arguments)
+    rows, numbers = load_rows(arguments)
     adapter = load_encoders(arguments)
     manifest = make_manifest(arguments, adapter, rows)
-    dataset = make_dataset(rows, manifest)
+    dataset = make_dataset(rows, manifest, numbers)
     if share.rank == 0:
         print(f"Encoding {manifest.num_pairs} pairs with {manifest.model} into {arguments.output}")
-    encode_pairs(
-        adapter,
-        dataset,
-        rows,
-        manifest,
-        arguments.output,
-        share=share,
-        num_workers=arguments.num_workers,
-        show_progress=share.rank == 0,
-    )
+    try:
+        num_broken = encode_pairs(
+            adapter,
+            dataset,
+            rows,
+            manifest,
+            arguments.output,
+            share=share,
+            max_broken=max_broken(arguments),
+            num_workers=arguments.num_workers,
+            show_progress=share.rank == 0,
+        )
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("What is encoded is kept: run the same command again to go on.") from error
     if share.rank == 0:
+        if num_broken:
+            kept = f"{manifest.num_pairs - num_broken} of {manifest.num_pairs} pairs are encoded"
+            print(f"{kept}; {num_broken} cannot be read, and are listed in {arguments.output / BAD_ROWS}.")
         print(f"Train on it with `--dataset_name {arguments.output}`.")
 
 
@@ -109,10 +123,20 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"`--{name}` is required.")
     if arguments.cache is not None:
         raise ConfigurationError("`--cache` is what `--export` reads. The folder to write is `--output`.")
+    _check_numbers(arguments)
+    if arguments.max_broken is not None and not arguments.skip_broken:
+        raise ConfigurationError(
+            "`--max_broken` is a limit to what `--skip_broken` leaves out: give both, or neither."
+        )
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("shard_prompts", 1), ("num_workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigurationError(f"`--{name}` must be at least {least}, got {value}.")
+    if arguments.max_broken is not None and not 0 <= arguments.max_broken <= 1:
+        raise ConfigurationError(f"`--max_broken` is a share of the pairs, in [0, 1]; got {arguments.max_broken}.")
     if not arguments.shard_mb > 0:
         raise ConfigurationError(f"`--shard_mb` must be positive, got {arguments.shard_mb}.")
     if arguments.resolution is not None and len(arguments.resolution) > 2:
@@ -134,8 +158,15 @@ def share_of_process() -> "Share":
     return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def load_rows(arguments: argparse.Namespace) -> Any:
-    """The rows that are to be encoded.
+def max_broken(arguments: argparse.Namespace) -> float | None:
+    """The share of the pairs that may be left out as broken; None: none, the first one is an error."""
+    if not arguments.skip_broken:
+        return None
+    return MAX_BROKEN if arguments.max_broken is None else arguments.max_broken
+
+
+def load_rows(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The rows that are to be encoded, and their numbers in the split as it was loaded.
 
     Raises:
         DatasetError: There are none, or they are encoded already.
@@ -143,6 +174,7 @@ def load_rows(arguments: argparse.Namespace) -> Any:
     import datasets
 
     from trl_sipo.data.loading import load_preference_dataset
+    from trl_sipo.data.row_selection import remaining_rows
 
     rows = load_preference_dataset(
         arguments.dataset_name,
@@ -150,12 +182,11 @@ def load_rows(arguments: argparse.Namespace) -> Any:
         split=arguments.dataset_split,
         format=arguments.dataset_format,
         media_folder=arguments.dataset_media_folder,
-        min_confidence=arguments.min_confidence,
-        skip_rows=arguments.skip_rows,
     )
     if not isinstance(rows, datasets.Dataset):
         raise DatasetError(f"`--dataset_name {arguments.dataset_name}` is a cache already: give what it was made of.")
-    return rows
+    numbers = remaining_rows(rows, arguments.skip_rows, arguments.min_confidence)
+    return (rows if len(numbers) == len(rows) else rows.select(numbers)), numbers
 
 
 def load_encoders(arguments: argparse.Namespace) -> "BackboneAdapter":
@@ -233,15 +264,19 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
     )
 
 
-def make_dataset(rows: Any, manifest: "Manifest") -> "PreferenceDataset":
-    """The pairs as tensors, as training takes them without any randomness."""
+def make_dataset(rows: Any, manifest: "Manifest", numbers: Any = None) -> "PreferenceDataset":
+    """The pairs as tensors, as training takes them without any randomness.
+
+    Args:
+        numbers: of the rows, in the data that they were selected from; None: they are all of it.
+    """
     from trl_sipo.data.cache.buckets import BucketTransform
     from trl_sipo.data.preference_dataset import PreferenceDataset
     from trl_sipo.data.transforms import PairedTransform
 
     transform: Any = PairedTransform(manifest.size) if manifest.buckets is None else BucketTransform(manifest.buckets)
     fmt = _format_of(rows, manifest.soft_labels)
-    return PreferenceDataset(rows, fmt=fmt, transform=transform, clip=manifest.clip_sampler())
+    return PreferenceDataset(rows, fmt=fmt, transform=transform, clip=manifest.clip_sampler(), numbers=numbers)
 
 
 def _format_of(rows: Any, soft_labels: bool) -> Any:
@@ -257,9 +292,12 @@ def main(argv: list[str]) -> int:
     """As `run`; a mistake of the user is one line and status 2."""
     try:
         run("encode", argv)
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
         print(f"encode: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"\nencode: interrupted. {error}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pairs of a cache as a dataset of tensors."""
 
+import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,18 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from trl_sipo.data.cache.broken import BAD_ROWS, is_settled, read_broken
 from trl_sipo.data.cache.manifest import is_cache, read_manifest
 from trl_sipo.data.cache.plan import NULL_FILE, PROMPT, latents_file, read_index, text_file
 from trl_sipo.data.cache.shards import OpenFiles, TensorFile
 from trl_sipo.errors import DatasetError
 
+logger = logging.getLogger(__name__)
+
 
 class CachedPairs(torch.utils.data.Dataset):
     """Pairs that `trl-sipo encode` has encoded. Nothing is read but what is asked for, nor kept.
 
-    Item `i`, the `i`-th pair of the data that was encoded, is `{"prompt": str, "chosen_latents", "rejected_latents":
-    float32, "conditioning": dict of tensors, "pair_index": i}`; with a stored posterior there are `"chosen_std"` and
-    `"rejected_std"`, of clips `"frame_rate"`, and with soft labels `"label"`, a float.
+    Item `i`, the `i`-th pair of the data that was encoded, not counting those that were left out as broken, is
+    `{"prompt": str, "chosen_latents", "rejected_latents": float32, "conditioning": dict of tensors, "pair_index": i}`;
+    with a stored posterior there are `"chosen_std"` and `"rejected_std"`, of clips `"frame_rate"`, and with soft
+    labels `"label"`, a float.
 
     Args:
         folder: that `trl-sipo encode` wrote.
@@ -31,15 +37,29 @@ class CachedPairs(torch.utils.data.Dataset):
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.index = read_index(self.folder)
-        if len(self.index) != self.manifest.num_pairs:
+        planned = read_index(self.folder)
+        if len(planned) != self.manifest.num_pairs:
             raise DatasetError(f"the index of the cache {str(folder)!r} is not the one of its manifest")
-        wanted = self.index.files(self.manifest.prompts_per_shard)
+        wanted = planned.files(self.manifest.prompts_per_shard)
         missing = [file for file in wanted if not (self.folder / file).is_file()]
         if missing:
             raise DatasetError(
                 f"the cache {str(folder)!r} is not complete: {len(missing)} of {len(wanted)} files are missing, such "
                 f"as {missing[0]}. Run the same `trl-sipo encode` again, which writes what is missing."
+            )
+        if not is_settled(self.manifest, planned, read_broken(self.folder)):
+            raise DatasetError(
+                f"the cache {str(folder)!r} is not complete: its index does not know yet which pairs were left out. "
+                "Run the same `trl-sipo encode` again, which writes what is missing."
+            )
+        self.index = planned.stored()
+        self._broken = np.flatnonzero(~planned.is_stored)
+        if self.num_broken:
+            logger.warning(
+                "The cache %s is without %d pairs that could not be read, as listed in %s.",
+                folder,
+                self.num_broken,
+                self.folder / BAD_ROWS,
             )
         self._files = OpenFiles()
         self._conditioning_names = self._files[self.folder / NULL_FILE].names
@@ -84,6 +104,11 @@ class CachedPairs(torch.utils.data.Dataset):
         return len(np.unique(self.index.bucket))
 
     @property
+    def num_broken(self) -> int:
+        """Pairs that were left out since they could not be read."""
+        return len(self._broken)
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which the latents are stored."""
         return getattr(torch, self.manifest.dtype)
@@ -91,7 +116,10 @@ class CachedPairs(torch.utils.data.Dataset):
     @property
     def fingerprint(self) -> str:
         """Of what was encoded and how: equal for equal pairs in equal order."""
-        return self.manifest.fingerprint
+        if not self.num_broken:
+            return self.manifest.fingerprint
+        parts = (self.manifest.fingerprint, self._broken.tolist())
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     @property
     def epoch(self) -> torch.Tensor:

@@ -19,6 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.data.cache.broken import (
+    Attempted,
+    Attempts,
+    Tolerance,
+    forget_doubtful,
+    settle_broken,
+    write_broken,
+)
 from trl_sipo.data.cache.manifest import MANIFEST, Manifest, check_same, is_cache, read_manifest
 from trl_sipo.data.cache.plan import (
     INDEX,
@@ -33,9 +41,8 @@ from trl_sipo.data.cache.plan import (
     write_plan,
 )
 from trl_sipo.data.cache.shards import ragged, write_tensors
-from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.preference_dataset import PreferenceDataset
-from trl_sipo.errors import ConfigurationError, NumericalError
+from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 
 # Prompts that pass the text encoders together.
 TEXT_BATCH_SIZE = 16
@@ -69,10 +76,11 @@ def encode_pairs(
     folder: Path,
     *,
     share: Share | None = None,
+    max_broken: float | None = None,
     num_workers: int = 0,
     show_progress: bool = True,
-) -> None:
-    """Write what is missing of a cache, or this process's share of it.
+) -> int:
+    """Write what is missing of a cache, or this process's share of it; the first process waits for the others.
 
     Args:
         adapter: of the model, whose encoders hold their weights.
@@ -81,18 +89,27 @@ def encode_pairs(
         manifest: what the cache is to be.
         folder: of the cache; another one than this manifest's is refused.
         share: of several processes that write to the same folder.
+        max_broken: leave out and list pairs that cannot be read, up to this share of them; None: they are an error.
         num_workers: processes that read media.
+
+    Returns:
+        How many pairs of the whole cache are left out; of a process that is not the first, 0.
 
     Raises:
         ConfigurationError: the folder holds another cache, or something else.
         DatasetError: pairs that cannot be read.
         NumericalError: latents that are not finite.
+        StorageError: files that cannot be written.
     """
-    share = share or Share()
-    index = begin(adapter, dataset, rows, manifest, folder, share, num_workers)
+    share, tolerance = share or Share(), Tolerance(max_broken)
+    index = begin(adapter, dataset, rows, manifest, folder, share, tolerance, num_workers)
     adapter.freeze()
     encode_texts(adapter, index, manifest, folder, share, show_progress)
-    encode_media(adapter, dataset, index, manifest, folder, share, num_workers, show_progress)
+    encode_media(adapter, dataset, index, manifest, folder, share, tolerance, num_workers, show_progress)
+    if share.rank != 0:
+        return 0
+    _wait_for(folder, index.files(manifest.prompts_per_shard), show_progress)
+    return len(settle_broken(folder, index, tolerance))
 
 
 def begin(
@@ -102,6 +119,7 @@ def begin(
     manifest: Manifest,
     folder: Path,
     share: Share,
+    tolerance: Tolerance,
     num_workers: int = 0,
 ) -> Index:
     """The index of a cache; the first process writes it where there is none, and the others wait for it."""
@@ -113,12 +131,22 @@ def begin(
             pair_bytes = numbers * torch_dtype(manifest.dtype).itemsize * (1 + manifest.posterior_std)
             return max(1, manifest.shard_bytes // pair_bytes)
 
-        write_plan(folder, rows, dataset.fmt, manifest, pairs_per_shard, num_workers)
+        write_plan(folder, rows, dataset, manifest, pairs_per_shard, tolerance.refuse, num_workers)
         manifest.write(folder)
     while not is_cache(folder):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     check_same(read_manifest(folder), manifest, folder)
     return read_index(folder)
+
+
+def _wait_for(folder: Path, files: Sequence[Path], show_progress: bool) -> None:
+    """Return when all of the files are there."""
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and show_progress:
+        print(f"Waiting for {len(missing)} files of the other processes.")
+    while missing:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        missing = [file for file in missing if not (folder / file).is_file()]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -204,6 +232,7 @@ def encode_media(
     manifest: Manifest,
     folder: Path,
     share: Share,
+    tolerance: Tolerance,
     num_workers: int,
     show_progress: bool,
 ) -> None:
@@ -214,9 +243,9 @@ def encode_media(
         return
     sizes = np.bincount(index.shard, minlength=index.num_shards)
     loader = DataLoader(
-        dataset,
+        Attempts(dataset),
         batch_sampler=_Batches(index, missing, adapter.vae_slice_size),
-        collate_fn=DataCollatorForDiffusionPreference(),
+        collate_fn=Attempted.of,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
@@ -227,19 +256,27 @@ def encode_media(
         total=total, initial=total - todo, desc="Pairs", unit="pair", smoothing=0.05, disable=not show_progress
     ) as bar:
         for shard in missing:
-            parts, done = [], 0
+            parts, broken, done = [], [], 0
             while done < sizes[shard]:
-                batch = next(batches)
-                parts.append(_encode_batch(adapter, batch, manifest))
-                if not _is_finite(parts[-1].values()):
-                    raise NumericalError(
-                        f"The latents of one of the pairs {batch['pair_index'].tolist()} are not finite. VAEs "
-                        "overflow in half precision: encode with `--vae_dtype float32`."
-                    )
-                done += len(batch["pair_index"])
-                bar.update(len(batch["pair_index"]))
-            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                attempted = next(batches)
+                _count(tolerance, attempted, shard, folder)
+                broken += attempted.broken
+                if attempted.batch is not None:
+                    parts.append(_encode_batch(adapter, attempted.batch, manifest))
+                done += attempted.num_pairs
+                bar.update(attempted.num_pairs)
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+            write_broken(folder, shard, broken)
             write_tensors(folder / latents_file(shard), tensors)
+
+
+def _count(tolerance: Tolerance, attempted: Attempted, shard: int, folder: Path) -> None:
+    """Raise what a batch gives cause for; what lacks pairs that may be whole after all is then encoded anew."""
+    try:
+        tolerance.count(attempted, shard)
+    except DatasetError:
+        forget_doubtful(folder, tolerance.doubtful_shards)
+        raise
 
 
 def _encode_batch(adapter: BackboneAdapter, batch: dict[str, Any], manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -252,4 +289,9 @@ def _encode_batch(adapter: BackboneAdapter, batch: dict[str, Any], manifest: Man
             encoded |= {arm: mean.to(dtype).cpu(), f"{arm}_std": std.to(dtype).cpu()}
         else:
             encoded[arm] = adapter.encode_media(pixels).to(dtype).cpu()
+    if not _is_finite(encoded.values()):
+        raise NumericalError(
+            f"The latents of one of the pairs {batch['pair_numbers']} are not finite. VAEs overflow in half "
+            "precision: encode with `--vae_dtype float32`."
+        )
     return encoded

@@ -30,6 +30,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack")
 # Written anew by whoever saves a tokenizer, with names of folders and versions; the vocabulary is elsewhere.
 _NOT_COUNTED = {"tokenizer_config.json", "special_tokens_map.json"}
 _ENCODERS = ("vae", "text_encoder", "tokenizer")  # how the names of the components that count begin
+_NOT_OF_CONTENT = ("model", "versions", "num_broken")
 _SAMPLED_BYTES, _NUM_SAMPLES = 4096, 64
 _ROWS_AT_A_TIME = 1000
 
@@ -60,6 +61,7 @@ class Manifest:
         prompts_per_shard: prompts per file.
         preprocessing: how media became tensors.
         versions: of the libraries, for the record: other versions are no mismatch.
+        num_broken: of the pairs, those that were left out since they cannot be read; known when all is encoded.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Manifest:
     preprocessing: str = PREPROCESSING
     format: int = FORMAT
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    num_broken: int = 0
 
     def write(self, folder: Path) -> None:
         """Write `cache.json`, whole or not at all."""
@@ -109,8 +112,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Of the contents, whatever wrote them."""
-        content = {name: value for name, value in asdict(self).items() if name not in ("model", "versions")}
+        """Of the contents, whatever wrote them, and whichever of the pairs were broken."""
+        content = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_CONTENT}
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -150,7 +153,7 @@ def check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:
         raise ConfigurationError(_mismatch(folder, "the model", _model_of(found), _model_of(wanted)))
     for name, value in asdict(wanted).items():
         # The name of a model says nothing when its encoders are the same.
-        if name not in ("model", "versions", "encoders") and getattr(found, name) != value:
+        if name not in (*_NOT_OF_CONTENT, "encoders") and getattr(found, name) != value:
             what = {"data": "the data (a fingerprint)"}.get(name, f"`{name}`")
             raise ConfigurationError(_mismatch(folder, what, getattr(found, name), value))
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import DatasetError, StorageError
 
 # Names of the safetensors format. https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -33,16 +34,26 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file under a temporary name beside `path`, bring it to the disk, and give it its name.
 
     Whenever the process is killed, `path` is whole or not there. Files that such a kill left behind are removed.
+
+    Raises:
+        StorageError: it cannot be written: no space is left, say.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for torn in path.parent.glob(f".{path.name}.*.tmp"):
-        torn.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
-    _to_disk(temporary)
-    os.replace(temporary, path)
-    _to_disk(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for torn in path.parent.glob(f".{path.name}.*.tmp"):
+            torn.unlink(missing_ok=True)
+        write(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else can read
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        _to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{str(path)!r} cannot be written: {error}. What was written before is whole. Make room on the disk, or "
+            "mend what else is the matter with it, and run the same command again, which goes on from there."
+        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -143,6 +154,11 @@ class TensorFile:
     def row(self, name: str, index: int) -> torch.Tensor:
         """One row of a tensor's first dimension."""
         entry = self._stored[name]
+        if not 0 <= index < entry.shape[0]:
+            raise DatasetError(
+                f"the shard {str(self.path)!r} has {entry.shape[0]} rows, no row {index}: it is of "
+                "another cache than its index"
+            )
         num_bytes = entry.num_bytes // entry.shape[0]
         return self._read(entry.dtype, entry.shape[1:], entry.start + index * num_bytes, num_bytes)
 
