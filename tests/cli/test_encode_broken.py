@@ -4,17 +4,24 @@
 import errno
 import json
 import logging
+import re
 import resource
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from tests.adapters.cases.wan import CASES as WAN
 from tests.cli.test_encode import SIZE, SMALL_FILES, contents, start
+from tests.data.clips import damaged, write_video
 from tests.tiny_models import tiny_stable_diffusion
-from tests.trainer.cached import Encoded
+from tests.trainer.cached import Encoded, saved
+from tests.trainer.media import pairs_for
 from tests.trainer.runs import picture
 from trl_sipo.adapters.stable_diffusion import StableDiffusionAdapter
 from trl_sipo.cli.main import main
@@ -129,6 +136,26 @@ def test_kills_interrupts_and_processes_change_nothing(material, tmp_path):
 def test_a_run_that_is_killed_many_times_ends_in_the_same_bytes(seed, material, tmp_path):
     start("kill", 25, seed, *material.argv(tmp_path / "cache", *FLAGS))
     assert contents(tmp_path / "cache") == contents(material.cache)
+
+
+@pytest.mark.slow
+def test_videos_of_several_lengths_that_are_killed_many_times(tmp_path):
+    """The first four pairs have 5 frames, the others 9; three videos are broken, one is too short."""
+    case = next(case for case in WAN if case.name == "wan21")
+    long = replace(case, size={**case.size, "num_frames": 9})
+    encoded = saved(case, tmp_path, 4)
+    rows = [*pairs_for(case, tmp_path / "short", 4), *pairs_for(long, tmp_path / "long", 8)]
+    datasets.Dataset.from_list(rows).to_parquet(encoded.pairs)
+    for number in (1, 6):
+        damaged(Path(rows[number]["rejected"]), 0.1, 0.9)
+    Path(rows[7]["chosen"]).unlink()
+    write_video(Path(rows[9]["chosen"]), 2, rate=12)
+    options = ("--frame_buckets", "5", "9", "--shard_mb", "0.003", "--skip_broken", "--max_broken", "0.5")
+    encoded.encode(*options)
+    assert [row["row"] for row in listed(encoded.cache)] == [1, 6, 7, 9]
+    printed = start("kill", 40, 0, *encoded.argv(tmp_path / "killed", *options))
+    assert int(re.search(r"partial (\d+)", printed)[1]) > 5
+    assert contents(tmp_path / "killed") == contents(encoded.cache)
 
 
 def test_workers_and_batch_sizes_change_nothing(material, tmp_path, monkeypatch):
