@@ -5,7 +5,10 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,6 +18,7 @@ from tests.trainer.runs import (
     DPO,
     SIPO,
     changed,
+    largest_difference,
     logged,
     make_trainer,
     picture,
@@ -29,6 +33,8 @@ from trl_sipo.trainer import reference_bank, reference_errors, reference_pass
 from trl_sipo.trainer.encoding import draw_pair_noise
 from trl_sipo.trainer.reference_bank import BankDraws, precompute_reference
 from trl_sipo.trainer.reference_errors import read_errors
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -328,3 +334,40 @@ def test_an_interrupted_pass_goes_on(sent, save_every, exit_code, num_kept, is_s
     undisturbed = finish()
     assert torch.equal(resumed.ids, undisturbed.ids) and torch.equal(resumed.errors, undisturbed.errors)
     assert file.read_bytes() == written
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def _results(processes, output, *arguments):
+    """What every process wrote."""
+    script = str(Path(__file__).with_name("reference_distributed_run.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    settings = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launcher, script, str(output), *map(str, arguments)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(output / f"result-{process}.pt", weights_only=False) for process in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_two_processes_know_what_one_does(kind, tmp_path):
+    """All errors in each of them, although they share the work, which does not divide among them."""
+    (one,) = _results(1, tmp_path / "one", kind, 4)
+    two = _results(2, tmp_path / "two", kind, 2)
+    for process in two:
+        assert process["processes"] == 2 and torch.equal(process["ids"], one["ids"]) and len(one["ids"]) == 8
+        assert torch.equal(process["errors"], two[0]["errors"]) and process["errors"].shape == (8, 3, 2)
+        torch.testing.assert_close(process["errors"], one["errors"], rtol=1e-5, atol=0)
+    assert largest_difference(one["weights"], two[0]["weights"]) < 1e-5
+    assert two[0]["loss"] == pytest.approx(one["loss"], abs=1e-3)
+    assert two[0]["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], abs=1e-3)
+    assert {path.name for path in (tmp_path / "one" / "banks").iterdir()} == {
+        path.name for path in (tmp_path / "two" / "banks").iterdir()
+    }
