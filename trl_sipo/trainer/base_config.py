@@ -106,7 +106,8 @@ class DiffusionPreferenceConfig(DPOConfig):
             of one arm.
         precompute_ref_log_probs: Compute the errors of the reference before training, on `num_ref_draws` fixed draws
             of noise level and noise per pair, and train on these draws alone: no reference pass in a step, and no
-            reference model. They are kept on disk for other runs with the same reference, data and noise.
+            reference model. They are kept on disk for other runs with the same reference, data and noise. Of a stream,
+            what training will read is read before.
         num_ref_draws: Draws per pair of `precompute_ref_log_probs`. Each is seen once in as many epochs.
         importance_steps: Number of steps of the sampler grid on which importance weights are defined (the neighbour of
             t is one stride less noisy). 50 reproduces the SIPO paper's Fig. 4.
