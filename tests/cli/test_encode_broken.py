@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.adapters.cases.wan import CASES as WAN
+from tests.adapters.backbone_cases import CASES
 from tests.cli.test_encode import SIZE, SMALL_FILES, contents, start
 from tests.data.clips import damaged, write_video
 from tests.tiny_models import tiny_stable_diffusion
@@ -141,7 +141,7 @@ def test_a_run_that_is_killed_many_times_ends_in_the_same_bytes(seed, material, 
 @pytest.mark.slow
 def test_videos_of_several_lengths_that_are_killed_many_times(tmp_path):
     """The first four pairs have 5 frames, the others 9; three videos are broken, one is too short."""
-    case = next(case for case in WAN if case.name == "wan21")
+    case = next(case for case in CASES if case.name == "wan21")
     long = replace(case, size={**case.size, "num_frames": 9})
     encoded = saved(case, tmp_path, 4)
     rows = [*pairs_for(case, tmp_path / "short", 4), *pairs_for(long, tmp_path / "long", 8)]

@@ -252,6 +252,62 @@ def test_rapidata_votes_are_soft_labels(tmp_path, streaming):
     assert [prompt for prompt, *_ in pairs_of(dataset)] == ["a cat", "a dog"]
 
 
+CRITERIA = ("preference", "coherence", "alignment")
+
+
+def rapidata_criteria(arm="image", column="weighted_results_image{}_{}", word=str):
+    """The columns of the newer datasets: three criteria, of which the first prefers the first image, and so on."""
+    shares = {"preference": [0.75, 0.5], "coherence": [0.2, 0.9], "alignment": [0.0, None]}
+    columns = {"prompt": ["a cat", "a dog"], f"{arm}1": [picture(0), picture(2)], f"{arm}2": [picture(1), picture(3)]}
+    for name in CRITERIA:
+        others = [None if share is None else 1 - share for share in shares[name]]
+        columns |= {column.format(1, word(name)): shares[name], column.format(2, word(name)): others}
+        columns[f"detailed_results_{name}"] = ["[]", "[]"]
+    return columns
+
+
+@both
+def test_rapidata_asks_for_one_of_several_criteria(tmp_path, streaming):
+    Dataset.from_dict(rapidata_criteria()).to_parquet(tmp_path / "train.parquet")
+    names = r"\['rapidata_preference', 'rapidata_alignment', 'rapidata_coherence'\]"
+    with pytest.raises(DatasetError, match=f"fit the formats {names}; name one: `--dataset_format`"):
+        load_preference_dataset(tmp_path, streaming=streaming)
+    wanted = {
+        "preference": [("a cat", 0, 1, 0.75), ("a dog", 2, 3, 0.5)],
+        "coherence": [("a cat", 1, 0, 0.8), ("a dog", 2, 3, 0.9)],
+        "alignment": [("a cat", 1, 0, 1.0)],
+    }
+    for name, rows in wanted.items():
+        dataset = load_preference_dataset(tmp_path, streaming=streaming, format=f"rapidata_{name}")
+        found = pairs_of(dataset, soft=True)
+        assert_same([(*pair[:3], pytest.approx(pair[3])) for pair in found], expected(*rows))
+
+
+def test_rapidata_of_one_criterion_is_recognised():
+    columns = {key: value for key, value in rapidata_criteria().items() if "coherence" not in key}
+    columns = {key: value for key, value in columns.items() if "alignment" not in key}
+    assert read_source(Dataset.from_dict(columns))["label"][:] == [0.75, 0.5]
+
+
+@both
+def test_rapidata_of_videos(tmp_path, streaming):
+    columns = rapidata_criteria("video", "weighted_results{}_{}", str.capitalize)
+    for number in (1, 2):
+        files = [write_video(tmp_path / f"{number}{row}.mp4", 9, first=10 * number + row) for row in range(2)]
+        columns[f"video{number}"] = [file.name for file in files]
+    Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    dataset = load_preference_dataset(tmp_path, streaming=streaming, format="rapidata_video_coherence")
+    report = check_preference_dataset(dataset, clip=ClipSampler(5))
+    assert (report["format"], report["num_pairs"], report["num_swapped"]) == ("rapidata_video", 2, 1)
+
+
+def test_an_address_is_not_downloaded(tmp_path):
+    columns = {"prompt": ["p"], "chosen": ["https://assets.rapidata.ai/a.jpg"], "rejected": [picture(1)]}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DatasetError, match="'https://assets.rapidata.ai/a.jpg' is an address, and nothing is downl"):
+        check_preference_dataset(load_preference_dataset(tmp_path))
+
+
 def test_images_are_not_copied_for_a_label():
     dataset = rapidata()
     buffers = [

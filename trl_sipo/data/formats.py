@@ -130,6 +130,7 @@ FORMATS: dict[str, PreferenceFormat] = {
         "pick_a_pic", "caption", "jpg_0", "jpg_1", label="label_0", label_required=True, has_label="has_label"
     ),
     "rapidata": PreferenceFormat("rapidata", "prompt", "image1", "image2", label="label", label_required=True),
+    "rapidata_video": PreferenceFormat("rapidata_video", "prompt", "video1", "video2", "label", label_required=True),
     "latents": PreferenceFormat(
         "latents", "prompt", "chosen_latents", "rejected_latents", label="label", holds_latents=True
     ),

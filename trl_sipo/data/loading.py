@@ -19,7 +19,7 @@ from trl_sipo.data.readers import READERS, read_source
 from trl_sipo.data.readers.tar_shards import read_tar_shards, stream_tar_shards
 from trl_sipo.data.readers.video_dpo import is_video_dpo_folder, read_video_dpo_folder
 from trl_sipo.data.row_selection import confident_pairs, listed_rows, without_rows
-from trl_sipo.data.stored import looks_like_text
+from trl_sipo.data.stored import is_address, looks_like_text
 from trl_sipo.errors import DatasetError
 
 # Suffix of a file: its readers, map-style and streaming. `load_dataset("json", ...)` would do the same and report each
@@ -295,7 +295,11 @@ def _absolute(path: Any, folders: list[Path]) -> Any:
     """A path, or a list of those of frames, relative to one of the folders; an absolute path stays itself."""
     if isinstance(path, list):
         return [_absolute(frame, folders) for frame in path]
-    if path is None or (looks_like_text(path) and not any(os.path.exists(folder / path) for folder in folders)):
+    if (
+        path is None
+        or is_address(path)
+        or (looks_like_text(path) and not any(os.path.exists(folder / path) for folder in folders))
+    ):
         return path
     if len(folders) == 1:  # a look at the disk per path takes minutes where there are millions
         return str(folders[0] / path)

@@ -104,7 +104,7 @@ def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path
         if stat.S_ISREG(status.st_mode) and status.st_size == 0:
             raise DatasetError(f"{where}: the file {quoted_path(text)} is empty (0 bytes)")
         return Path(text)
-    if isinstance(text, str) and "://" in text:
+    if isinstance(text, str) and is_address(text):
         raise DatasetError(
             f"{where}: {quoted_path(text)} is an address, and nothing is downloaded here. Fetch the {kind}s first, "
             "and give the paths of their files."
@@ -126,6 +126,11 @@ def is_webp(file: bytes | Path) -> bool:
     """Whether a file is a WebP, by its first bytes."""
     head = _head(file)
     return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+
+
+def is_address(value: str) -> bool:
+    """Whether a string is an address on the web, or in a store of objects, rather than a path."""
+    return "://" in value
 
 
 def looks_like_text(value: str) -> bool:

@@ -27,7 +27,7 @@ from trl_sipo.data.formats import (
 from trl_sipo.data.frame_source import FrameSource
 from trl_sipo.data.images import verify_image
 from trl_sipo.data.preference_dataset import of_videos, read_latents, stream_columns
-from trl_sipo.data.stored import VIDEO_INSTEAD, looks_like_text
+from trl_sipo.data.stored import VIDEO_INSTEAD, is_address, looks_like_text
 from trl_sipo.data.video import ClipSampler, checked_length, common_rate, open_video, read_clip
 from trl_sipo.errors import DatasetError
 
@@ -214,7 +214,8 @@ def _path_problem(path: str | None, kind: str) -> str | None:
         return None if kind == "video" else f"{path!r} is a folder, {VIDEO_INSTEAD}"
     if os.path.isfile(path):
         return f"the file {path!r} is empty (0 bytes)" if os.path.getsize(path) == 0 else None
-    return None if looks_like_text(path) else f"there is no file {path!r}"  # opening says more of a text
+    # Opening says more of a text, or of an address.
+    return None if looks_like_text(path) or is_address(path) else f"there is no file {path!r}"
 
 
 def _with_progress(checked: np.ndarray, kind: str) -> Iterator[int]:

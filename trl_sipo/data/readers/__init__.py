@@ -13,7 +13,7 @@ from trl_sipo.data.readers.hpdv2 import choice_pairs, ranking_pairs
 from trl_sipo.data.readers.hpdv3 import confidence_pair
 from trl_sipo.data.readers.mapping import expanded, with_number
 from trl_sipo.data.readers.pick_a_pic_webdataset import COLUMN_NAMES, label_of_text
-from trl_sipo.data.readers.rapidata import vote_share
+from trl_sipo.data.readers.rapidata import VOTES, vote_share
 from trl_sipo.errors import DatasetError
 
 
@@ -32,6 +32,11 @@ class Reader:
     paths: tuple[str, ...] = ()
 
 
+def _votes_reader(arms: tuple[str, str], votes: tuple[str, str]) -> Reader:
+    """Of a table whose two columns of votes, or of shares of votes, become a label."""
+    return Reader(("prompt", *arms, *votes), lambda rows: with_number(rows, "label", votes, vote_share), arms)
+
+
 READERS: dict[str, Reader] = {
     "hpdv2": Reader(
         ("prompt", "file_path", "human_preference"), lambda rows: expanded(rows, choice_pairs), ("file_path",)
@@ -40,11 +45,7 @@ READERS: dict[str, Reader] = {
         ("prompt", "image_path", "rank"), lambda rows: expanded(rows, ranking_pairs), ("image_path",)
     ),
     "hpdv3": Reader(("prompt", "path1", "path2"), lambda rows: expanded(rows, confidence_pair), ("path1", "path2")),
-    "rapidata": Reader(
-        ("prompt", "image1", "image2", "votes_image1", "votes_image2"),
-        lambda rows: with_number(rows, "label", ("votes_image1", "votes_image2"), vote_share),
-        ("image1", "image2"),
-    ),
+    **{name: _votes_reader(*columns) for name, columns in VOTES.items()},
     "pick_a_pic_webdataset": Reader(
         tuple(COLUMN_NAMES),
         lambda rows: with_number(rows.rename_columns(COLUMN_NAMES), "label_0", ("label_0",), label_of_text),
@@ -83,6 +84,9 @@ def _read_recognised(dataset: Dataset | IterableDataset, columns: set[str]) -> D
         return dataset
     fitting = [name for name, reader in READERS.items() if set(reader.columns) <= columns]
     if len(fitting) > 1:
-        raise DatasetError(f"the columns {sorted(columns)} fit the formats {fitting}; name one (format=...)")
+        raise DatasetError(
+            f"the columns {sorted(columns)} fit the formats {fitting}; name one: `--dataset_format`, or "
+            "`format` of load_preference_dataset"
+        )
     # What fits none is refused where the columns are needed, with a list of those known.
     return READERS[fitting[0]].read(dataset) if fitting else dataset
