@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from trl_sipo.core.beta import BETA_CONVENTIONS, check_beta
 from trl_sipo.core.objectives._preference_nll import check_label_smoothing
@@ -14,6 +14,7 @@ from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
+from trl_sipo.trainer.compilation import check_compile_backend
 
 MAX_TIMESTEP = 999
 WHOLE_NUMBERS = (
@@ -256,6 +257,7 @@ class DiffusionPreferenceConfig(DPOConfig):
         self._check_noise()
         self._check_data()
         self._check_samples()
+        self._check_speed()
         if self.bf16 is None:
             # TRL takes bfloat16 unless told otherwise, and then fails on a machine that has no accelerator for it.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -432,6 +434,14 @@ class DiffusionPreferenceConfig(DPOConfig):
             raise ConfigurationError(
                 "`sample_prompts` are only drawn with `sample_every_steps`, which is 0: set it to the number of steps "
                 "between two grids, or remove the prompts."
+            )
+
+    def _check_speed(self) -> None:
+        check_compile_backend(self.torch_compile_backend)
+        if self.tf32 and not is_torch_tf32_available():
+            raise ConfigurationError(
+                "`tf32=True` needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and none is here. "
+                "Remove it: no result depends on it."
             )
 
 
