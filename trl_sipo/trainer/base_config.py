@@ -110,6 +110,9 @@ class DiffusionPreferenceConfig(DPOConfig):
             reference model. They are kept on disk for other runs with the same reference, data and noise. Of a stream,
             what training will read is read before.
         num_ref_draws: Draws per pair of `precompute_ref_log_probs`. Each is seen once in as many epochs.
+        attention_backend: The kernel that computes attention, by diffusers' names ("native", "flash",
+            "_native_cudnn"); it is tried before anything is loaded. `None` leaves the choice to PyTorch. U-Nets,
+            Stable Diffusion 3 and CogVideoX take no other.
         importance_steps: Number of steps of the sampler grid on which importance weights are defined (the neighbour of
             t is one stride less noisy). 50 reproduces the SIPO paper's Fig. 4.
         caption_dropout: Probability in [0, 1) of replacing a prompt by the empty one.
@@ -183,6 +186,12 @@ class DiffusionPreferenceConfig(DPOConfig):
     num_ref_draws: int = field(
         default=8,
         metadata={"help": "Draws of noise level and noise per pair for which the reference is precomputed."},
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Kernel of the attention, by diffusers' name (native, flash, ...); PyTorch's choice if not given."
+        },
     )
     importance_steps: int = field(
         default=50, metadata={"help": "Steps of the sampler grid on which importance weights are defined."}

@@ -13,6 +13,8 @@ def settle_arguments(args: DiffusionPreferenceConfig) -> None:
     args.accelerator_config.dispatch_batches = False
     # Else the order of the data would hang on the global random state when training starts.
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
+    # Else each batch would wait for the one before it to be done with; only memory that is pinned can be sent ahead.
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory
     # Else transformers would log a loss of NaN as the mean of the losses before it.
     args.logging_nan_inf_filter = False
 

@@ -17,6 +17,7 @@ from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
 from trl_sipo.trainer._trl_compat import make_checkpointable, make_config_reportable
+from trl_sipo.trainer.attention import check_attention_backend, use_attention_backend
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def check_model_arguments(
             f"{args.n_gpu} GPUs are visible to one process, which transformers would drive through `nn.DataParallel`. "
             "Start with `accelerate launch`, or make one visible with CUDA_VISIBLE_DEVICES=0."
         )
+    check_attention_backend(args.attention_backend, args.device, network_dtype(args))
     _check_peft_config(args, peft_config)
     if quantization_config is not None and peft_config is None:
         raise ConfigurationError(
@@ -134,6 +136,7 @@ def load_policy(
     """
     pipeline = _load(model, args, peft_config, quantization_config, () if needs_encoders else ENCODER_NAMES)
     adapter = adapter_for(pipeline)
+    use_attention_backend(adapter.denoiser, args.attention_backend)
     if processing_class is not None:
         pipeline.tokenizer = processing_class
     was_adapted = is_adapted(pipeline)
@@ -200,10 +203,14 @@ def _loading_options(
         return {**options, "dtype": given}
     # A frozen base may be kept in half precision; weights that are trained may not, nor what is saved beside them. The
     # VAE stays in float32: several overflow in float16, and it is small.
-    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    frozen = half if peft_config is not None else torch.float32
+    frozen = network_dtype(args) if peft_config is not None else torch.float32
     dtype = frozen if given is None else _dtype_of(given) if isinstance(given, str) else given
     return {**options, "dtype": {"default": dtype, "vae": torch.float32}}
+
+
+def network_dtype(args: DiffusionPreferenceConfig) -> torch.dtype:
+    """The dtype that the network runs in: that of `bf16` or `fp16`, or else float32."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def _dtype_of(name: str) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from trl_sipo.trainer._trl_compat import prepare_reference_model, use_adapter
+from trl_sipo.trainer.attention import use_attention_backend
 from trl_sipo.trainer.model_preparation import REFERENCE_ADAPTER_NAME, load_reference_denoiser
 
 
@@ -83,6 +84,7 @@ def make_reference(trainer: Any, ref_model: Any, was_adapted: bool, *, is_precom
     """
     if ref_model is not None:
         frozen = load_reference_denoiser(ref_model, trainer.model, trainer.adapter).to(trainer.args.device)
+        use_attention_backend(frozen, trainer.args.attention_backend)
         return FrozenModelReference(prepare_reference_model(trainer, frozen), "the given `ref_model`")
     if isinstance(trainer.model, PeftModel):
         return AdapterReference(REFERENCE_ADAPTER_NAME if was_adapted else None)
