@@ -16,6 +16,7 @@ from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
 from trl_sipo.data.preference_dataset import first_row
 from trl_sipo.data.readers import READERS, read_source
+from trl_sipo.data.readers.json_list import is_json_list, read_json_lists, stream_json_lists
 from trl_sipo.data.readers.tar_shards import read_tar_shards, stream_tar_shards
 from trl_sipo.data.readers.video_dpo import is_video_dpo_folder, read_video_dpo_folder
 from trl_sipo.data.row_selection import confident_pairs, listed_rows, without_rows
@@ -27,10 +28,11 @@ from trl_sipo.errors import DatasetError
 _READERS: dict[str, tuple[Callable[..., Dataset], Callable[..., IterableDataset]]] = {
     ".parquet": (Dataset.from_parquet, IterableDataset.from_parquet),
     ".jsonl": (Dataset.from_json, IterableDataset.from_json),
-    ".json": (Dataset.from_json, IterableDataset.from_json),
+    ".json": (Dataset.from_json, IterableDataset.from_json),  # of a record a line; lists have _JSON_LIST
     ".csv": (Dataset.from_csv, IterableDataset.from_csv),
     ".tar": (read_tar_shards, stream_tar_shards),
 }
+_JSON_LIST = (read_json_lists, stream_json_lists)
 _TAKE_PATTERNS = {".parquet", ".jsonl", ".json", ".csv"}  # readers that would take a bracket in a path for a pattern
 _OPTIONS: dict[str, dict[str, Any]] = {
     ".csv": {"keep_default_na": False, "na_values": [""]},  # empty cells are null, the words NA and null are not
@@ -242,14 +244,16 @@ def _load_files(
     files: Sequence[Path], streaming: bool, media_folder: str | os.PathLike[str] | None
 ) -> Dataset | IterableDataset:
     """Read tables of one split, with relative paths of images and videos made absolute."""
-    groups: dict[tuple[Path, str], list[Path]] = {}
+    groups: dict[tuple[Path, str, bool], list[Path]] = {}
     for file in files:
-        groups.setdefault((file.parent.resolve(), file.suffix.lower()), []).append(file)
+        suffix = file.suffix.lower()
+        is_list = suffix == ".json" and is_json_list(file)
+        groups.setdefault((file.parent.resolve(), suffix, is_list), []).append(file)
     parts = []
-    for (folder, suffix), group in groups.items():
-        read = _READERS[suffix][streaming]
+    for (folder, suffix, is_list), group in groups.items():
+        read = (_JSON_LIST if is_list else _READERS[suffix])[streaming]
         paths = [str(file) for file in group]
-        patterns = [glob.escape(path) for path in paths] if suffix in _TAKE_PATTERNS else paths
+        patterns = [glob.escape(path) for path in paths] if suffix in _TAKE_PATTERNS and not is_list else paths
         try:
             part = read(patterns, **_OPTIONS.get(suffix, {}))
             parts.append(_with_absolute_paths(part, _media_folders(folder, group, media_folder)))
@@ -261,7 +265,7 @@ def _load_files(
     try:
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets([_plain_strings(part) for part in parts])
     except ValueError as error:
-        names = [str(folder) for folder, _ in groups]
+        names = [str(folder) for folder, *_ in groups]
         raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
 
 
