@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bfloat16 and float16, activation checkpointing, and optimisers by transformers' names."""
+"""bfloat16 and float16, TF32, and activation checkpointing."""
 
 import math
 
@@ -89,9 +89,7 @@ def test_a_dtype_can_be_given_for_loading(key, value, tmp_path):
 def test_an_unknown_dtype_is_an_error(tmp_path):
     tiny_stable_diffusion().save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigurationError, match="bfloat17"):
-        make_trainer(
-            DPO, tmp_path / "run", model=str(tmp_path / "base"), model_init_kwargs={"dtype": "bfloat17"}
-        )
+        make_trainer(DPO, tmp_path / "run", model=str(tmp_path / "base"), model_init_kwargs={"dtype": "bfloat17"})
 
 
 def test_bfloat16_is_not_the_default_without_an_accelerator(tmp_path, monkeypatch):
@@ -150,24 +148,6 @@ def test_activation_checkpointing_options_that_diffusers_lacks_are_errors(option
         trainer.train()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adafactor"])
-def test_optimisers_by_name(optimizer, tmp_path):
-    trainer = make_trainer(SIPO, tmp_path, optim=optimizer)
-    before = snapshot(trainer.model)
-    trainer.train()
-    assert changed(before, snapshot(trainer.model))
-
-
-def test_an_8_bit_optimiser_without_bitsandbytes_says_what_to_install(tmp_path):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="bitsandbytes"):
-            make_trainer(DPO, tmp_path, optim="adamw_bnb_8bit").train()
-    else:
-        make_trainer(DPO, tmp_path, optim="adamw_bnb_8bit", max_steps=1).train()
-
-
 def test_lora_dropout_is_used_only_without_disable_dropout(tmp_path, caplog):
     for disable, expected in ((True, True), (False, False)):
         trainer = make_trainer(
@@ -181,6 +161,24 @@ def test_lora_dropout_is_used_only_without_disable_dropout(tmp_path, caplog):
         assert losses[0] == losses[1]  # B is zero at the start, so that dropout of A's input changes nothing yet
         assert any("lora_dropout" in record.getMessage() for record in caplog.records) is disable
         caplog.clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
+def test_tf32_without_a_gpu_that_has_it_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="tf32=True.*NVIDIA.*Remove"):
+        DPO.config_class(str(tmp_path), tf32=True)
+    assert DPO.config_class(str(tmp_path), tf32=False).tf32 is False
+
+
+@pytest.mark.parametrize(("bf16", "is_lora"), [(True, True), (True, False), (False, True)])
+def test_what_dtypes_a_loaded_pipeline_trains_in(bf16, is_lora, tmp_path):
+    """A pipeline that is given loaded keeps its dtypes, whatever the precision of the run; a LoRA is float32."""
+    pipeline = tiny_stable_diffusion()
+    pipeline.text_encoder.to(torch.bfloat16)
+    trainer = make_trainer(DPO, tmp_path, model=pipeline, is_lora=is_lora, bf16=bf16, max_steps=1)
+    trainer.train()
+    assert pipeline.text_encoder.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.gpu
