@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="fp32", help="of the step (default: %(default)s)")
     add("--resolution", type=int, default=512, help="a side, in pixels (default: %(default)s)")
     add("--source-side", type=int, default=512, help="of the JPEG files, in pixels (default: %(default)s)")
-    add("--pairs", type=int, default=64, help="default: %(default)s")
+    add("--pairs", type=int, default=32, help="default: %(default)s")
     add("--batch-size", type=int, default=4, help="pairs (default: %(default)s)")
     add("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="beside 0 (default: 1 2)")
     add("--rounds", type=int, default=3, help="counted passes of each (default: %(default)s)")
