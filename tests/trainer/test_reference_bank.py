@@ -27,6 +27,7 @@ from trl_sipo.data.preference_dataset import PreferenceDataset
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer import reference_bank, reference_pass
+from trl_sipo.trainer.preference_data import LatentPairs
 from trl_sipo.trainer.reference import AdapterReference, FrozenModelReference
 from trl_sipo.trainer.reference_bank import BankDraws, BankedReference
 
@@ -232,6 +233,20 @@ def test_a_bank_is_not_that_of_another_run(options, folder, tmp_path):
         options = {"model": tiny_stable_diffusion(seed=7)}
     banked(DPO, tmp_path / "2", num_ref_draws=1, **options)
     assert len(list(folder.iterdir())) == 2
+
+
+def test_kept_latents_are_told_apart_by_what_models_see():
+    latents = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+    plain = LatentPairs(["a", "b"], *latents)
+    others = [
+        LatentPairs(["a", "c"], *latents),
+        LatentPairs(["a", "b"], *reversed(latents)),
+        LatentPairs(["a", "b"], *latents, frame_rate=torch.tensor([24.0, 24.0])),
+        LatentPairs(["a", "b"], *latents, frame_rate=torch.tensor([24.0, 12.0])),
+    ]
+    assert len({pairs.fingerprint for pairs in (plain, *others)}) == 5
+    labelled = LatentPairs(["a", "b"], *latents, label=torch.tensor([0.5, 1.0]))
+    assert labelled.fingerprint == plain.fingerprint
 
 
 def test_a_torn_bank_is_computed_anew(folder, tmp_path):

@@ -54,10 +54,11 @@ class LatentPairs(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Of all that is in it: equal for equal pairs in equal order."""
+        """Of what models see of it, which labels are not: equal for equal pairs in equal order."""
         digest = hashlib.blake2b("\0".join(self.prompts).encode(), digest_size=16)
-        for latents in (self.chosen_latents, self.rejected_latents):
-            digest.update(latents.contiguous().numpy())
+        for values in (self.chosen_latents, self.rejected_latents, self.of_pair["frame_rate"]):
+            if values is not None:
+                digest.update(values.contiguous().numpy())
         return digest.hexdigest()
 
     def __len__(self) -> int:
