@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_many_times_ends_in_the_same_bytes(seed, material, 
 def test_videos_of_several_lengths_that_are_killed_many_times(tmp_path):
     """The first four pairs have 5 frames, the others 9; three videos are broken, one is too short."""
     case = next(case for case in CASES if case.name == "wan21")
-    long = replace(case, size={**case.size, "num_frames": 9})
+    long = replace(case, call_options={**case.call_options, "num_frames": 9})
     encoded = saved(case, tmp_path, 4)
     rows = [*pairs_for(case, tmp_path / "short", 4), *pairs_for(long, tmp_path / "long", 8)]
     datasets.Dataset.from_list(rows).to_parquet(encoded.pairs)
@@ -213,7 +213,7 @@ def test_rows_are_numbered_as_in_the_whole_split(material, tmp_path):
 
 def test_shapes_of_broken_images_end_nothing(material, tmp_path):
     encoded = Encoded(material.model, material.pairs, tmp_path / "cache", SIZE)
-    with pytest.raises(DatasetError, match="row 8, the rejected arm: not an image .*--skip_broken"):
+    with pytest.raises(DatasetError, match=r"row 8, the rejected arm: not an image .*row\. Mend .*--skip_broken"):
         rows = write_pairs(tmp_path / "pairs", 12, {8: b"no image"})
         Encoded(material.model, rows, tmp_path / "other", SIZE).encode("--buckets")
     assert len(CachedPairs(encoded.encode(*FLAGS, "--buckets"))) == NUM_PAIRS - 7
@@ -277,6 +277,20 @@ def test_a_file_that_may_not_be_read_ends_the_run(material, tmp_path, monkeypatc
         material.encode(*FLAGS, cache=tmp_path / "cache")
     monkeypatch.undo()
     assert contents(material.encode(*FLAGS, cache=tmp_path / "cache")) == contents(material.cache)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": 0.5}, "of 1 rows 1 are ties and 0 have no label"),
+        ({"text": "p", "image_a": "a", "image_b": "b"}, "no preference data that is known here"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": 3}, "row 0, column 'label'"),
+    ],
+)
+def test_data_that_cannot_be_encoded_is_refused_before_a_model_is_loaded(rows, message, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows) + "\n")
+    with pytest.raises(DatasetError, match=message):
+        Encoded(tmp_path / "no model", tmp_path, tmp_path / "cache", SIZE).encode()
 
 
 @pytest.mark.parametrize(

@@ -367,3 +367,15 @@ def test_a_stream_cannot_be_sliced(tmp_path):
     canonical(2).to_parquet(str(tmp_path / "pairs.parquet"))
     with pytest.raises(DatasetError, match="cannot be cut from a stream"):
         load_preference_dataset(tmp_path, split="train[:1]", streaming=True)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.parquet", "train.json"])
+def test_a_table_without_rows_is_said_to_be_empty(name, tmp_path):
+    columns = ("prompt", "chosen", "rejected")
+    texts = {".jsonl": "", ".csv": ",".join(columns) + "\n", ".json": "[]"}
+    if name.endswith(".parquet"):
+        datasets.Dataset.from_dict(dict.fromkeys(columns, [])).to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(texts[Path(name).suffix])
+    with pytest.raises(DatasetError, match="is empty"):
+        load_preference_dataset(tmp_path)

@@ -261,6 +261,8 @@ def _load_files(
             raise
         except Exception as error:  # the readers raise their own errors, those of pyarrow and those of pandas
             cause = error.__cause__ or error
+            if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
+                raise DatasetError(f"the dataset is empty: {', '.join(paths[:3])} holds no rows") from error
             raise DatasetError(f"cannot read {', '.join(paths[:3])}: {type(cause).__name__}: {cause}") from error
     try:
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets([_plain_strings(part) for part in parts])

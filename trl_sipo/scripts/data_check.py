@@ -106,7 +106,7 @@ def summary(found: "DataCheck") -> str:
 def _tell_of_bad_rows(found: "DataCheck", arguments: argparse.Namespace) -> None:
     bad = found.listed["bad_rows"]
     file = arguments.output / "bad_rows.jsonl"
-    text = f"{len(bad)} rows cannot be trained on; the first: row {bad[0].row}: {bad[0].reason}."
+    text = f"{len(bad)} rows cannot be trained on; the first: row {bad[0].row}: {bad[0].reason.rstrip('.')}."
     advice = f"Mend them, or leave them out: --skip_rows {file}"
     if arguments.strict:
         raise DatasetError(f"{text} {advice}")

@@ -86,6 +86,7 @@ def run(command: str, argv: list[str]) -> None:
 
     share = share_of_process()
     rows, numbers = load_rows(arguments)
+    count_pairs(arguments, rows)  # before the encoders are loaded, which may take minutes
     adapter = load_encoders(arguments)
     manifest = make_manifest(arguments, adapter, rows)
     dataset = make_dataset(rows, manifest, numbers)
@@ -189,6 +190,24 @@ def load_rows(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return (rows if len(numbers) == len(rows) else rows.select(numbers)), numbers
 
 
+def count_pairs(arguments: argparse.Namespace, rows: Any) -> int:
+    """How many pairs are to be encoded, from the columns of labels alone.
+
+    Raises:
+        DatasetError: Columns of no known format, labels out of range, or no pairs.
+    """
+    from trl_sipo.data.formats import select_pairs
+
+    selection = select_pairs(rows, _format_of(rows, arguments.soft_labels))
+    num_pairs = len(selection.kept)
+    if num_pairs == 0:
+        raise DatasetError(
+            f"There are no pairs to encode: of {len(rows)} rows {selection.num_ties} are ties and "
+            f"{selection.num_unlabelled} have no label."
+        )
+    return num_pairs if arguments.limit is None else min(num_pairs, arguments.limit)
+
+
 def load_encoders(arguments: argparse.Namespace) -> "BackboneAdapter":
     """The pipeline with the weights of its VAE and text encoders, and without those of its denoiser.
 
@@ -226,7 +245,6 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
     """
     from trl_sipo.data.cache.buckets import bucket_sizes
     from trl_sipo.data.cache.manifest import Manifest, data_fingerprint, encoders_fingerprint
-    from trl_sipo.data.formats import select_pairs
 
     size = tuple(arguments.resolution * 2)[:2] if arguments.resolution else tuple(adapter.default_size)
     lengths = tuple(sorted({arguments.num_frames, *(arguments.frame_buckets or ())}))
@@ -235,10 +253,7 @@ def make_manifest(arguments: argparse.Namespace, adapter: "BackboneAdapter", row
     if len(lengths) > 1 and lengths[0] == 1:
         raise ConfigurationError("`--frame_buckets` are of videos: give `--num_frames` more than one frame.")
     fmt = _format_of(rows, arguments.soft_labels)
-    num_pairs = len(select_pairs(rows, fmt).kept)
-    num_pairs = num_pairs if arguments.limit is None else min(num_pairs, arguments.limit)
-    if num_pairs == 0:
-        raise DatasetError("There are no pairs to encode: every row is a tie or has no label.")
+    num_pairs = count_pairs(arguments, rows)
     model, revision = arguments.model_name_or_path, arguments.model_revision
     return Manifest(
         model=model,

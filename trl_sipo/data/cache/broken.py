@@ -129,8 +129,8 @@ class Tolerance:
             raise problem
         if self.max_share is None:
             raise DatasetError(
-                f"{problem} What is encoded is kept: mend the row and run the same command again, or add "
-                "`--skip_broken`, which leaves out and lists such pairs."
+                f"{str(problem).rstrip('.')}. Mend the row and run the same command again, which keeps what is "
+                "encoded, or add `--skip_broken`, which leaves out and lists such pairs."
             )
 
     def refuse_too_many(self, num_broken: int, num_pairs: int, example: str = "") -> None:

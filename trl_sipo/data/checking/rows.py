@@ -190,7 +190,7 @@ def _label(fmt: PreferenceFormat, row: Mapping[str, Any]) -> float:
         return float("nan")
     if fmt.label is None:
         return 1.0
-    fmt.is_tie(row)  # refuses what is no label
+    fmt.is_tie(row, where="the row")  # refuses what is no label
     return float(row[fmt.label])
 
 
