@@ -120,6 +120,14 @@ def test_the_errors_are_those_of_one_draw_after_the_other(options, folder, tmp_p
     assert torch.equal(read_errors(next(folder.iterdir())).errors, expected)
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(folder, tmp_path, monkeypatch):
+    measured = counted(monkeypatch, reference_pass, "_draw_errors")
+    folder.write_text("a file in its place")
+    with pytest.raises(ConfigurationError, match=r"banks', which cannot be written .* Set HF_HOME"):
+        banked(tmp_path, preference_pairs(8))
+    assert not measured
+
+
 def test_a_reference_that_is_not_finite_is_refused(folder, tmp_path, monkeypatch):
     """The batches before it are kept, and it is not taken for one that is not computed yet."""
     measure = reference_pass._draw_errors

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,19 @@ class Bank:
         missing = (num_draws - self.errors.num_known(ids)).clamp(min=0)
         is_added = [pair in self._added_ids for pair in ids.tolist()] if self._added_ids else False
         return missing.masked_fill(torch.tensor(is_added), 0)
+
+    def check_is_writable(self) -> None:
+        """Raise [`ConfigurationError`], before long work, when the file that it is for could not be written."""
+        if not self.is_written:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path.parent).close()
+        except OSError as error:
+            raise ConfigurationError(
+                f"`precompute_ref_log_probs=True` keeps the errors of the reference in {str(self.path.parent)!r}, "
+                f"which cannot be written ({error}). Set HF_HOME to a folder that can."
+            ) from error
 
     def add(self, ids: torch.Tensor, errors: torch.Tensor) -> None:
         """Add all missing draws of some pairs, in the form of [`ReferenceErrors`] but in any order.

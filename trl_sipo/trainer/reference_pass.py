@@ -58,6 +58,7 @@ def add_errors(trainer: Any, dataset: Any, bank: Bank, draws: Draws, name: str, 
         name: What the progress bar calls it.
         max_batches: Of a stream, how many batches of each process to read; `None`: all there are.
     """
+    bank.check_is_writable()
     accelerator, args = trainer.accelerator, trainer.args
     loader = accelerator.prepare(_loader(trainer, dataset, bank, draws))
     total = max_batches if isinstance(dataset, StreamingPreferenceDataset) else len(loader)
