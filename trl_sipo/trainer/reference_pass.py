@@ -63,11 +63,12 @@ def add_errors(trainer: Any, dataset: Any, bank: Bank, draws: Draws, name: str, 
     loader = accelerator.prepare(_loader(trainer, dataset, bank, draws))
     total = max_batches if isinstance(dataset, StreamingPreferenceDataset) else len(loader)
     quiet = args.disable_tqdm or not trainer.is_world_process_zero()
-    progress = tqdm(loader, total=total, desc=f"Reference of the {name} dataset", unit="batch", disable=quiet)
+    batches = islice(loader, max_batches)
+    progress = tqdm(batches, total=total, desc=f"Reference of the {name} dataset", unit="batch", disable=quiet)
     num_pairs, device = 0, accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            for inputs in islice(progress, max_batches):
+            for inputs in progress:
                 for ids, errors, num_known in gather_object([_batch_errors(trainer, inputs, bank, draws)]):
                     _check_finite(ids, errors)
                     bank.add(ids, errors)
