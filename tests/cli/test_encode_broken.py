@@ -4,9 +4,12 @@
 import errno
 import json
 import logging
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import pytest
 import torch
 
 from tests.adapters.backbone_cases import CASES
-from tests.cli.test_encode import SIZE, SMALL_FILES, contents, start
+from tests.cli.test_encode import ROOT, SIZE, SMALL_FILES, contents, start
 from tests.data.clips import damaged, write_video
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.cached import Encoded, saved
@@ -139,10 +142,19 @@ def test_a_run_that_is_killed_many_times_ends_in_the_same_bytes(seed, material, 
 
 
 @pytest.mark.slow
+def test_torchrun_writes_the_same_bytes(material, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = material.argv(tmp_path / "cache", *FLAGS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launcher, "-m", "trl_sipo.scripts.encode", *argv], env=environment, check=True, timeout=500)
+    assert contents(tmp_path / "cache") == contents(material.cache)
+
+
+@pytest.mark.slow
 def test_videos_of_several_lengths_that_are_killed_many_times(tmp_path):
     """The first four pairs have 5 frames, the others 9; three videos are broken, one is too short."""
     case = next(case for case in CASES if case.name == "wan21")
-    long = replace(case, call_options={**case.call_options, "num_frames": 9})
+    long = replace(case, media_shape=(3, 9, *case.media_shape[2:]))
     encoded = saved(case, tmp_path, 4)
     rows = [*pairs_for(case, tmp_path / "short", 4), *pairs_for(long, tmp_path / "long", 8)]
     datasets.Dataset.from_list(rows).to_parquet(encoded.pairs)
