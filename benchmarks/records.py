@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import platform
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,5 +84,5 @@ def cpu_name() -> str:
 
 def processor_seconds() -> float:
     """Of this process and of those that it has started and that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
