@@ -70,6 +70,7 @@ def test_the_share_of_a_step_by_hand(script):
     assert script("loader").share_of_step(result, 0.5, "cuda") == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
 def test_memory_of_a_process_of_its_own(script, tmp_path, capsys):
     path = tmp_path / "out.json"
