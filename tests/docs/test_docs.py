@@ -21,7 +21,7 @@ from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
-from trl_sipo.scripts import data_check, encode
+from trl_sipo.scripts import data_check, demo, encode
 from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.train import DataArguments, ModelArguments, parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
@@ -139,13 +139,12 @@ def test_options_in_running_text_exist():
     configs = {field.name for config in (*CONFIGS, DataArguments, ModelArguments) for field in fields(config)}
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
-    parsers = (data_check.make_parser(), encode.make_parser())
+    parsers = (data_check.make_parser(), encode.make_parser(), demo.make_parser())
     audits = {"lora", "output"} | {action.dest for parser in parsers for action in parser._actions}
-    demo = {"quick", "video"}
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`
-        assert option.removeprefix("no_") in configs | scripts | launchers | audits | demo, option
+        assert option.removeprefix("no_") in configs | scripts | launchers | audits, option
 
 
 @each_page
