@@ -12,8 +12,8 @@ pass, clipping, the optimiser. Prints a table and writes JSON.
 
 - `bare`: latents and embeddings at hand, one reference and one policy pass over both arms, the loss, nothing else.
 - `bare, no reference`: the same without the reference pass, whose errors are given.
-- `peer`: as the Diffusion-DPO example of diffusers is described: images and prompts encoded in every step, and each
-  arm in a pass of its own.
+- `peer`: as the Diffusion-DPO example of diffusers is described: the bare loop, with images and prompts encoded in
+  every step.
 - the others: this library's trainers.
 
 The share of the matrix rate is what a step computes a second (products of matrices, convolutions and attention, as

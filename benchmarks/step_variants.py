@@ -3,6 +3,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class BareStep:
         pipeline: Its weights are shared, and stay as they are.
         options: Of `step_time.py`.
         with_reference: Whether the reference passes the network too.
-        as_peer: Encode images and prompts in the step, and each arm in a pass of its own.
+        as_peer: Encode images and prompts in the step.
     """
 
     def __init__(
@@ -199,17 +200,18 @@ class BareStep:
     def __call__(self) -> None:
         """Forward, backward, clip, update."""
         latents, conditioning = self.latents, self.conditioning
+        autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=self.dtype != torch.float32)
         if self.as_peer:
-            with torch.no_grad():
-                latents, conditioning = self._encode_media(), self._encode_prompts()
+            with torch.no_grad(), autocast():
+                latents, conditioning = self._encode_media().float(), self._encode_prompts()
         noisy_latents, timestep, target = self._noised(latents)
         batch = {"inputs": (noisy_latents.to(self.dtype), timestep), "kwargs": conditioning, "target": target}
         ref_errors = torch.ones(2 * self.pairs, device=self.device)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype != torch.float32):
+        with autocast():
             if self.with_reference:
                 with torch.no_grad(), self.model.disable_adapter():
-                    ref_errors = self._errors(batch)
-            errors = self._errors(batch)
+                    ref_errors = self._errors(**batch)
+            errors = self._errors(**batch)
         chosen, rejected = ((ref_errors - errors) / 2).chunk(2)
         loss = -logsigmoid(5000 * (chosen - rejected)).mean()
         loss.backward()
@@ -217,14 +219,8 @@ class BareStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _errors(self, batch: dict[str, Any]) -> Tensor:
+    def _errors(self, inputs: tuple[Tensor, Tensor], kwargs: dict[str, Any], target: Tensor) -> Tensor:
         """Mean squared errors, (2 * pairs,)."""
-        if not self.as_peer:
-            return self._errors_of(**batch)
-        arms = [tree_map_only(Tensor, lambda tensor, arm=arm: tensor.chunk(2)[arm], batch) for arm in (0, 1)]
-        return torch.cat([self._errors_of(**arm) for arm in arms])
-
-    def _errors_of(self, inputs: tuple[Tensor, Tensor], kwargs: dict[str, Any], target: Tensor) -> Tensor:
         prediction = self.model(*inputs, return_dict=False, **kwargs)[0]
         return (prediction.float() - target).square().flatten(1).mean(1)
 

@@ -41,6 +41,26 @@ def test_our_step_computes_what_a_bare_one_does(model, script, tmp_path):
         assert share == pytest.approx(flops[name] / seconds / result["matrix_flops_per_second"])
 
 
+def test_the_peer_passes_both_arms_at_once_and_encodes_in_each_step(script, tmp_path):
+    """As the script of diffusers does: its step is the bare one, with the VAE and the text encoder in it."""
+    options = script("step_time").make_parser().parse_args(["--model", "tiny", "--pairs", "3", "--device", "cpu"])
+    options.size = (64, 64, 1)
+    pipelines = script("random_pipelines")
+    steps = script("step_variants").make_steps(
+        pipelines.make_pipeline(pipelines.PIPELINES["tiny"]), [], options, tmp_path
+    )
+    for name, encoded in (("bare", 0), ("peer", 1)):
+        seen, calls = [], []
+        steps[name].model.get_base_model().register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(len(args[0]))
+        )
+        encoder = steps[name].pipeline.text_encoder
+        hook = encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        steps[name]()
+        hook.remove()
+        assert seen == [6, 6] and len(calls) == encoded
+
+
 def test_bf16_with_checkpointing(script, tmp_path):
     """Checkpointing is in force in the bare loop and in the trainer alike: both keep less, and compute more."""
     results = {}
