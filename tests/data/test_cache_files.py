@@ -7,11 +7,19 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from trl_sipo.data.cache import shards
-from trl_sipo.data.cache.manifest import MANIFEST, Manifest, encoders_fingerprint, read_manifest
+from trl_sipo.data.cache.manifest import (
+    MANIFEST,
+    Manifest,
+    data_fingerprint,
+    encoders_fingerprint,
+    read_manifest,
+)
 from trl_sipo.data.cache.shards import OpenFiles, TensorFile, ragged, write_tensors, write_whole
+from trl_sipo.data.formats import detect_format
 from trl_sipo.errors import DatasetError
 
 TENSORS = {
@@ -131,3 +139,39 @@ def test_encoders_are_told_apart_by_weights_vocabulary_and_configuration(tmp_pat
     trained[::1000] = b"\1" * 10_000
     weights.write_bytes(trained)
     assert len({first, second, encoders_fingerprint(tmp_path)}) == 3
+
+
+def fingerprint(**columns):
+    """Of the data of a cache, from columns of one row."""
+    dataset = Dataset.from_dict({"prompt": ["a cat"], **{name: [value] for name, value in columns.items()}})
+    return data_fingerprint(dataset, detect_format(dataset.column_names), 1)
+
+
+def in_folder(folder, *names):
+    return [f"/{folder}/{name}.png" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        (b"1234", b"12"),
+        ({"bytes": b"1234", "path": "0.png"}, {"bytes": b"12", "path": "0.png"}),
+        ("/data/chosen/0.png", "/data/rejected/0.png"),
+        ({"bytes": None, "path": "/data/chosen/0.png"}, {"bytes": None, "path": "/data/rejected/0.png"}),
+        (in_folder("x", "0", "1"), in_folder("y", "0", "1")),
+        (in_folder("x", "0", "1"), in_folder("x", "1", "0")),
+        ([{"bytes": b"1234", "path": None}], [{"bytes": b"12", "path": None}]),
+        ("/data/chosen/0.png", None),
+        (in_folder("x", "0"), None),
+        (b"1234", None),
+    ],
+)
+def test_the_fingerprint_of_data_tells_the_arms_apart(chosen, rejected):
+    assert fingerprint(chosen=chosen, rejected=rejected) != fingerprint(chosen=rejected, rejected=chosen)
+
+
+def test_the_fingerprint_of_data_stays_when_a_folder_moves():
+    first, second = (
+        fingerprint(chosen=f"{root}/chosen/0.png", rejected=f"{root}/rejected/0.png") for root in ("/a", "/b/c")
+    )
+    assert first == second

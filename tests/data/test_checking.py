@@ -286,12 +286,12 @@ def test_a_list_of_other_data_is_refused(tmp_path):
 
 def test_keys_go_by_contents_and_names_of_files():
     fmt = FORMATS["canonical"]
-    row = {"prompt": "a", "chosen": "/here/1.png", "rejected": b"x", "label": 1.0}
-    same = {"prompt": "a", "chosen": {"bytes": None, "path": "/there/1.png"}, "rejected": b"x", "label": 1.0}
-    others = [{"prompt": "x/a"}, {"chosen": "/here/2.png"}, {"rejected": b"y"}, {"label": 0.0}, {"label": None}]
-    others.append({"rejected": [b"x", b""]})
+    row = {"prompt": "a", "chosen": "/here/0/1.png", "rejected": b"x", "label": 1.0}
+    same = {"prompt": "a", "chosen": {"bytes": None, "path": "/there/0/1.png"}, "rejected": b"x", "label": 1.0}
+    others = [{"prompt": "x/a"}, {"chosen": "/here/0/2.png"}, {"rejected": b"y"}, {"label": 0.0}, {"label": None}]
+    others += [{"rejected": [b"x", b""]}, {"chosen": "/here/1/1.png"}]
     assert row_key(fmt, row) == row_key(fmt, same) == row_key(fmt, {**row, "label": 1})
-    assert len(row_key(fmt, row)) == 16 and len({row_key(fmt, {**row, **other}) for other in [{}, *others]}) == 7
+    assert len(row_key(fmt, row)) == 16 and len({row_key(fmt, {**row, **other}) for other in [{}, *others]}) == 8
 
 
 def test_an_empty_set_is_refused():

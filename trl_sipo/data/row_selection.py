@@ -14,14 +14,16 @@ from datasets import Dataset, IterableDataset
 
 from trl_sipo.data.formats import PreferenceFormat, detect_format, label_values, undecoded
 from trl_sipo.data.preference_dataset import stream_columns
-from trl_sipo.data.stored import stored_value
+from trl_sipo.data.stored import path_name, stored_value
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 
 def row_key(fmt: PreferenceFormat, row: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that tell a row by what is stored in it, without reading files; of paths, the names count.
+    """16 hexadecimal digits that tell a row by what is stored in it, without reading files.
+
+    Of paths, the names of the file and of its folder count.
 
     A stream has no row numbers that the workers of a data loader agree on, and a number alone would not tell that a
     list belongs to other data.
@@ -36,12 +38,12 @@ def row_key(fmt: PreferenceFormat, row: Mapping[str, Any]) -> str:
 
 
 def _stored_parts(value: Any) -> Iterator[bytes]:
-    """What is stored of an image, a video or latents; a folder may have moved, so of a path only the name."""
+    """What is stored of an image, a video or latents; a folder may have moved, so of a path only the last names."""
     value = stored_value(value)
     if isinstance(value, bytes):
         yield value
     elif isinstance(value, str | os.PathLike):
-        yield _text(os.path.basename(value))
+        yield _text(path_name(value))
     elif isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes | Mapping):
         for part in value:
             yield from _stored_parts(part)

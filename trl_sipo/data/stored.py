@@ -42,6 +42,11 @@ def stored_value(value: Any) -> Any:
     return value
 
 
+def path_name(path: str | os.PathLike[str]) -> str:
+    """The last two parts of a path: the arms are often told by the folder alone, and what lies above may move."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def checked_value(value: Any, kind: str, *, where: str) -> Any:
     """A cell as bytes that are not empty, as the path of a file or folder that is there, or as whatever else it is.
 

@@ -2,6 +2,7 @@
 """`cache.json`: what a cache holds, by which model and how it was made, and whether that is what is wanted."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 
 from trl_sipo.data.cache.shards import write_whole
 from trl_sipo.data.formats import PreferenceFormat, select_pairs, undecoded
+from trl_sipo.data.stored import path_name
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError, DatasetError
 
@@ -220,7 +222,7 @@ def _samples(path: Path) -> Iterator[bytes]:
 def data_fingerprint(dataset: datasets.Dataset, fmt: PreferenceFormat, num_pairs: int) -> str:
     """Of the first pairs of a dataset: prompts, labels, and the sizes of stored media, whose contents are not read.
 
-    It does not depend on where the data lies, so that a folder may move.
+    Of files, the names count, with that of their folder: where the data lies does not, so that it may move.
     """
     rows = undecoded(dataset, fmt).with_format("arrow")
     kept = select_pairs(dataset, fmt).kept[:num_pairs]
@@ -237,15 +239,19 @@ def data_fingerprint(dataset: datasets.Dataset, fmt: PreferenceFormat, num_pairs
 
 
 def _sizes(column: pa.Array) -> list[Any]:
-    """What tells media from one another without reading them: their number of bytes, or the name of their file."""
-    if pa.types.is_struct(column.type):
-        sizes = pc.binary_length(column.field("bytes")).to_pylist()
-        paths = column.field("path").to_pylist()
-        return [
-            os.path.basename(path or "") if size is None else size for size, path in zip(sizes, paths, strict=True)
-        ]
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return [os.path.basename(path) for path in column.to_pylist()]
-    if pa.types.is_list(column.type):
-        return pc.list_value_length(column).to_pylist()
-    return [str(column.type)] * len(column)
+    """What tells media from one another without reading them: their number of bytes, or the names of their files."""
+    kind = column.type
+    if pa.types.is_struct(kind):
+        sizes, paths = _sizes(column.field("bytes")), _sizes(column.field("path"))
+        return [path if size is None else size for size, path in zip(sizes, paths, strict=True)]
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pc.binary_length(column).to_pylist()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return [None if path is None else path_name(path) for path in column.to_pylist()]
+    if pa.types.is_list(kind):
+        lengths = pc.list_value_length(column).to_pylist()
+        if pa.types.is_list(kind.value_type) or pa.types.is_primitive(kind.value_type):
+            return lengths  # an array, whose numbers are many
+        frames = iter(_sizes(column.flatten()))
+        return [None if length is None else list(itertools.islice(frames, length)) for length in lengths]
+    return [None if pa.types.is_null(kind) else str(kind)] * len(column)
