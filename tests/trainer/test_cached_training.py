@@ -286,6 +286,26 @@ def test_evaluation_of_several_shapes_takes_pairs_one_by_one(shapes, tmp_path):
         shapes.trainer(tmp_path / "run", shapes.cache, train_sampling_strategy="sequential").train()
 
 
+def test_evaluation_and_a_precomputed_reference_have_batch_sizes_of_their_own(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_sipo.trainer.reference_bank.reference_folder", lambda: tmp_path / "banks")
+    # Of a reference that is not precomputed, no batch size matters.
+    trainer = shapes.trainer(tmp_path / "run", shapes.cache, per_device_eval_batch_size=1, precompute_ref_batch_size=4)
+    assert math.isfinite(trainer.evaluate(CachedPairs(shapes.cache))["eval_loss"])
+    options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1, "num_ref_draws": 1}
+    trainer = shapes.trainer(tmp_path / "run", shapes.cache, **options)
+    with pytest.raises(ConfigurationError, match="The eval cache .* set `per_device_eval_batch_size=1`."):
+        trainer.evaluate(CachedPairs(shapes.cache))
+
+
+def test_the_order_of_batches_follows_the_datas_own_seed(shapes, tmp_path):
+    orders = []
+    for data_seed in (0, None):
+        trainer = shapes.trainer(tmp_path / "run", shapes.cache, per_device_train_batch_size=2, data_seed=data_seed)
+        orders.append(list(trainer._get_train_sampler()))
+    expected = BucketSampler(CachedPairs(shapes.cache).index.bucket, 2, 0, trainer.train_dataset.epoch)
+    assert orders[0] == list(expected) != orders[1]
+
+
 def test_videos_of_different_lengths_train_together(tmp_path):
     """Each arm takes the most frames that it has; a pair's arms may differ."""
     case = _case("ltx")

@@ -123,13 +123,14 @@ def stored_null(dataset: Any) -> dict[str, torch.Tensor] | None:
 
 def check_batches(pairs: CachedPairs, args: DiffusionPreferenceConfig, name: str, *, is_training: bool) -> None:
     """Raise [`ConfigurationError`] when batches in the order of the pairs would mix shapes."""
-    measured = args.precompute_ref_batch_size or args.per_device_eval_batch_size
-    size = 1 if is_training and not args.precompute_ref_log_probs else measured
-    if pairs.num_buckets > 1 and size > 1:
-        setting = "precompute_ref_batch_size" if args.precompute_ref_log_probs else "per_device_eval_batch_size"
+    sizes = {} if is_training else {"per_device_eval_batch_size": args.per_device_eval_batch_size}
+    if args.precompute_ref_log_probs:
+        sizes["precompute_ref_batch_size"] = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+    too_large = [f"`{setting}=1`" for setting, size in sizes.items() if size > 1]
+    if pairs.num_buckets > 1 and too_large:
         raise ConfigurationError(
             f"The {name} cache {str(pairs.folder)!r} has {pairs.num_buckets} pairs of shapes, and evaluation and a "
-            f"precomputed reference take pairs in their order: set `{setting}=1`."
+            f"precomputed reference take pairs in their order: set {' and '.join(too_large)}."
         )
 
 
@@ -146,4 +147,5 @@ def bucket_sampler(dataset: Any, args: DiffusionPreferenceConfig) -> Sampler | N
             f"`train_sampling_strategy={args.train_sampling_strategy!r}`, but the cache has {dataset.num_buckets} "
             "pairs of shapes, whose batches are drawn by shape. Leave it at 'random'."
         )
-    return BucketSampler(dataset.index.bucket, args.train_batch_size, args.data_seed or args.seed, dataset.epoch)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return BucketSampler(dataset.index.bucket, args.train_batch_size, seed, dataset.epoch)
