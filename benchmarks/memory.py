@@ -25,6 +25,7 @@ from denoiser_inputs import DENOISER_INPUTS, Sample
 from memory_counting import LiveBytes, count_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trl_sipo.adapters import ADAPTERS
 from trl_sipo.adapters.base import BackboneAdapter
@@ -36,13 +37,23 @@ RESERVE = 2.0  # GiB of a card for the CUDA context, the libraries' workspaces a
 NF4_BYTES = 0.5 + 4 / 64  # four bits a weight, and a float32 scale for each block of 64
 ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments a parameter
 
-# Name -> (weights, checkpointing, optimizer); each adds one saving to the one before.
-VARIANTS: dict[str, tuple[str, bool, str]] = {
-    "LoRA": ("bf16", False, "adamw"),
-    "+ checkpointing": ("bf16", True, "adamw"),
-    "+ 8-bit AdamW": ("bf16", True, "adamw_8bit"),
-    "+ QLoRA": ("nf4", True, "adamw_8bit"),
+# How a step goes -> (blocks are checkpointed, the arms pass one after the other: `split_pair_backward`).
+STEPS = {
+    "plain": (False, False),
+    "split": (False, True),
+    "checkpointing": (True, False),
+    "checkpointing and split": (True, True),
 }
+# Name -> (weights, step, optimizer); those with a plus add one saving to the one before.
+VARIANTS: dict[str, tuple[str, str, str]] = {
+    "LoRA": ("bf16", "plain", "adamw"),
+    "split arms": ("bf16", "split", "adamw"),
+    "checkpointing": ("bf16", "checkpointing", "adamw"),
+    "+ 8-bit AdamW": ("bf16", "checkpointing", "adamw_8bit"),
+    "+ QLoRA": ("nf4", "checkpointing", "adamw_8bit"),
+    "+ split arms": ("nf4", "checkpointing and split", "adamw_8bit"),
+}
+MEASURED = ("LoRA", "split arms", "checkpointing")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,19 +86,23 @@ def build(architecture: Architecture, device: str, dtype: torch.dtype, rank: int
 
 
 def forward_loss(
-    model: PeftModel, architecture: Architecture, device: str, dtype: torch.dtype
+    model: PeftModel, architecture: Architecture, device: str, dtype: torch.dtype, *, split: bool = False
 ) -> Callable[[], Tensor]:
-    """A forward pass on one pair, to a scalar."""
-    sample = Sample(PAIR, architecture.latents, architecture.text_tokens, device, dtype)
+    """A forward pass on one pair, to a scalar; with `split`, on one arm after the other, as the trainers do it."""
+    samples = 1 if split else PAIR
+    sample = Sample(samples, architecture.latents, architecture.text_tokens, device, dtype)
     make_inputs = DENOISER_INPUTS[architecture.denoiser]
 
-    def loss() -> Tensor:
+    def mean_square() -> Tensor:
         with torch.device(device):
             output = model(**make_inputs(sample, model.get_base_model().config), return_dict=False)[0]
         output = torch.stack(output) if isinstance(output, list) else output
         return output.float().square().mean()
 
-    return loss
+    def of_both_arms() -> Tensor:
+        return checkpoint(mean_square, use_reentrant=False) + mean_square()
+
+    return of_both_arms if split else mean_square
 
 
 def compute(
@@ -102,12 +117,12 @@ def compute(
         autocast: As a trainer with `bf16=True` on CUDA.
     """
     model = build(architecture, "meta", dtype, rank)
-    loss = forward_loss(model, architecture, "meta", dtype)
     steps = {}
-    for checkpointing in (False, True):
+    for name, (checkpointing, split) in STEPS.items():
         if checkpointing:
             model.get_base_model().enable_gradient_checkpointing()
-        steps["checkpointing" if checkpointing else "plain"] = count_step(model, loss, dtype if autocast else None)
+        loss = forward_loss(model, architecture, "meta", dtype, split=split)
+        steps[name] = count_step(model, loss, dtype if autocast else None)
         model.zero_grad()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lora = sum(parameter.numel() for parameter in trained)
@@ -151,19 +166,19 @@ def frozen_parameters(name: str) -> int:
 
 def total(counts: dict[str, Any], variant: str) -> int:
     """Bytes at the peak of a step: weights, LoRA, optimizer, and what the forward and backward passes make."""
-    weights, checkpointing, optimizer = VARIANTS[variant]
-    step = counts["steps"]["checkpointing" if checkpointing else "plain"]
-    return counts["weights"][weights] + counts["lora"] + counts["optimizer"][optimizer] + step["peak"]
+    weights, step, optimizer = VARIANTS[variant]
+    return counts["weights"][weights] + counts["lora"] + counts["optimizer"][optimizer] + counts["steps"][step]["peak"]
 
 
 def measure(
-    architecture: Architecture, rank: int, device: str, dtype: torch.dtype = torch.bfloat16, *, checkpointing: bool
+    architecture: Architecture, rank: int, device: str, dtype: torch.dtype = torch.bfloat16, *, step: str
 ) -> int:
     """Peak bytes of two real training steps (the second has the optimizer's moments), everything included.
 
     On CUDA those of its allocator, under autocast to bfloat16; on a CPU those that operations made.
     """
     is_cuda = device == "cuda"
+    checkpointing, split = STEPS[step]
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -172,7 +187,7 @@ def measure(
         if checkpointing:
             model.get_base_model().enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-        loss = forward_loss(model, architecture, device, dtype)
+        loss = forward_loss(model, architecture, device, dtype, split=split)
         for _ in range(2):
             with torch.autocast(device, torch.bfloat16, enabled=is_cuda):
                 value = loss()
@@ -193,18 +208,17 @@ def gib(size: float) -> str:
 def parts_table(models: dict[str, dict[str, Any]]) -> str:
     """Markdown: what a step is made of, in GiB."""
     lines = [
-        "| model | size | parameters | LoRA | weights bf16 / NF4 | kept for backward | with checkpointing | "
-        "VAE and encoders |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | size | parameters | LoRA | weights bf16 / NF4 | kept for backward | with split arms | "
+        "with checkpointing | with both | VAE and encoders |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, counts in models.items():
         height, width, frames = ARCHITECTURES[name].size
-        steps = counts["steps"]
+        kept = " | ".join(gib(counts["steps"][step]["saved"]) for step in STEPS)
         lines.append(
             f"| {name} | {width}x{height}{f'x{frames}' if frames > 1 else ''} | {counts['parameters'] / 1e9:.2f} B | "
             f"{counts['lora_parameters'] / 1e6:.1f} M | {gib(counts['weights']['bf16'])} / "
-            f"{gib(counts['weights']['nf4'])} | {gib(steps['plain']['saved'])} | "
-            f"{gib(steps['checkpointing']['saved'])} | {gib(sum(counts['frozen'].values()))} |"
+            f"{gib(counts['weights']['nf4'])} | {kept} | {gib(sum(counts['frozen'].values()))} |"
         )
     return "\n".join(lines)
 
@@ -239,10 +253,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         counts["measured"] = {}
         if options.device == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            for variant in ("LoRA", "+ checkpointing"):
+            for variant in MEASURED:
                 if counts["computed"][variant] < free - RESERVE * 2**30:
-                    checkpointing = VARIANTS[variant][1]
-                    measured = measure(ARCHITECTURES[name], options.rank, "cuda", checkpointing=checkpointing)
+                    measured = measure(ARCHITECTURES[name], options.rank, "cuda", step=VARIANTS[variant][1])
                     counts["measured"][variant] = measured
         models[name] = counts
         print(f"{name}: " + ", ".join(f"{key} {gib(value)}" for key, value in counts["computed"].items()), flush=True)

@@ -2,9 +2,7 @@
 """The computed memory against hand counts, against real tensors, and against the published sizes."""
 
 import dataclasses
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,15 +70,9 @@ QUICK = ("SD3Transformer2DModel", "WanTransformer3DModel")
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    """The benchmark's modules, which find each other as a script's do."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+def benchmark(script):
+    """The benchmark's modules."""
+    return SimpleNamespace(**{name: script(name) for name in NAMES})
 
 
 @pytest.fixture
@@ -140,12 +132,13 @@ def test_attention_keeps_no_scores(benchmark):
         assert saved == 4 * (2 * 3 * 5 * 4 + 2 * 2 * 3 * 7 * 4 + 2 * 3 * 5 * 4 + 2 * 3 * 5) + size
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("step", ["plain", "checkpointing", "split", "checkpointing and split"])
 @pytest.mark.parametrize(
     "denoiser", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
 )
-def test_without_data_the_count_is_that_of_real_tensors(denoiser, checkpointing, benchmark):
+def test_without_data_the_count_is_that_of_real_tensors(denoiser, step, benchmark):
     config, latents = SMALL[denoiser]
+    checkpointing, split = benchmark.memory.STEPS[step]
     counts = []
     for device in ("cpu", "meta"):
         with torch.device(device):
@@ -154,22 +147,32 @@ def test_without_data_the_count_is_that_of_real_tensors(denoiser, checkpointing,
         if checkpointing:
             model.get_base_model().enable_gradient_checkpointing()
         architecture = benchmark.architectures.Architecture("", denoiser, 0, (0, 0, 1), latents, 7)
-        loss = benchmark.memory.forward_loss(model, architecture, device, torch.float32)
+        loss = benchmark.memory.forward_loss(model, architecture, device, torch.float32, split=split)
         counts.append(benchmark.memory_counting.count_step(model, loss))
     real, without_data = counts
-    # To the byte, but for the indices that a mask with values selects by.
-    assert without_data["saved"] == pytest.approx(real["saved"], rel=1e-4 if "Hunyuan" in denoiser else 0)
+    # To the byte, but for the indices that a mask with values selects by, and for joint attention on one sample, whose
+    # parts are in one piece in memory: whether they are copied hangs on the layout that the kernel gives.
+    tolerance = 0.08 if split and "SD3" in denoiser else 1e-4 if "Hunyuan" in denoiser else 0
+    assert without_data["saved"] == pytest.approx(real["saved"], rel=tolerance)
     assert real["saved"] > 1e4
-    assert without_data["peak"] == pytest.approx(real["peak"], rel=0.02)
+    assert without_data["peak"] == pytest.approx(real["peak"], rel=0.07 if split else 0.02)
 
 
-@pytest.mark.parametrize("variant", ["LoRA", "+ checkpointing"])
+def test_split_arms_keep_half(tiny, benchmark):
+    """With and without checkpointing: one sample of the two, beside what both passes share."""
+    steps = benchmark.memory.compute(tiny, 4)["steps"]
+    for together, split in (("plain", "split"), ("checkpointing", "checkpointing and split")):
+        assert 0.5 <= steps[split]["saved"] / steps[together]["saved"] < 0.56
+        assert steps[split]["peak"] < steps[together]["peak"]
+
+
+@pytest.mark.parametrize("variant", ["LoRA", "split arms", "checkpointing"])
 def test_the_computed_step_is_the_measured_one(variant, tiny, benchmark):
     """Two real steps on a CPU, every byte that operations made, optimizer included."""
     counts = benchmark.memory.compute(tiny, 4, torch.float32, autocast=False)
-    checkpointing = benchmark.memory.VARIANTS[variant][1]
-    measured = benchmark.memory.measure(tiny, 4, "cpu", torch.float32, checkpointing=checkpointing)
-    assert benchmark.memory.total(counts, variant) == pytest.approx(measured, rel=0.02)
+    step = benchmark.memory.VARIANTS[variant][1]
+    measured = benchmark.memory.measure(tiny, 4, "cpu", torch.float32, step=step)
+    assert benchmark.memory.total(counts, variant) == pytest.approx(measured, rel=0.03)
 
 
 def test_quantized_weights_by_hand(tiny, benchmark):
@@ -205,9 +208,11 @@ def test_tables_and_json(tiny, benchmark, monkeypatch, tmp_path, capsys):
     [
         (1, 1, "LoRA"),
         (21.9, 0.1, "LoRA"),
-        (21.9, 1, "+ checkpointing (LoRA)"),
-        (30, 11, "+ checkpointing"),
-        (30, 15, "no (+ checkpointing)"),
+        (21.9, 1, "split arms (LoRA)"),
+        (42, 2, "checkpointing (split arms)"),
+        (50, 3, "checkpointing"),
+        (66, 3, "+ split arms (checkpointing)"),
+        (75, 15, "no (+ split arms)"),
         (300, 1, "no"),
     ],
 )
@@ -218,7 +223,10 @@ def test_what_fits(peak, frozen, fit, benchmark):
         "weights": {"bf16": 0, "nf4": 0},
         "lora": 0,
         "optimizer": {"adamw": 0, "adamw_8bit": 0},
-        "steps": {"plain": {"peak": peak * gib}, "checkpointing": {"peak": peak / 3 * gib}},
+        "steps": {
+            name: {"peak": share * peak * gib}
+            for name, share in zip(benchmark.memory.STEPS, (1, 1 / 2, 1 / 3, 1 / 6), strict=True)
+        },
         "frozen": {"vae": frozen * gib},
     }
     assert benchmark.memory.best_fit(counts, 24) == fit
@@ -233,13 +241,11 @@ def test_the_documented_tables_are_those_of_the_report(benchmark):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_computed_and_measured_on_a_gpu(checkpointing, benchmark):
+@pytest.mark.parametrize("variant", ["LoRA", "split arms", "checkpointing"])
+def test_computed_and_measured_on_a_gpu(variant, benchmark):
     architecture = benchmark.architectures.ARCHITECTURES["Stable Diffusion 1.5"]
-    computed = benchmark.memory.total(
-        benchmark.memory.compute(architecture, 16), "+ checkpointing" if checkpointing else "LoRA"
-    )
-    measured = benchmark.memory.measure(architecture, 16, "cuda", checkpointing=checkpointing)
+    computed = benchmark.memory.total(benchmark.memory.compute(architecture, 16), variant)
+    measured = benchmark.memory.measure(architecture, 16, "cuda", step=benchmark.memory.VARIANTS[variant][1])
     assert computed == pytest.approx(measured, rel=0.25)
 
 
