@@ -42,6 +42,7 @@ def test_types_hold_what_comes_late(tmp_path, monkeypatch):
         ('[{"prompt": "a"}, {"prompt" "b"}, {}]', "a.json, record 1: the list is broken"),
         ('[{"prompt": "a"}, 7]', "a.json, record 1: expected a record {...}, found int 7"),
         ("[]", "a.json is empty: it holds no records"),
+        (json.dumps(RECORDS) + "\n" + json.dumps(RECORDS), "a.json: something follows the list of 3 records"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -49,6 +50,17 @@ def test_what_is_wrong_with_a_list_is_said(text, message, streaming, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DatasetError, match=message):
         list(load_preference_dataset(tmp_path, streaming=streaming))
+
+
+def test_what_the_first_record_lacks_is_read_from_a_stream_too(tmp_path, monkeypatch):
+    rows = [{"prompt": "p", "chosen": "a.png", "rejected": "b.png"}]
+    rows += [{"prompt": "p", "chosen": "a.png", "rejected": "b.png", "label": 0.0}] * 2
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    streamed, whole = (list(load_preference_dataset(tmp_path, streaming=streaming)) for streaming in (True, False))
+    assert streamed == whole and [row["label"] for row in whole] == [None, 0.0, 0.0]
+    monkeypatch.setattr(json_list, "_RECORDS_AT_A_TIME", 1)
+    with pytest.raises(DatasetError, match=r"a.json, record 1: it has \['label'\], which none of the first 1 has"):
+        list(load_preference_dataset(tmp_path, streaming=True))
 
 
 def test_a_record_a_line_is_no_list(tmp_path):

@@ -38,11 +38,12 @@ def read_json_lists(paths: Sequence[str | Path]) -> Dataset:
 
 
 def stream_json_lists(paths: Sequence[str | Path]) -> IterableDataset:
-    """The same as a stream, whose types are not known before it is read."""
-    first = next(itertools.chain.from_iterable(map(json_records, paths)), None)
-    if first is None:
+    """The same as a stream, whose types are not known before it is read; the first records say its columns."""
+    records = itertools.chain.from_iterable(map(json_records, paths))
+    columns = dict.fromkeys(name for record in itertools.islice(records, _RECORDS_AT_A_TIME) for name in record)
+    if not columns:
         raise DatasetError(f"{paths[0]} is empty: it holds no records")
-    return IterableDataset.from_generator(_rows, gen_kwargs={"files": _files(paths), "columns": tuple(first)})
+    return IterableDataset.from_generator(_rows, gen_kwargs={"files": _files(paths), "columns": tuple(columns)})
 
 
 def json_records(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -58,6 +59,8 @@ def json_records(path: str | Path) -> Iterator[dict[str, Any]]:
         while True:
             position = _BETWEEN.match(text, position).end()
             if text.startswith("]", position):
+                if (text[position + 1 :] + file.read(_CHARACTERS)).strip():
+                    raise DatasetError(f"{path}: something follows the list of {number} records; make it one list")
                 return
             try:
                 record, position = decode(text, position)
@@ -95,7 +98,17 @@ def _features(paths: Sequence[str | Path]) -> Features:
 
 
 def _rows(files: list[_File], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Records with all of the columns, null where one lacks it."""
+    """Records with all of the columns, null where one lacks it.
+
+    Raises:
+        DatasetError: a record of a stream has a column that the first records lack: a label would go unread.
+    """
     for path, _, _ in files:
-        for record in json_records(path):
+        for number, record in enumerate(json_records(path)):
+            unknown = sorted(record.keys() - set(columns))
+            if unknown:
+                raise DatasetError(
+                    f"{path}, record {number}: it has {unknown}, which none of the first {_RECORDS_AT_A_TIME} has. "
+                    "Read the data without streaming, or give the first record these columns (null will do)."
+                )
             yield {column: record.get(column) for column in columns}
