@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, List, ReadInstruction, Value
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Value
 
 from trl_sipo.data.cache.dataset import CachedPairs, find_cache
-from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
-from trl_sipo.data.preference_dataset import first_row
-from trl_sipo.data.readers import READERS, read_source
+from trl_sipo.data.media_paths import media_folders, with_absolute_paths
+from trl_sipo.data.readers import read_source
 from trl_sipo.data.readers.json_list import is_json_list, read_json_lists, stream_json_lists
 from trl_sipo.data.readers.tar_shards import read_tar_shards, stream_tar_shards
 from trl_sipo.data.readers.video_dpo import is_video_dpo_folder, read_video_dpo_folder
 from trl_sipo.data.row_selection import confident_pairs, listed_rows, without_rows
-from trl_sipo.data.stored import is_address, looks_like_text
 from trl_sipo.errors import DatasetError
 
 # Suffix of a file: its readers, map-style and streaming. `load_dataset("json", ...)` would do the same and report each
@@ -92,8 +90,9 @@ def load_preference_dataset(
         split: which split; slices ("train[:500]", "train[10%:20%]") work for all kinds, except when streaming.
         streaming: give a `datasets.IterableDataset`.
         format: what the columns are, a key of `READERS` or `FORMATS`; None: recognised.
-        media_folder: what relative paths of images and videos are relative to. Without it, those in a local table are
-            relative to its folder, or to the folder beside it that has its name (`train.json`, `train/`).
+        media_folder: where relative paths of images and videos begin, and what all of their paths must lie in. Without
+            it, those of a local table begin in its folder, or in the folder beside it that has its name (`train.json`,
+            `train/`); those of a dataset on the hub in the working directory.
         min_confidence: leave pairs out whose label is closer to a tie: at least this share of votes must be for one
             side. None: none.
         skip_rows: a JSON Lines file of `{"row": number, "key": ..., ...}`, such as `trl-sipo data check` writes: these
@@ -141,7 +140,7 @@ def _load(
         if _looks_like_path(text):
             raise DatasetError(f"there is no file or folder {text!r} (working directory: {os.getcwd()})")
         dataset = _load_from_hub(text, name, split, streaming)
-        return dataset if media_folder is None else _with_absolute_paths(dataset, [Path(media_folder).resolve()])
+        return with_absolute_paths(dataset, media_folders(Path.cwd(), media_folder=media_folder))
     if name is not None:
         path = path / name
         if not path.is_dir():
@@ -187,15 +186,20 @@ def _local_splits(
             raise DatasetError(f"cannot read {str(path)!r}: expected one of {', '.join(_READERS)}")
         return {_base_names(split)[0]: lambda: _load_files([path], streaming, media_folder)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved_splits(path, split, streaming)
+        return _saved_splits(path, split, streaming, media_folder)
+    roots = [path.resolve(), *([] if media_folder is None else media_folders(path, media_folder=media_folder))]
+
+    def read(columns_of: Callable[[Path], dict[str, list[Any]]], folder: Path) -> Dataset | IterableDataset:
+        return with_absolute_paths(dataset_from_columns(columns_of(folder)), roots)
+
     if is_video_dpo_folder(path):
-        return _single(lambda: dataset_from_columns(read_video_dpo_folder(path)), split, streaming)
+        return _single(lambda: read(read_video_dpo_folder, path), split, streaming)
     folders = find_image_folders(path)
     if folders:
         if set(folders) == {""}:
-            return _single(lambda: dataset_from_columns(read_image_folder(path)), split, streaming)
+            return _single(lambda: read(read_image_folder, path), split, streaming)
         return {
-            name: _maybe_streamed(lambda folder=folder: dataset_from_columns(read_image_folder(folder)), streaming)
+            name: _maybe_streamed(lambda folder=folder: read(read_image_folder, folder), streaming)
             for name, folder in folders.items()
         }
     files = _data_files(path)
@@ -207,14 +211,23 @@ def _local_splits(
     return {name: lambda group=group: _load_files(group, streaming, media_folder) for name, group in files.items()}
 
 
-def _saved_splits(path: Path, split: str, streaming: bool) -> dict[str, _Loader]:
+def _saved_splits(
+    path: Path, split: str, streaming: bool, media_folder: str | os.PathLike[str] | None
+) -> dict[str, _Loader]:
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise DatasetError(f"the saved dataset {str(path)!r} cannot be read: {error}") from error
+    # Relative paths were seen from the folder in which the program ran that saved them: this one, as it may be.
+    folders = media_folders(path.resolve(), media_folder=media_folder)
+    folders += [Path.cwd()] * (media_folder is None)
+
+    def read(part: Dataset) -> Dataset | IterableDataset:
+        return with_absolute_paths(part, folders)
+
     if isinstance(saved, DatasetDict):
-        return {str(name): _maybe_streamed(lambda part=part: part, streaming) for name, part in saved.items()}
-    return _single(lambda: saved, split, streaming)
+        return {str(name): _maybe_streamed(lambda part=part: read(part), streaming) for name, part in saved.items()}
+    return _single(lambda: read(saved), split, streaming)
 
 
 def _data_files(folder: Path) -> dict[str, list[Path]]:
@@ -256,7 +269,7 @@ def _load_files(
         patterns = [glob.escape(path) for path in paths] if suffix in _TAKE_PATTERNS and not is_list else paths
         try:
             part = read(patterns, **_OPTIONS.get(suffix, {}))
-            parts.append(_with_absolute_paths(part, _media_folders(folder, group, media_folder)))
+            parts.append(with_absolute_paths(part, media_folders(folder, group, media_folder)))
         except DatasetError:
             raise
         except Exception as error:  # the readers raise their own errors, those of pyarrow and those of pandas
@@ -271,62 +284,12 @@ def _load_files(
         raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
 
 
-def _media_folders(folder: Path, tables: Sequence[Path], media_folder: str | os.PathLike[str] | None) -> list[Path]:
-    """Where relative paths may begin: a path is taken in the first folder that has such a file."""
-    if media_folder is not None:
-        return [Path(media_folder).expanduser().resolve()]
-    beside = dict.fromkeys(folder / table.stem for table in tables)
-    return [folder, *(candidate for candidate in beside if candidate.is_dir())]
-
-
-def _with_absolute_paths(dataset: Dataset | IterableDataset, folders: list[Path]) -> Dataset | IterableDataset:
-    arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
-    arms |= {column for reader in READERS.values() for column in reader.paths}
-    if dataset.features is None:  # a stream whose types are not known before it is read
-        columns = [column for column, value in first_row(dataset).items() if column in arms and _is_path(value)]
-    else:
-        columns = [column for column in dataset.features if column in arms and _holds_paths(dataset.features[column])]
-    if not columns:
-        return dataset
-
-    def absolute(*values: list[Any]) -> dict[str, list[Any]]:
-        return {
-            column: [_absolute(path, folders) for path in paths] for column, paths in zip(columns, values, strict=True)
-        }
-
-    return dataset.map(absolute, batched=True, input_columns=columns, features=dataset.features)
-
-
-def _absolute(path: Any, folders: list[Path]) -> Any:
-    """A path, or a list of those of frames, relative to one of the folders; an absolute path stays itself."""
-    if isinstance(path, list):
-        return [_absolute(frame, folders) for frame in path]
-    if (
-        path is None
-        or is_address(path)
-        or (looks_like_text(path) and not any(os.path.exists(folder / path) for folder in folders))
-    ):
-        return path
-    if len(folders) == 1:  # a look at the disk per path takes minutes where there are millions
-        return str(folders[0] / path)
-    return str(next((folder / path for folder in folders if os.path.exists(folder / path)), folders[0] / path))
-
-
 def _plain_strings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The readers of CSV and JSON use different types of string, which do not concatenate."""
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, Value) and feature.dtype == "large_string":
             dataset = dataset.cast_column(column, Value("string"))
     return dataset
-
-
-def _holds_paths(feature: Any) -> bool:
-    feature = feature.feature if isinstance(feature, List) else feature
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value[0] if isinstance(value, list) and value else value, str)
 
 
 def _take_split(splits: Mapping[str, _Loader], split: str, source: str) -> Dataset | IterableDataset:
