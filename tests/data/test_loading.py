@@ -288,7 +288,7 @@ def test_metadata_may_name_files_hold_line_separators_and_quotes(tmp_path):
         (lambda root: (root / "metadata.jsonl").unlink(), "expected one of metadata.csv and metadata.jsonl"),
         (lambda root: (root / "metadata.csv").write_text("id,prompt"), "found .'metadata.csv', 'metadata.jsonl'"),
         (lambda root: (root / "metadata.jsonl").write_text(""), "metadata has no rows"),
-        (lambda root: (root / "metadata.jsonl").write_text("{"), "metadata.jsonl cannot be read"),
+        (lambda root: (root / "metadata.jsonl").write_text("{"), "metadata.jsonl, line 1 cannot be read"),
         (lambda root: (root / "metadata.jsonl").write_text('{"id": "0"}'), "row 0: no 'prompt'"),
         (lambda root: (root / "metadata.jsonl").write_text('{"prompt": "a"}'), "row 0: neither 'id' nor 'file_name'"),
         (lambda root: (root / "metadata.jsonl").write_text('{"id": "0", "prompt": "a"}\n' * 2), "more than once"),

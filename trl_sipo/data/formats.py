@@ -18,6 +18,8 @@ from datasets import Dataset, Image, IterableDataset, Video
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 TIE = 0.5
+_LONGEST_PROMPT = 100_000  # characters
+_QUOTED = 80
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def read_prompt(value: Any, *, where: str = "the prompt") -> str:
     `{"type": "text", "text": ...}`. Turns of other roles (system, assistant) are not part of the prompt.
 
     Raises:
-        DatasetError: anything else, an image within the prompt, or no text at all.
+        DatasetError: anything else, an image within the prompt, no text at all, more text than a model can have read,
+            or text that is no valid Unicode.
     """
     if isinstance(value, str):
         text = value
@@ -280,9 +283,25 @@ def read_prompt(value: Any, *, where: str = "the prompt") -> str:
         text = "\n".join(_content_text(content, where) for content in turns)
     else:
         raise DatasetError(f"{where}: expected a string or a conversation, found {type(value).__name__} {value!r:.80}")
+    _check_text(text, where)
+    return text
+
+
+def _check_text(text: str, where: str) -> None:
     if not text.strip():
         raise DatasetError(f"{where}: the prompt is empty")
-    return text
+    if len(text) > _LONGEST_PROMPT:
+        raise DatasetError(
+            f"{where}: the prompt has {len(text)} characters, and text encoders read some thousand at most: is it the "
+            f"right column? It begins with {text[:_QUOTED]!r}."
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"{where}: the prompt has half of a character at position {error.start} (the surrogate "
+            f"{text[error.start]!r}), as where text was cut or decoded wrongly: {text[:_QUOTED]!r}"
+        ) from error
 
 
 def _content_text(content: Any, where: str) -> str:

@@ -159,13 +159,14 @@ def frames_of_webp(file: str | bytes, name: str) -> FrameSequence:
         DatasetError: the file is broken, or has one frame only and so is an image.
     """
     try:
-        image = PIL.Image.open(io.BytesIO(file if isinstance(file, bytes) else Path(file).read_bytes()))
+        content = file if isinstance(file, bytes) else Path(file).read_bytes()
+        image = PIL.Image.open(io.BytesIO(content), formats=("WEBP",))
         ends = [Fraction(0)]
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             image.load()
             ends.append(ends[-1] + Fraction(int(image.info.get("duration", 0)), 1000))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
         raise DatasetError(f"{name} does not open ({type(error).__name__}: {error})") from error
     if len(ends) == 2:
         raise DatasetError(f"{name} is an image, {IMAGE_INSTEAD}")

@@ -3,11 +3,11 @@
 
 import csv
 import io
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from trl_sipo.data.json_text import parse_json
 from trl_sipo.data.stored import ANIMATION_SUFFIXES, FRAME_SUFFIXES, VIDEO_SUFFIXES
 from trl_sipo.errors import DatasetError
 
@@ -80,8 +80,8 @@ def _read_metadata(folder: Path) -> list[dict[str, Any]]:
     file = files[0]
     try:
         text = file.read_text(encoding="utf-8-sig")
-        rows = _csv_rows(text) if file.suffix == ".csv" else _json_rows(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        rows = _csv_rows(text) if file.suffix == ".csv" else _json_rows(text, file)
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{file} cannot be read: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or row.get("prompt") is None:
@@ -93,8 +93,9 @@ def _read_metadata(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _json_rows(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+def _json_rows(text: str, file: Path) -> list[Any]:
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, f"{file}, line {number}") for number, line in lines if line.strip()]
 
 
 def _csv_rows(text: str) -> list[dict[str, Any]]:

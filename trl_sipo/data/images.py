@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One way to open an image, whatever it is stored as: 8-bit RGB, upright, opaque, or an error that names the row."""
 
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,11 +110,18 @@ def _opened(source: Any, where: str) -> Iterator[PIL.Image.Image]:
 
 def _identified(source: io.BytesIO | Path, where: str) -> PIL.Image.Image:
     try:
-        return PIL.Image.open(source)
+        return PIL.Image.open(source, formats=_formats())
     except PIL.UnidentifiedImageError as error:
         if is_video(source.getvalue() if isinstance(source, io.BytesIO) else source):
             raise DatasetError(f"{where} is a video, {VIDEO_INSTEAD}") from error
         raise
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """All that Pillow reads but EPS, which it gives to another program (Ghostscript) to run."""
+    PIL.Image.init()
+    return tuple(name for name in PIL.Image.ID if name != "EPS")
 
 
 def _source(value: Any, where: str) -> PIL.Image.Image | io.BytesIO | Path:

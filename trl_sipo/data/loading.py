@@ -13,7 +13,9 @@ from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Val
 
 from trl_sipo.data.cache.dataset import CachedPairs, find_cache
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
+from trl_sipo.data.json_text import check_json_lines
 from trl_sipo.data.media_paths import media_folders, with_absolute_paths
+from trl_sipo.data.preference_dataset import stream_columns
 from trl_sipo.data.readers import read_source
 from trl_sipo.data.readers.json_list import is_json_list, read_json_lists, stream_json_lists
 from trl_sipo.data.readers.tar_shards import read_tar_shards, stream_tar_shards
@@ -268,10 +270,16 @@ def _load_files(
         paths = [str(file) for file in group]
         patterns = [glob.escape(path) for path in paths] if suffix in _TAKE_PATTERNS and not is_list else paths
         try:
+            if suffix in (".json", ".jsonl") and not is_list:
+                for file in group:
+                    check_json_lines(file)
             part = read(patterns, **_OPTIONS.get(suffix, {}))
+            _check_cells(part, paths)
             parts.append(with_absolute_paths(part, media_folders(folder, group, media_folder)))
-        except DatasetError:
-            raise
+        except DatasetError as error:
+            if any(path in str(error) for path in paths):
+                raise
+            raise DatasetError(f"{', '.join(paths[:3])}: {error}") from error
         except Exception as error:  # the readers raise their own errors, those of pyarrow and those of pandas
             cause = error.__cause__ or error
             if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
@@ -282,6 +290,22 @@ def _load_files(
     except ValueError as error:
         names = [str(folder) for folder, *_ in groups]
         raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
+
+
+def _check_cells(part: Dataset | IterableDataset, paths: Sequence[str]) -> None:
+    """Raise an error on what the readers take without a word.
+
+    Texts that are no UTF-8; and lines of a CSV with more cells than the header, of which pandas takes the first for
+    names of rows, so that all others slip into another column.
+    """
+    if isinstance(part, Dataset):
+        for column, feature in part.features.items():
+            if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+                part.data.column(column).validate(full=True)
+    if paths[0].lower().endswith(".csv"):
+        columns = stream_columns(part) if isinstance(part, IterableDataset) else part.column_names
+        if any(column.startswith("__index_level_") for column in columns):
+            raise DatasetError(f"cannot read {', '.join(paths[:3])}: the lines have more cells than the header")
 
 
 def _plain_strings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

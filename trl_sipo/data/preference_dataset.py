@@ -8,13 +8,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
 from trl_sipo.data.formats import PreferenceFormat, detect_format, select_pairs, undecoded
 from trl_sipo.data.images import open_image
 from trl_sipo.data.seeding import seeded_generator
-from trl_sipo.data.stored import stored_value
+from trl_sipo.data.stored import file_states, stored_value
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.video import ClipSampler, open_clips
 from trl_sipo.errors import ConfigurationError, DatasetError
@@ -80,7 +81,12 @@ class PreferenceDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """Of the rows, which of them are pairs, and how their media are read: equal for equal pairs in equal order."""
         parts = (self._rows._fingerprint, self._row_numbers.tobytes(), self.fmt, self.transform, self.clip)
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
+        # Rows that hold paths stay what they are when the files behind them are made anew.
+        for column in (self.fmt.first, self.fmt.second):
+            for chunk in self._rows.data.column(column).chunks:
+                digest.update(repr(list(file_states(chunk))).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._row_numbers)
@@ -180,7 +186,7 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         slot.zero_()
         if worker == 0:
             self._dropped[num_workers:].zero_()  # left over from a pass with more workers
-        for position, row in enumerate(self._rows):
+        for position, row in enumerate(stream_rows(self._rows)):
             where = f"row {position} read by worker {worker}" if info else f"row {position}"
             if self.fmt.is_unlabelled(row):
                 slot[1] += 1
@@ -214,9 +220,24 @@ def stream_columns(dataset: datasets.IterableDataset) -> list[str]:
 
 def first_row(dataset: datasets.IterableDataset) -> dict[str, Any]:
     """The first row of a stream. Raises DatasetError when it is empty."""
-    for row in dataset:
+    for row in stream_rows(dataset):
         return row
     raise DatasetError("the dataset is empty: the stream has no rows")
+
+
+def stream_rows(dataset: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a stream. Raises DatasetError where it cannot be read on, whatever its reader raises."""
+    number = 0
+    try:
+        for row in dataset:
+            yield row
+            number += 1
+    except (ConfigurationError, DatasetError):
+        raise
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise DatasetError(
+            f"the stream cannot be read beyond {number} rows: {type(error).__name__}: {error}"
+        ) from error
 
 
 def open_arms(pair: Mapping[str, Any], *, where: str) -> tuple[Image.Image, Image.Image]:

@@ -4,11 +4,12 @@
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import pyarrow as pa
 
 from trl_sipo.errors import DatasetError, MediaAccessError
 
@@ -40,6 +41,25 @@ def stored_value(value: Any) -> Any:
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         return value.get("bytes") if value.get("bytes") is not None else value.get("path")
     return value
+
+
+def file_states(column: pa.Array) -> Iterator[tuple[int, int] | None]:
+    """Size and time of change of the files of a column of media, as `datasets` stores it; None: there is no such file.
+
+    Media that are stored as bytes or as numbers have none.
+    """
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        yield from file_states(column.flatten())
+    elif pa.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+        yield from file_states(column.field("path").filter(column.field("bytes").is_null()))
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        for path in column.drop_null().to_pylist():
+            try:
+                status = os.stat(path)
+            except (OSError, ValueError):  # whoever opens it says so
+                yield None
+            else:
+                yield status.st_size, status.st_mtime_ns
 
 
 def path_name(path: str | os.PathLike[str]) -> str:
@@ -108,6 +128,8 @@ def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path
     if status is not None:
         if stat.S_ISREG(status.st_mode) and status.st_size == 0:
             raise DatasetError(f"{where}: the file {quoted_path(text)} is empty (0 bytes)")
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # to open a pipe is to wait for it
+            raise DatasetError(f"{where}: {quoted_path(text)} is a pipe or a device, and no file")
         return Path(text)
     if isinstance(text, str) and is_address(text):
         raise DatasetError(

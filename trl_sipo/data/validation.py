@@ -26,7 +26,7 @@ from trl_sipo.data.formats import (
 )
 from trl_sipo.data.frame_source import FrameSource
 from trl_sipo.data.images import verify_image
-from trl_sipo.data.preference_dataset import of_videos, read_latents, stream_columns
+from trl_sipo.data.preference_dataset import of_videos, read_latents, stream_columns, stream_rows
 from trl_sipo.data.stored import VIDEO_INSTEAD, is_address, looks_like_text
 from trl_sipo.data.video import ClipSampler, checked_length, common_rate, open_video, read_clip
 from trl_sipo.errors import DatasetError
@@ -126,7 +126,9 @@ def _refuse_nothing_left(selection: RowSelection, num_rows: int) -> None:
 def _check_stream(
     dataset: IterableDataset, fmt: PreferenceFormat, num_checked_images: int, clip: ClipSampler | None
 ) -> dict[str, Any]:
-    rows = list(enumerate(itertools.islice(undecoded(dataset, fmt), min(num_checked_images, _NUM_STREAMED))))
+    rows = list(
+        enumerate(itertools.islice(stream_rows(undecoded(dataset, fmt)), min(num_checked_images, _NUM_STREAMED)))
+    )
     if not rows and num_checked_images:
         raise DatasetError("the dataset is empty: the stream has no rows")
     unlabelled = {number for number, row in rows if fmt.is_unlabelled(row)}

@@ -20,7 +20,7 @@ from trl_sipo.data.checking.judgements import Count, Judgements, Repeats, find_r
 from trl_sipo.data.checking.noise import noise_report, share
 from trl_sipo.data.checking.rows import CheckedRow, RowCheck, is_of_videos, text_hash
 from trl_sipo.data.formats import TIE, PreferenceFormat, detect_format, undecoded
-from trl_sipo.data.preference_dataset import first_row, stream_columns
+from trl_sipo.data.preference_dataset import first_row, stream_columns, stream_rows
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import DatasetError
 
@@ -170,7 +170,7 @@ def _checked(
 
 
 def _stream_checked(rows: Iterable[Mapping[str, Any]], check: RowCheck, options: CheckOptions) -> Iterator[CheckedRow]:
-    for number, row in enumerate(itertools.islice(rows, options.limit)):
+    for number, row in enumerate(itertools.islice(stream_rows(rows), options.limit)):
         yield check(number, row, with_thumbnails=number < options.num_shown)
 
 

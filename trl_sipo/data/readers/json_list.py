@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset
 
+from trl_sipo.data.json_text import too_deep, unique_keys
 from trl_sipo.errors import DatasetError
 
 _BETWEEN = re.compile(r"[\s,]*")
@@ -50,9 +51,10 @@ def json_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a file that holds a list of them, of which one megabyte is in memory.
 
     Raises:
-        DatasetError: the list is broken or cut off, or holds something else than records; says where.
+        DatasetError: the list is broken or cut off, or holds something else than records; a record has a key twice, or
+            is nested too deeply. Says where.
     """
-    decode, number = json.JSONDecoder().raw_decode, 0
+    decode, number = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode, 0
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(_CHARACTERS)
         position = text.index("[") + 1
@@ -71,6 +73,10 @@ def json_records(path: str | Path) -> Iterator[dict[str, Any]]:
                     raise DatasetError(f"{path}, record {number}: the list is broken or cut off ({error})") from error
                 text, position = rest + more, 0
                 continue
+            except RecursionError as error:
+                raise DatasetError(f"{path}, record {number}: {too_deep()}") from error
+            except DatasetError as error:
+                raise DatasetError(f"{path}, record {number}: {error}") from error
             yield _checked(record, f"{path}, record {number}")
             number += 1
 

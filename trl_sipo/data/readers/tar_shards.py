@@ -19,6 +19,7 @@ from trl_sipo.errors import DatasetError
 _NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")
 _TEXT_SUFFIXES = (".txt", ".text", ".json", ".cls")
 _BLOCK = 512
+_LARGEST = 2**31 - 1  # bytes: what a cell of a table holds
 _Shard = tuple[str, int, int]  # path, bytes and time of change: a shard that changed is read anew
 
 
@@ -36,15 +37,17 @@ def tar_samples(path: str | Path) -> Iterator[dict[str, Any]]:
     """The rows of one shard: column to text or bytes, and `__key__`, the name that its files share.
 
     Raises:
-        DatasetError: the shard is broken or cut off, a file has no suffix, or a row has a column twice.
+        DatasetError: the shard is broken or cut off, holds links or devices, a file has no suffix, or a row has a
+            column twice.
     """
     _check_end(Path(path))
     sample: dict[str, Any] = {}
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
-                if not member.isfile():
+                if member.isdir():
                     continue
+                _check_member(path, member)
                 key, column = _key_and_column(path, member.name)
                 if sample and sample["__key__"] != key:
                     yield sample
@@ -60,6 +63,15 @@ def tar_samples(path: str | Path) -> Iterator[dict[str, Any]]:
         raise DatasetError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if sample:
         yield sample
+
+
+def _check_member(path: str | Path, member: tarfile.TarInfo) -> None:
+    """Files alone are read, into memory: nothing is unpacked, so that their names, whatever they are, lead nowhere."""
+    if not member.isfile():
+        kind = "a link" if member.islnk() or member.issym() else "a device or pipe"
+        raise DatasetError(f"{path}: {member.name!r} is {kind}; a shard holds files and folders alone")
+    if member.size > _LARGEST:
+        raise DatasetError(f"{path}: {member.name!r} says that it has {member.size} bytes, more than {_LARGEST}")
 
 
 def _check_end(path: Path) -> None:

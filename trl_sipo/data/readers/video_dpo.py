@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """VideoDPO (Liu et al., 2412.14167): a folder of videos, listed in metadata.json, and pairs of them in pair.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from trl_sipo.data.json_text import parse_json
 from trl_sipo.errors import DatasetError
 
 _PAIRS, _VIDEOS = "pair.json", "metadata.json"
@@ -51,9 +51,10 @@ def _entry(videos: list[Any], index: int) -> Any:
 
 def _read_list(file: Path) -> list[Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise DatasetError(f"{file} cannot be read: {error}") from error
+    content = parse_json(text, str(file))
     if not isinstance(content, list):
         raise DatasetError(f"{file} must hold a list, found {type(content).__name__}")
     return content
