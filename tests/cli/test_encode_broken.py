@@ -213,6 +213,20 @@ def test_a_pair_that_was_mended_is_read_when_its_file_is_removed(material, tmp_p
     assert all(mended[name] == content for name, content in anew.items() if not name.endswith(".jsonl"))
 
 
+def test_a_mended_pair_of_a_shape_that_was_not_planned_stays_out(material, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", 6, {5: "missing"}, size=(32, 64))
+    encoded = Encoded(material.model, pairs, tmp_path / "cache", SIZE)
+    encoded.encode(*FLAGS, "--buckets")
+    picture(11).resize((32, 64)).save(pairs / "media" / "5_rejected.png")
+    for file in (tmp_path / "cache" / "latents").glob("*.bad_rows.jsonl"):
+        file.with_name(file.name.replace(".bad_rows.jsonl", ".safetensors")).unlink()
+    with pytest.raises(DatasetError, match="row 5, the chosen arm: it has the shape .*cache was begun.*new folder"):
+        encoded.encode(*SMALL_FILES, "--buckets")
+    cache = CachedPairs(encoded.encode(*FLAGS, "--buckets"))
+    assert len(cache) == 5 and len({tuple(cache[i]["chosen_latents"].shape) for i in range(5)}) == 1
+    assert len(CachedPairs(encoded.encode(*FLAGS, "--buckets", cache=tmp_path / "anew"))) == 6
+
+
 def test_rows_are_numbered_as_in_the_whole_split(material, tmp_path):
     first = tmp_path / "first.jsonl"
     first.write_text('{"row": 0}\n{"row": 3}\n')
@@ -259,8 +273,11 @@ def test_nothing_but_broken_pairs_is_an_error(material, tmp_path):
     encoded = Encoded(material.model, pairs, tmp_path / "cache", SIZE)
     with pytest.raises(DatasetError, match="None of the 3 pairs can be read: row 0, the rejected image: there is no"):
         encoded.encode("--skip_broken")
-    with pytest.raises(DatasetError, match="index does not know"):
+    with pytest.raises(DatasetError, match="is not complete"):
         CachedPairs(tmp_path / "cache")
+    for number in range(3):
+        picture(number).save(pairs / "media" / f"{number}_rejected.png")
+    assert len(CachedPairs(encoded.encode("--skip_broken"))) == 3, "what was missing is looked for again"
 
 
 def fail_to_open(monkeypatch, times, code):

@@ -8,6 +8,7 @@ In the index, the row of such a pair is -1.
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,21 +49,38 @@ class BrokenPair(NamedTuple):
 
 
 class Attempts(torch.utils.data.Dataset):
-    """The pairs of a dataset as tensors, or a [`BrokenPair`], or the error that is not the pair's fault."""
+    """The pairs of a dataset as tensors, or a [`BrokenPair`], or the error that is not the pair's fault.
 
-    def __init__(self, dataset: PreferenceDataset):
-        self.dataset = dataset
+    Args:
+        dataset: the pairs.
+        planned: (pairs, 2, 3) integers, the height, width and number of frames that each arm has a place for.
+    """
+
+    def __init__(self, dataset: PreferenceDataset, planned: np.ndarray):
+        self.dataset, self.planned = dataset, planned
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any] | BrokenPair | Exception:
         number = self.dataset.row_number(index)
-        found = attempt(lambda: self.dataset[index], f"row {number}")
+        found = attempt(lambda: self._read(index), f"row {number}")
         if not is_broken(found):
             return found
         key = row_key(self.dataset.fmt, self.dataset.stored_row(index))
         return BrokenPair(index, number, key, str(found).removeprefix(f"row {number}").lstrip(",: "))
+
+    def _read(self, index: int) -> dict[str, Any]:
+        pair = self.dataset[index]
+        for arm, planned in zip(("chosen", "rejected"), self.planned[index].tolist(), strict=True):
+            shape = tuple(pair[f"{arm}_pixels"].shape)
+            if math.prod(shape[1:-2]) != planned[2] or list(shape[-2:]) != planned[:2]:
+                raise DatasetError(
+                    f"row {self.dataset.row_number(index)}, the {arm} arm: it has the shape {shape}, but its place is "
+                    f"of {planned} (height, width, frames): when the cache was begun it could not be read, or was "
+                    "another one. A cache in a new folder would have a place for it"
+                )
+        return pair
 
 
 class Attempted(NamedTuple):
@@ -190,10 +208,11 @@ def settle_broken(folder: Path, index: Index, tolerance: Tolerance) -> list[Brok
         What was left out.
 
     Raises:
-        DatasetError: too much, or all of it.
+        DatasetError: too much, or all of it, which the next run then reads again.
     """
     broken = read_broken(folder)
     if len(broken) == len(index):
+        forget_doubtful(folder, range(index.num_shards))  # they hold nothing, and the next run reads all of it again
         raise DatasetError(f"None of the {len(index)} pairs can be read: row {broken[0].row}, {broken[0].reason}")
     tolerance.refuse_too_many(len(broken), len(index))
     manifest = read_manifest(folder)

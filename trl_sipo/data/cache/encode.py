@@ -243,7 +243,7 @@ def encode_media(
         return
     sizes = np.bincount(index.shard, minlength=index.num_shards)
     loader = DataLoader(
-        Attempts(dataset),
+        Attempts(dataset, np.array(manifest.shapes)[np.stack(divmod(index.bucket, len(manifest.shapes)), axis=1)]),
         batch_sampler=_Batches(index, missing, adapter.vae_slice_size),
         collate_fn=Attempted.of,
         num_workers=num_workers,
