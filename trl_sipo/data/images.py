@@ -75,6 +75,16 @@ def verify_image(value: Any, *, where: str = "the image") -> PIL.Image.Image:
     return open_image(value, where=where)
 
 
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Raise a DatasetError for the frame of a video that Pillow would take for a decompression bomb."""
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > 2 * limit:
+        raise DatasetError(
+            f"{name} is too large to be opened safely ({width} x {height} pixels). Resize it, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust its source."
+        )
+
+
 @contextmanager
 def _named(where: str) -> Iterator[None]:
     """Turn whatever a decoder raises into a DatasetError that names the image."""

@@ -16,12 +16,21 @@ import PIL.Image
 from PIL.Image import Transpose
 
 from trl_sipo.data.frame_source import TimedFrame, Timeline
-from trl_sipo.data.images import open_image
+from trl_sipo.data.images import check_pixels, open_image
 from trl_sipo.data.stored import IMAGE_INSTEAD, check_readable
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 # FFmpeg's own decoders of these drop the alpha channel, which the files' metadata announces.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+# All of them hold their pictures themselves: playlists (HLS, DASH, concat) would have FFmpeg open other files, or
+# addresses. Of those for images, the error says what they are.
+_FORMATS = (
+    "mov", "matroska", "webm", "avi", "gif", "apng", "asf", "flv", "mpegts", "mpeg", "mpegvideo", "ogg", "ivf", "mxf",
+    "m4v", "h264", "hevc", "obu", "dv", "nut", "yuv4mpegpipe",
+    "image2", "png_pipe", "jpeg_pipe", "webp_pipe", "gif_pipe", "bmp_pipe", "tiff_pipe",
+)  # fmt: skip
+_OPTIONS = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"}
 
 _WITHOUT_TIMES = "does not say when its frames are shown; convert it to MP4"
 
@@ -132,6 +141,7 @@ class VideoFile:
                     raise DatasetError(f"{self.name} is broken: the frame at {frame.time:.3f} s is damaged")
                 if since is not None and frame.pts < since:
                     continue
+                check_pixels(frame.width, frame.height, self.name)
                 origin = frame.pts if origin is None else origin
                 start = (frame.pts - origin) * tick
                 yield TimedFrame(start, start + length, functools.partial(_to_image, frame, reformatter))
@@ -141,10 +151,13 @@ class VideoFile:
         """The container and its video stream; what FFmpeg finds wrong becomes a DatasetError."""
         av = _import_av()
         try:
-            with av.open(io.BytesIO(self._file) if isinstance(self._file, bytes) else str(self._file)) as container:
+            # An absolute path, since "concat:..." would be an address to FFmpeg.
+            file = io.BytesIO(self._file) if isinstance(self._file, bytes) else str(self._file.absolute())
+            with av.open(file, options=dict(_OPTIONS)) as container:
                 stream = container.streams.best("video")
                 if stream is None:
                     raise DatasetError(f"{self.name} has no video, only {[s.type for s in container.streams]}")
+                check_pixels(stream.width, stream.height, self.name)
                 stream.codec_context.thread_count = 1  # the workers of the data loader are what runs in parallel
                 yield container, stream
         except av.error.FFmpegError as error:
