@@ -53,11 +53,12 @@ def test_what_is_wrong_with_a_list_is_said(text, message, streaming, tmp_path):
 
 
 def test_what_the_first_record_lacks_is_read_from_a_stream_too(tmp_path, monkeypatch):
-    rows = [{"prompt": "p", "chosen": "a.png", "rejected": "b.png"}]
+    rows = [{"prompt": "p", "chosen": None, "rejected": "b.png"}]
     rows += [{"prompt": "p", "chosen": "a.png", "rejected": "b.png", "label": 0.0}] * 2
     (tmp_path / "a.json").write_text(json.dumps(rows))
     streamed, whole = (list(load_preference_dataset(tmp_path, streaming=streaming)) for streaming in (True, False))
     assert streamed == whole and [row["label"] for row in whole] == [None, 0.0, 0.0]
+    assert [row["chosen"] for row in whole] == [None, str(tmp_path / "a.png"), str(tmp_path / "a.png")]
     monkeypatch.setattr(json_list, "_RECORDS_AT_A_TIME", 1)
     with pytest.raises(DatasetError, match=r"a.json, record 1: it has \['label'\], which none of the first 1 has"):
         list(load_preference_dataset(tmp_path, streaming=True))

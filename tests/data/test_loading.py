@@ -127,6 +127,17 @@ def test_tables_of_one_split_in_several_folders(tmp_path, streaming):
     assert check_preference_dataset(dataset)["num_checked"] == 5
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_some_tables_only_are_not_lost(tmp_path, streaming):
+    """Filled up with nulls, the rows of the first table would be dropped; in a stream the labels would go unread."""
+    write_table(tmp_path / "a" / "pairs.jsonl", 2)
+    rows = [{"prompt": "p", "chosen": "a.png", "rejected": "b.png", "label": 0}]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(DatasetError, match=r"/a', .*/b'\] do not have the same columns: only some have \['label'\]"):
+        load_preference_dataset(tmp_path, streaming=streaming)
+
+
 def test_absolute_paths_stay(tmp_path):
     write_table(tmp_path / "images" / "pairs.jsonl", 1)
     row = json.loads((tmp_path / "images" / "pairs.jsonl").read_text())

@@ -285,11 +285,20 @@ def _load_files(
             if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
                 raise DatasetError(f"the dataset is empty: {', '.join(paths[:3])} holds no rows") from error
             raise DatasetError(f"cannot read {', '.join(paths[:3])}: {type(cause).__name__}: {cause}") from error
+    return parts[0] if len(parts) == 1 else _concatenated(parts, [str(folder) for folder, *_ in groups])
+
+
+def _concatenated(parts: list[Any], folders: list[str]) -> Dataset | IterableDataset:
+    """The rows of all parts. Columns that some lack are not filled up: rows without their label would be dropped."""
+    columns = [set(stream_columns(part) if isinstance(part, IterableDataset) else part.column_names) for part in parts]
+    message = f"the tables in {folders} do not have the same columns"
+    lacking = sorted(set.union(*columns) - set.intersection(*columns))
+    if lacking:
+        raise DatasetError(f"{message}: only some have {lacking}. Give one of the folders, or make the columns equal.")
     try:
-        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets([_plain_strings(part) for part in parts])
+        return datasets.concatenate_datasets([_plain_strings(part) for part in parts])
     except ValueError as error:
-        names = [str(folder) for folder, *_ in groups]
-        raise DatasetError(f"the tables in {names} do not have the same columns: {error}") from error
+        raise DatasetError(f"{message}: {error}") from error
 
 
 def _check_cells(part: Dataset | IterableDataset, paths: Sequence[str]) -> None:

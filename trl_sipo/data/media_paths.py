@@ -139,9 +139,9 @@ def _flat(columns: Iterable[Iterable[Any]]) -> Iterator[str]:
 
 
 def _path_columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Columns of arms that hold strings, or lists of them."""
+    """Columns of arms that hold strings, or lists of them; or may hold them, where types are not known."""
     if dataset.features is None:  # a stream whose types are not known before it is read
-        return [column for column, value in first_row(dataset).items() if column in _arms() and _is_path(value)]
+        return [column for column in first_row(dataset) if column in _arms()]  # the first cell may be null
     return [column for column in dataset.features if column in _arms() and _holds_paths(dataset.features[column])]
 
 
@@ -151,10 +151,10 @@ def _arms() -> set[str]:
 
 
 def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) -> Any:
-    """A path, or a list of those of frames, relative to one of the folders; an absolute path stays itself."""
+    """A path, or a list of those of frames, relative to one of the folders; what is absolute, or no path, stays."""
     if isinstance(path, list):
         return [_absolute(frame, folders, roots, where) for frame in path]
-    if path is None or is_address(path) or "\0" in path:
+    if not isinstance(path, str) or is_address(path) or "\0" in path:
         return path
     if looks_like_text(path) and not any(os.path.exists(folder / path) for folder in folders):
         # Refused when it is opened, as a text; unless it is a file after all, seen from the working directory.
@@ -183,7 +183,3 @@ def _check_structs(dataset: Dataset, roots: Sequence[str]) -> None:
 def _holds_paths(feature: Any) -> bool:
     feature = feature.feature if isinstance(feature, List) else feature
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value[0] if isinstance(value, list) and value else value, str)
