@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from torch.utils.data import DataLoader
 
 from tests.data.clips import MPEG4, damaged, write_frames, write_video
@@ -274,6 +274,33 @@ def test_workers_on_a_stream_leave_out_the_listed_rows_alone(tmp_path, name):
     prompts = [row["prompt"] for row in DataLoader(stream, batch_size=None, num_workers=2)]
     assert sorted(prompts) == sorted(dataset.select(left)["prompt"][:])
     assert without_rows(dataset, listed)["prompt"][:] == dataset.select(left)["prompt"][:]
+
+
+def test_keys_find_what_a_stream_makes_in_the_process():
+    def rows():
+        for number in range(4):
+            yield {"prompt": f"p{number}", "chosen": picture(number), "rejected": picture(2)}
+
+    stream = IterableDataset.from_generator(rows)
+    listed = {row.row: row.key for row in check_data(stream, QUIET).listed["identical_arms"]}
+    assert list(listed) == [2] and [row["prompt"] for row in without_rows(stream, listed)] == ["p0", "p1", "p3"]
+    fmt, frames = FORMATS["canonical"], np.zeros((9, 20, 20, 3), dtype=np.uint8)
+    other = frames.copy()
+    other[4, 10, 10] = 1
+    pairs = [{"prompt": "a", "chosen": array, "rejected": b"x", "label": 1} for array in (frames, other)]
+    assert row_key(fmt, pairs[0]) != row_key(fmt, pairs[1])
+
+
+def test_a_broken_frame_of_a_list_is_a_bad_row(tmp_path):
+    features = Features({"prompt": Value("string"), "chosen": List(Image()), "rejected": List(Image())})
+    frames = [{"bytes": encoded(picture(number)), "path": None} for number in range(3)]
+    broken = [{"bytes": b"no image", "path": None}, frames[0]]
+    columns = {"prompt": ["a", "b"], "chosen": [frames, broken], "rejected": [frames[:2], frames]}
+    dataset = Dataset.from_dict(columns, features=features)
+    found = check_data(dataset, QUIET)
+    (bad,) = found.listed["bad_rows"]
+    assert found.report["kind"] == "videos" and bad.row == 1 and "frame 0: not an image" in bad.reason
+    assert without_rows(dataset, {1: bad.key})["prompt"][:] == ["a"]
 
 
 def test_a_list_of_other_data_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset, Video
+from datasets import Dataset, Image, IterableDataset, List, Video
 
 from trl_sipo.errors import ConfigurationError, DatasetError
 
@@ -250,11 +250,19 @@ def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Data
     dataset = dataset.select_columns(list(fmt.columns)).with_format(None)
     for column in (fmt.first, fmt.second):
         feature = (dataset.features or {}).get(column)
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(column, Image(mode=feature.mode, decode=False))
-        elif isinstance(feature, Video) and feature.decode:
-            dataset = dataset.cast_column(column, Video(decode=False))
+        stored = _undecoded_feature(feature)
+        if stored != feature:
+            dataset = dataset.cast_column(column, stored)
     return dataset
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    """The same media, or list of frames, as they are stored."""
+    if isinstance(feature, List):
+        return List(_undecoded_feature(feature.feature), length=feature.length)
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    return Video(decode=False) if isinstance(feature, Video) else feature
 
 
 def refuse_custom_transform(dataset: Dataset | IterableDataset) -> None:

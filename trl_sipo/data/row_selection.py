@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import torch
 from datasets import Dataset, IterableDataset
 
 from trl_sipo.data.formats import PreferenceFormat, detect_format, label_values, undecoded
@@ -44,11 +46,14 @@ def _stored_parts(value: Any) -> Iterator[bytes]:
         yield value
     elif isinstance(value, str | os.PathLike):
         yield _text(path_name(value))
-    elif isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes | Mapping):
+    elif isinstance(value, PIL.Image.Image):  # of a stream that was made in the process
+        yield repr(value.size).encode()
+        yield value.tobytes()
+    elif isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes | Mapping | PIL.Image.Image):
         for part in value:
             yield from _stored_parts(part)
-    else:
-        yield _text(value)
+    else:  # of an array, all numbers: its own text leaves out those in the middle
+        yield _text(value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value)
 
 
 def _text(value: Any) -> bytes:
