@@ -4,6 +4,7 @@
 import datasets
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from tests.tiny_models import tiny_stable_diffusion
@@ -16,6 +17,7 @@ from tests.trainer.runs import (
     logged,
     lora,
     make_trainer,
+    picture,
     preference_pairs,
     trained_weights,
 )
@@ -26,7 +28,7 @@ from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.preference_dataset import PreferenceDataset
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.trainer import reference_bank, reference_pass
+from trl_sipo.trainer import reference_bank, reference_key, reference_pass
 from trl_sipo.trainer.preference_data import LatentPairs
 from trl_sipo.trainer.reference import AdapterReference, FrozenModelReference
 from trl_sipo.trainer.reference_bank import BankDraws, BankedReference
@@ -82,14 +84,14 @@ def _latents(pairs):
     return datasets.Dataset.from_list(rows)
 
 
-def _cache(pairs, folder):
+def _cache(pairs, folder, cache=None):
     size = adapter_for(tiny_stable_diffusion()).default_size
     encoded = Encoded(
         folder / "model", folder / "pairs.parquet", folder / "cache", dict(zip(SIZE, (*size, 1), strict=True))
     )
     tiny_stable_diffusion().save_pretrained(encoded.model)
     pairs.to_parquet(encoded.pairs)
-    return {"pairs": CachedPairs(encoded.encode()), "model": str(encoded.model)}
+    return {"pairs": CachedPairs(encoded.encode(cache=cache)), "model": str(encoded.model)}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +219,8 @@ def test_a_bank_is_kept_grows_and_is_shared_by_runs(folder, tmp_path, monkeypatc
         {"pairs": "others"},
         {"model": "other"},
         {"vae": "other"},
+        {"vae": "other scale"},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -226,13 +230,62 @@ def test_a_bank_is_not_that_of_another_run(options, folder, tmp_path):
         options = {"pairs": preference_pairs(seed=5)}
     if "vae" in options:
         pipeline = tiny_stable_diffusion()
-        with torch.no_grad():
-            pipeline.vae.encoder.conv_in.weight.mul_(1.01)
+        if options["vae"] == "other scale":
+            pipeline.vae.register_to_config(scaling_factor=0.5)
+        else:
+            with torch.no_grad():
+                pipeline.vae.encoder.conv_in.weight.mul_(1.01)
         options = {"model": pipeline}
     elif "model" in options:
         options = {"model": tiny_stable_diffusion(seed=7)}
     banked(DPO, tmp_path / "2", num_ref_draws=1, **options)
     assert len(list(folder.iterdir())) == 2
+
+
+def test_the_precision_of_encoders_counts_and_not_only_their_values():
+    pipeline = tiny_stable_diffusion()
+    pipeline.text_encoder.half()
+    half = reference_key._hash_of_encoders(adapter_for(pipeline))
+    pipeline.text_encoder.float()
+    assert reference_key._hash_of_encoders(adapter_for(pipeline)) != half
+
+
+def test_a_trained_lora_is_told_by_its_alpha_too(folder, tmp_path):
+    """Rank and matrices are the same: the reference differs by the scale alone."""
+    for alpha in (4, 8):
+        pipeline = tiny_stable_diffusion()
+        torch.manual_seed(5)
+        adapted = lora(target_modules=["to_q"], init_lora_weights=False, lora_alpha=alpha)
+        pipeline.unet = get_peft_model(pipeline.unet, adapted)
+        banked(DPO, tmp_path / f"{alpha}", num_ref_draws=1, model=pipeline, is_lora=False)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_files_that_were_made_anew_are_other_pairs(folder, tmp_path):
+    """Rows that hold paths are the same, and so is all that a cache's manifest knows of such files."""
+    rows = {"prompt": ["a red cat", "two dogs"]}
+    for arm in ARMS:
+        rows[arm] = [str(tmp_path / f"{arm}{number}.bmp") for number in range(2)]
+    pairs, caches = datasets.Dataset.from_dict(rows), []
+    for version in range(2):
+        for number, path in enumerate(rows["chosen"] + rows["rejected"]):
+            picture(10 * version + number).save(path)
+        trainer = banked(DPO, tmp_path / f"run{version}", num_ref_draws=1, pairs=pairs, max_steps=1)
+        trainer.train()
+        assert logged(trainer, "rewards/margins") == pytest.approx([0], abs=1e-3)
+        caches.append(_cache(pairs, tmp_path, tmp_path / f"cache{version}")["pairs"])
+    assert len(list(folder.iterdir())) == 2
+    assert caches[0].manifest.fingerprint == caches[1].manifest.fingerprint
+    assert caches[0].fingerprint != caches[1].fingerprint
+
+
+def test_what_held_out_pairs_do_not_depend_on_leaves_their_bank(folder, tmp_path, monkeypatch):
+    measured = draws_measured(monkeypatch)
+    for seed in (0, 1):
+        options = {"eval_dataset": preference_pairs(4, seed=3)}
+        banked(DPO, tmp_path / f"{seed}", num_ref_draws=1, seed=seed, trainer_options=options)
+    assert measured == [0, 0, 0, 1, 2, 0, 0]  # two batches of training pairs, one of three levels, and anew the first
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_kept_latents_are_told_apart_by_what_models_see():

@@ -50,6 +50,15 @@ class BankDraws:
         self.schedule = schedule
         self.num_draws = args.num_ref_draws
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """The settings that the draws depend on."""
+        names = (
+            "seed", "timestep_sampling", "timestep_range", "logit_mean", "logit_std", "timesteps", "share_noise",
+            "caption_dropout",
+        )  # fmt: skip
+        return {name: getattr(self.args, name) for name in names}
+
     def __call__(self, pair_index: torch.Tensor, draw: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator]]:
         """Levels (batch,) and generators of one draw per pair; both arguments are (batch,) integers."""
         seed = self.args.seed
@@ -92,6 +101,11 @@ class EvaluationDraws:
         self.seed = args.eval_noise_seed
         self.levels = list(levels)
         self.num_draws = len(self.levels)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the draws depend on: the levels too, since another number means others, to which none can be added."""
+        return {"eval_noise_seed": self.seed, "levels": [level.timestep.item() for level in self.levels]}
 
     def __call__(self, pair_index: torch.Tensor, draw: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator]]:
         """Levels (batch,) and generators of one draw, the same for all pairs; both arguments are (batch,) integers."""
@@ -199,9 +213,7 @@ def _errors_of(
     """The errors of a dataset: what its file has, and the rest computed and added to it. Says where they are."""
     _check_is_the_same_each_time(dataset, name)
     args, is_stream = trainer.args, isinstance(dataset, StreamingPreferenceDataset)
-    key = {**key, "dataset": dataset.fingerprint, "is_training": draws.is_training}
-    if not draws.is_training:
-        key["num_levels"] = draws.num_draws  # another number means other levels, to which none can be added
+    key = {**key, **draws.key, "dataset": dataset.fingerprint, "is_training": draws.is_training}
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     bank = Bank(reference_folder() / f"{digest}.safetensors", key, is_written=trainer.is_world_process_zero())
     # What one process has read, since another may see another file, or none.

@@ -5,20 +5,24 @@ import hashlib
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.noise_schedule import FlowSchedule
 
 _FORMAT = 1
 _SAMPLED_VALUES = 64
+# What the configurations of VAEs call the numbers by which latents are normalised.
+_NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def reference_key(trainer: Any) -> dict[str, Any]:
-    """All that the reference errors depend on, but for the pairs and the number of draws."""
+    """All that the reference errors depend on, but for the pairs and their draws."""
     args, schedule = trainer.args, trainer.noise_schedule
     names = (
-        "seed", "timestep_sampling", "timestep_range", "logit_mean", "logit_std", "timesteps", "share_noise",
-        "caption_dropout", "embedded_guidance_scale", "frame_rate", "num_frames", "eval_noise_seed", "bf16", "fp16",
+        "embedded_guidance_scale", "frame_rate", "num_frames", "bf16", "fp16",
+        # What differs by rounding alone, which beta makes large.
+        "tf32", "attention_backend", "torch_compile", "torch_compile_backend", "torch_compile_mode",
     )  # fmt: skip
     process = (
         {"shift": schedule.drawn_shift, "scale": schedule.timestep_scale}
@@ -41,8 +45,12 @@ def _hash_of_reference(trainer: Any) -> str:
     """Of the weights that the reference is made of: without the LoRA in training, with the frozen one, if any."""
     digest = hashlib.blake2b(digest_size=16)
     ref_model = getattr(trainer.reference, "ref_model", None) or trainer.unwrapped_model
+    ref_model = trainer.accelerator.unwrap_model(ref_model)
     name_of_reference = getattr(trainer.reference, "adapter_name", None)
-    for name, parameter in sorted(trainer.accelerator.unwrap_model(ref_model).named_parameters()):
+    if name_of_reference is not None:  # equal matrices of another alpha are another LoRA
+        layers: list[Any] = [module for module in ref_model.modules() if isinstance(module, BaseTunerLayer)]
+        digest.update(repr([layer.scaling.get(name_of_reference) for layer in layers]).encode())
+    for name, parameter in sorted(ref_model.named_parameters()):
         if "lora_" in name and (name_of_reference is None or f".{name_of_reference}." not in name):
             continue
         # As it is called without PEFT around it: which layers a new LoRA adapts is no part of its reference.
@@ -52,11 +60,12 @@ def _hash_of_reference(trainer: Any) -> str:
 
 
 def _hash_of_encoders(adapter: BackboneAdapter) -> str:
-    """Of the beginning of every weight of the VAE and the text encoders, on which latents and conditioning depend."""
+    """Of VAE and text encoders: the beginning and the precision of every weight, and how latents are normalised."""
     digest = hashlib.blake2b(digest_size=16)
     for module in adapter.frozen_modules():
-        for name, parameter in module.named_parameters():
-            beginning = parameter.detach().flatten()[:_SAMPLED_VALUES].float().cpu()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            beginning = value.detach().flatten()[:_SAMPLED_VALUES].float().cpu()
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(beginning.numpy())
+        digest.update(repr([getattr(module.config, name, None) for name in _NORMALISATION]).encode())
     return digest.hexdigest()

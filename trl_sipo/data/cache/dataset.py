@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trl_sipo.data.cache.broken import BAD_ROWS, is_settled, read_broken
-from trl_sipo.data.cache.manifest import is_cache, read_manifest
+from trl_sipo.data.cache.manifest import file_samples, is_cache, read_manifest
 from trl_sipo.data.cache.plan import NULL_FILE, PROMPT, latents_file, read_index, text_file
 from trl_sipo.data.cache.shards import OpenFiles, TensorFile
 from trl_sipo.errors import DatasetError
@@ -115,11 +115,13 @@ class CachedPairs(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Of what was encoded and how: equal for equal pairs in equal order."""
-        if not self.num_broken:
-            return self.manifest.fingerprint
-        parts = (self.manifest.fingerprint, self._broken.tolist())
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        """Of what was encoded, how, and to what: equal for equal pairs in equal order."""
+        digest = hashlib.blake2b(repr((self.manifest.fingerprint, self._broken.tolist())).encode(), digest_size=16)
+        # The manifest knows media by their sizes and names alone, and other media may have those as well.
+        for shard in np.unique(self.index.shard).tolist():
+            for sample in file_samples(self.folder / latents_file(shard)):
+                digest.update(sample)
+        return digest.hexdigest()
 
     @property
     def epoch(self) -> torch.Tensor:

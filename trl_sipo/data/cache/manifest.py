@@ -195,7 +195,7 @@ def encoders_fingerprint(name_or_path: str | os.PathLike[str], revision: str | N
     files = (file for part in parts for file in part.rglob("*") if file.is_file() and file.name not in _NOT_COUNTED)
     for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        for content in _samples(path) if path.suffix in _WEIGHT_SUFFIXES else [path.read_bytes()]:
+        for content in file_samples(path) if path.suffix in _WEIGHT_SUFFIXES else [path.read_bytes()]:
             digest.update(content)
     return digest.hexdigest()
 
@@ -207,7 +207,7 @@ def _hub_fingerprint(name: str, revision: str | None) -> str | None:
     return f"{name}@{Path(found).parent.name}" if isinstance(found, str) else None
 
 
-def _samples(path: Path) -> Iterator[bytes]:
+def file_samples(path: Path) -> Iterator[bytes]:
     """A file's size and bytes from all over it: no training leaves all of these as they were."""
     size = path.stat().st_size
     yield size.to_bytes(8, "little")
