@@ -291,6 +291,15 @@ def test_keys_find_what_a_stream_makes_in_the_process():
     assert row_key(fmt, pairs[0]) != row_key(fmt, pairs[1])
 
 
+def test_arms_of_different_rates_are_bad_rows_as_in_training(tmp_path):
+    first, second = write_video(tmp_path / "a.mp4", 9, rate=24), write_video(tmp_path / "b.mp4", 9, rate=30)
+    columns = {"prompt": ["a", "b"], "chosen": [str(first)] * 2, "rejected": [str(first), str(second)]}
+    (bad,) = check_data(Dataset.from_dict(columns), CheckOptions(num_frames=5, show_progress=False)).listed["bad_rows"]
+    assert bad.row == 1 and "24 frames per second and the rejected one 30" in bad.reason
+    options = CheckOptions(num_frames=2, frame_rate=8, show_progress=False)
+    assert not check_data(Dataset.from_dict(columns), options).listed["bad_rows"]
+
+
 def test_a_broken_frame_of_a_list_is_a_bad_row(tmp_path):
     features = Features({"prompt": Value("string"), "chosen": List(Image()), "rejected": List(Image())})
     frames = [{"bytes": encoded(picture(number)), "path": None} for number in range(3)]

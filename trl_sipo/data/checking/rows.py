@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is found in one row: problems, or else its label, its prompt and the content of its arms."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,12 @@ import PIL.ImageOps
 import torch
 
 from trl_sipo.data.formats import PreferenceFormat, read_prompt
+from trl_sipo.data.frame_source import FrameSource
 from trl_sipo.data.images import verify_image
 from trl_sipo.data.preference_dataset import read_latents
 from trl_sipo.data.row_selection import row_key
 from trl_sipo.data.stored import VIDEO_SUFFIXES, is_video, stored_value
-from trl_sipo.data.video import ClipSampler, checked_length, open_video
+from trl_sipo.data.video import ClipSampler, checked_length, common_rate, open_video
 from trl_sipo.errors import DatasetError
 
 _BYTES = 8  # of a hash: two of a million different contents are equal with a probability below one in ten millions
@@ -95,17 +97,24 @@ class RowCheck:
 
     def _media(self, row: Mapping[str, Any], problems: list[str]) -> tuple[CheckedArm, CheckedArm] | None:
         """Both are opened even if the first is broken, so that all that is wrong is said at once."""
-        look = _image if self.videos is None else self._video
-        arms = [
-            _attempt(problems, lambda column=column: look(row[column], f"column {column!r}"))
-            for column in (self.fmt.first, self.fmt.second)
-        ]
-        return None if arms[0] is None or arms[1] is None else (arms[0], arms[1])
+        opened: list[FrameSource] = []
+        arms = []
+        for column in (self.fmt.first, self.fmt.second):
+            value, where = row[column], f"column {column!r}"
+            look = functools.partial(_image, value, where)
+            if self.videos is not None:
+                look = functools.partial(self._video, value, where, self.videos, opened)
+            arms.append(_attempt(problems, look))
+        if arms[0] is None or arms[1] is None:
+            return None
+        if self.videos is not None and self.videos.num_frames > 1:  # it is known what clips training will take
+            _attempt(problems, functools.partial(common_rate, *opened, self.videos, where="the row"))
+        return arms[0], arms[1]
 
-    def _video(self, value: Any, where: str) -> CheckedArm:
-        assert self.videos is not None
-        video = open_video(value, frame_rate=self.videos.rate, where=where)
-        length = checked_length(video, self.videos)
+    def _video(self, value: Any, where: str, clip: ClipSampler, opened: list[FrameSource]) -> CheckedArm:
+        video = open_video(value, frame_rate=clip.rate, where=where)
+        opened.append(video)
+        length = checked_length(video, clip)
         first = None
         for frame in video.frames():
             image = frame.open()
