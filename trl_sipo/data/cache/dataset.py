@@ -71,15 +71,18 @@ class CachedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         file = self._files[self.folder / latents_file(int(self.index.shard[index]))]
-        stored = {name: file.row(name, int(self.index.row[index])) for name in file.names}
-        prompt = int(self.index.prompt[index])
-        text, row = self._text_of(prompt)
-        item: dict[str, Any] = {"prompt": text.ragged_row(PROMPT, row).numpy().tobytes().decode()}
+        place = int(self.index.row[index])
+        names = dict.fromkeys(("chosen", "rejected", *file.names))
+        stored = {name: file.row(name, place) for name in names}
+        _check_finite(stored, file, place)
+        text, row = self._text_of(int(self.index.prompt[index]))
+        item: dict[str, Any] = {"prompt": _prompt_of(text, row)}
         for arm in ("chosen", "rejected"):
             item[f"{arm}_latents"] = stored.pop(arm).float()
         for name, value in stored.items():
             item[name] = value.float() if value.ndim else float(value)
         conditioning = {name: text.ragged_row(name, row) for name in self._conditioning_names}
+        _check_finite(conditioning, text, row)
         return {**item, "conditioning": conditioning, "pair_index": index}
 
     def _text_of(self, prompt: int) -> tuple[TensorFile, int]:
@@ -131,6 +134,23 @@ class CachedPairs(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of this epoch, where it depends on buckets."""
         self._epoch[0] = epoch
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], file: TensorFile, row: int) -> None:
+    """What `trl-sipo encode` wrote was finite: numbers that are not were written by something else, or damaged."""
+    for name, tensor in tensors.items():
+        if name in ("chosen", "rejected") and not tensor.is_floating_point():
+            raise file.damaged(f"its {name!r} is of {tensor.dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise file.damaged(f"row {row} of its {name!r} holds numbers that are not finite")
+
+
+def _prompt_of(file: TensorFile, row: int) -> str:
+    letters = file.ragged_row(PROMPT, row)
+    try:
+        return letters.numpy().tobytes().decode("utf-8")
+    except (TypeError, UnicodeDecodeError) as error:
+        raise file.damaged(f"row {row} of its prompts is no text: {error}") from error
 
 
 def find_cache(path: Path, split: str) -> Path | None:

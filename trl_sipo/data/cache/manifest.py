@@ -27,6 +27,7 @@ FORMAT = 1
 # How media become tensors. Another word here for another way, so that caches of the two are told apart.
 PREPROCESSING = "first frames; cover, crop at the centre; Lanczos; [-1, 1]"
 
+_DTYPES = ("bfloat16", "float32", "float16")
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "trl-sipo")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack")
 # Written anew by whoever saves a tokenizer, with names of folders and versions; the vocabulary is elsewhere.
@@ -137,13 +138,27 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             buckets = content["buckets"] and tuple(tuple(size) for size in content["buckets"])
             lengths = content["frame_buckets"] and tuple(content["frame_buckets"])
             tuples = {"size": tuple(content["size"]), "buckets": buckets, "frame_buckets": lengths}
-            return Manifest(**{**content, **tuples})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return _checked(Manifest(**{**content, **tuples}))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{str(path)!r} is no manifest of a cache: {type(error).__name__}: {error}") from error
     raise DatasetError(
         f"the cache {os.fspath(folder)!r} has format {content['format']}, and this version of trl-sipo reads "
         f"{FORMAT}: encode the data anew, or use the version that wrote it ({content.get('versions')})"
     )
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    """The manifest, if its numbers and names can be those of a cache."""
+    numbers = [manifest.num_pairs, manifest.prompts_per_shard, manifest.shard_bytes]
+    numbers += [number for shape in manifest.shapes for number in shape]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"a number that must be a positive integer is not, of {numbers}")
+    for name in (manifest.dtype, manifest.text_dtype, manifest.vae_dtype):
+        if name not in _DTYPES:
+            raise ValueError(f"{name!r} is none of {', '.join(_DTYPES)}")
+    if not isinstance(manifest.split, str) or type(manifest.num_broken) is not int:
+        raise TypeError("`split` must be a name, and `num_broken` a number")
+    return manifest
 
 
 def check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:

@@ -114,9 +114,18 @@ def read_index(folder: Path) -> Index:
         table = pq.read_table(folder / INDEX)
         num_prompts = pq.read_metadata(folder / PROMPTS).num_rows
         columns = {name: table[name].to_numpy() for name in COLUMNS}
-    except (OSError, KeyError, pa.ArrowException) as error:
+        for name, smallest in {"prompt": 0, "bucket": 0, "shard": 0, "row": -1}.items():
+            _check_integers(name, columns[name], smallest)
+        _check_integers("prompt", num_prompts - 1 - columns["prompt"], 0)
+        _check_integers("shard", len(table) - 1 - columns["shard"], 0)  # each has a pair at least
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DatasetError(f"the index of the cache {str(folder)!r} cannot be read: {error}") from error
     return Index(**columns, num_prompts=num_prompts)
+
+
+def _check_integers(name: str, values: np.ndarray, smallest: int) -> None:
+    if values.dtype.kind != "i" or (values < smallest).any():
+        raise ValueError(f"its column {name!r} holds what it cannot")
 
 
 def write_plan(

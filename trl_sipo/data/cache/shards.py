@@ -2,11 +2,13 @@
 """Files that are whole or not there, and reading rows of tensors out of them without mapping them into memory."""
 
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +30,7 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _MAX_OPEN_FILES = 256
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -94,6 +97,18 @@ class _Stored:
     num_bytes: int
 
 
+def _stored(entry: Mapping[str, Any], begin: int, size: int) -> _Stored:
+    """An entry of a header, if the numbers in it agree with one another and with the file."""
+    dtype, shape, (first, last) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(f"the header has {shape} and {first, last} for a shape and offsets")
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the header has {last - first} bytes for {shape} numbers of {dtype}")
+    if begin + last > size:
+        raise ValueError(f"it ends after {size} of {begin + last} bytes")
+    return _Stored(dtype, shape, begin + first, last - first)
+
+
 class TensorFile:
     """A safetensors file, read by position.
 
@@ -111,29 +126,25 @@ class TensorFile:
             raise DatasetError(f"the shard {str(path)!r} cannot be read: {error.strerror}") from error
         try:
             self._stored = self._read_header()
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # whatever is no header
             os.close(self._descriptor)
-            raise DatasetError(
-                f"the shard {str(path)!r} is damaged ({error}): remove it, and run `trl-sipo encode` again, which "
-                "writes what is missing"
-            ) from error
+            raise self.damaged(f"{type(error).__name__}: {error}") from error
+
+    def damaged(self, reason: str) -> DatasetError:
+        """An error to raise when what was read cannot be what was written."""
+        return DatasetError(
+            f"the shard {str(self.path)!r} is damaged ({reason}): remove it, and run `trl-sipo encode` again, which "
+            "writes what is missing"
+        )
 
     def _read_header(self) -> dict[str, _Stored]:
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         size = os.fstat(self._descriptor).st_size
-        if not 0 < length <= size - 8:
+        if not 0 < length <= min(size - 8, _LONGEST_HEADER):
             raise ValueError("it has no header")
         header = json.loads(os.pread(self._descriptor, length, 8))
-        stored, end = {}, 0
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                start = 8 + length + first
-                stored[name] = _Stored(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, last - first)
-                end = max(end, start + last - first)
-        if size < end:
-            raise ValueError(f"it ends after {size} of {end} bytes")
-        return stored
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _stored(entry, 8 + length, size) for name, entry in entries.items()}
 
     def close(self) -> None:
         """Give the file back."""
@@ -143,17 +154,24 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._stored)
 
+    def _entry(self, name: str) -> _Stored:
+        if name not in self._stored:
+            raise self.damaged(f"it has no {name!r}")
+        return self._stored[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored[name].shape
+        return self._entry(name).shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor."""
-        entry = self._stored[name]
+        entry = self._entry(name)
         return self._read(entry.dtype, entry.shape, entry.start, entry.num_bytes)
 
     def row(self, name: str, index: int) -> torch.Tensor:
         """One row of a tensor's first dimension."""
-        entry = self._stored[name]
+        entry = self._entry(name)
+        if not entry.shape:
+            raise self.damaged(f"its {name!r} has no rows")
         if not 0 <= index < entry.shape[0]:
             raise DatasetError(
                 f"the shard {str(self.path)!r} has {entry.shape[0]} rows, no row {index}: it is of "
@@ -165,11 +183,17 @@ class TensorFile:
     def ragged_row(self, name: str, index: int) -> torch.Tensor:
         """One of the tensors that [`ragged`] put on top of one another."""
         start, end = self._slice(f"{name}.starts", index, 2).tolist()
-        return self._slice(name, start, end - start).reshape(self.row(f"{name}.shapes", index).tolist())
+        shape = self.row(f"{name}.shapes", index).tolist()
+        if min(shape, default=0) < 0 or math.prod(shape) != end - start:
+            raise self.damaged(f"row {index} of {name!r} has {end - start} numbers, and the shape {shape}")
+        return self._slice(name, start, end - start).reshape(shape)
 
     def _slice(self, name: str, start: int, length: int) -> torch.Tensor:
         """Some numbers of a tensor of one dimension."""
-        entry, size = self._stored[name], self._stored[name].dtype.itemsize
+        entry = self._entry(name)
+        size = entry.dtype.itemsize
+        if len(entry.shape) != 1 or not 0 <= start <= start + length <= entry.shape[0]:
+            raise self.damaged(f"{name!r} of the shape {entry.shape} has no numbers {start} to {start + length}")
         return self._read(entry.dtype, (length,), entry.start + start * size, length * size)
 
     def _read(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, num_bytes: int) -> torch.Tensor:
