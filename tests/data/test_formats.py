@@ -97,6 +97,14 @@ def test_has_label_null_is_not_judged():
     assert select_pairs(dataset, FORMATS["pick_a_pic"]).kept.tolist() == [0, 4, 5]
 
 
+def test_has_label_nan_is_not_judged_in_a_stream_either():
+    judged = [1.0, float("nan"), None, 0.0, True, 1]
+    dataset = pick_a_pic().remove_columns("has_label").add_column("has_label", judged)
+    is_unlabelled = [FORMATS["pick_a_pic"].is_unlabelled({"label_0": 1.0, "has_label": value}) for value in judged]
+    assert is_unlabelled == [False, True, True, True, False, False]
+    assert select_pairs(dataset, FORMATS["pick_a_pic"]).num_unlabelled == 3
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

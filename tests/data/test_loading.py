@@ -211,6 +211,17 @@ def test_words_of_a_csv_that_look_like_nulls_are_prompts(tmp_path):
         check_preference_dataset(dataset)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_of_a_csv_are_read_by_what_their_column_is(tmp_path, streaming):
+    """And not by what the first ten thousand of them look like."""
+    lines = ["prompt,chosen,rejected,label", "007,a.png,b.png,1", "1984,c.png,d.png,", ",e,f,True"]
+    lines += ["a cat,a.png,b.png,0"] * 10_000 + ["1,a.png,b.png,0.25"]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    rows = [(row["prompt"], row["label"]) for row in load_preference_dataset(tmp_path, streaming=streaming)]
+    assert rows[:3] == [("007", 1.0), ("1984", None), (None, 1.0)]
+    assert rows[-2:] == [("a cat", 0.0), ("1", 0.25)]
+
+
 def test_text_in_place_of_paths_is_still_recognised(tmp_path):
     (tmp_path / "answers.jsonl").write_text(
         json.dumps({"prompt": "Write!", "chosen": "Of course.", "rejected": "No way."})

@@ -429,7 +429,7 @@ def test_listed_rows_are_left_out(tmp_path, caplog):
     options = {"skip_rows": tmp_path / "bad.jsonl"}
     dataset = load_preference_dataset(tmp_path / "train.parquet", **options)
     assert dataset["prompt"][:] == ["prompt 1", "prompt 3"]
-    assert "Leaving out 2 of 4 rows" in caplog.text
+    assert "Leaving out 2 of 4 rows" in caplog.text and "errors count the rows that are left" in caplog.text
     with pytest.raises(ConfigurationError, match="without their keys, which alone tell the rows of a stream"):
         load_preference_dataset(tmp_path / "train.parquet", streaming=True, **options)
 

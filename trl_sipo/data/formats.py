@@ -77,9 +77,9 @@ class PreferenceFormat:
 
     def is_unlabelled(self, row: Mapping[str, Any]) -> bool:
         """Whether nobody has judged this pair: `has_label` is False, or the label is null."""
-        if self.has_label is not None and not row[self.has_label]:
+        if self.has_label is not None and (_is_null(row[self.has_label]) or not row[self.has_label]):
             return True
-        return self.label is not None and (row[self.label] is None or row[self.label] != row[self.label])
+        return self.label is not None and _is_null(row[self.label])
 
     def is_tie(self, row: Mapping[str, Any], *, where: str = "a row") -> bool:
         """Whether neither arm is preferred. False for an unlabelled row.
@@ -321,6 +321,10 @@ def _content_text(content: Any, where: str) -> str:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise DatasetError(f"{where}: a turn holds {part!r:.80}; prompts are text only")
     return "".join(part["text"] for part in content)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value != value  # NaN is what tables call null where it is a number
 
 
 def _as_label(value: Any, column: str, where: str) -> float:

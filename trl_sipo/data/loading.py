@@ -2,6 +2,7 @@
 """Preference data from wherever it is: the hub, a saved dataset, tables of rows, folders of images, or plain lists."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Value
 
 from trl_sipo.data.cache.dataset import CachedPairs, find_cache
+from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
 from trl_sipo.data.json_text import check_json_lines
 from trl_sipo.data.media_paths import media_folders, with_absolute_paths
@@ -22,6 +24,22 @@ from trl_sipo.data.readers.tar_shards import read_tar_shards, stream_tar_shards
 from trl_sipo.data.readers.video_dpo import is_video_dpo_folder, read_video_dpo_folder
 from trl_sipo.data.row_selection import confident_pairs, listed_rows, without_rows
 from trl_sipo.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+def _text_cell(cell: str) -> str | None:
+    """Of a prompt in a CSV, which would be a number where all of them are: 007, 1984."""
+    return cell or None
+
+
+def _label_cell(cell: str) -> float | str | None:
+    """Of a label in a CSV, which would be a whole number for all rows where it is one in the first thousands."""
+    try:
+        return float({"true": 1, "false": 0}.get(cell.lower(), cell)) if cell.strip() else None
+    except ValueError:
+        return cell  # refused where labels are read
+
 
 # Suffix of a file: its readers, map-style and streaming. `load_dataset("json", ...)` would do the same and report each
 # load to the hub, which takes seconds where there is no network.
@@ -35,7 +53,15 @@ _READERS: dict[str, tuple[Callable[..., Dataset], Callable[..., IterableDataset]
 _JSON_LIST = (read_json_lists, stream_json_lists)
 _TAKE_PATTERNS = {".parquet", ".jsonl", ".json", ".csv"}  # readers that would take a bracket in a path for a pattern
 _OPTIONS: dict[str, dict[str, Any]] = {
-    ".csv": {"keep_default_na": False, "na_values": [""]},  # empty cells are null, the words NA and null are not
+    ".csv": {
+        # Empty cells are null, the words NA and null are not.
+        "keep_default_na": False,
+        "na_values": [""],
+        "converters": {
+            **dict.fromkeys((fmt.prompt for fmt in FORMATS.values()), _text_cell),
+            **dict.fromkeys((fmt.label for fmt in FORMATS.values() if fmt.label is not None), _label_cell),
+        },
+    },
 }
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {
@@ -115,7 +141,11 @@ def load_preference_dataset(
     dataset = read_source(dataset, format)
     if skip_rows is not None:
         dataset = without_rows(dataset, listed_rows(skip_rows))
-    return dataset if min_confidence is None else confident_pairs(dataset, min_confidence)
+    if min_confidence is not None:
+        dataset = confident_pairs(dataset, min_confidence)
+    if skip_rows is not None or min_confidence is not None:
+        logger.warning("From here on, errors count the rows that are left, from 0.")
+    return dataset
 
 
 def _refuse_for_cache(**options: Any) -> None:
