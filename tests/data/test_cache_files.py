@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from trl_sipo.data.cache import shards
 from trl_sipo.data.cache.manifest import (
     MANIFEST,
     Manifest,
+    check_same,
     data_fingerprint,
     encoders_fingerprint,
     read_manifest,
 )
 from trl_sipo.data.cache.shards import OpenFiles, TensorFile, ragged, write_tensors, write_whole
 from trl_sipo.data.formats import detect_format
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import ConfigurationError, DatasetError
 
 TENSORS = {
     "bfloat16": torch.randn(5, 3, 2).bfloat16(),
@@ -175,3 +177,10 @@ def test_the_fingerprint_of_data_stays_when_a_folder_moves():
         fingerprint(chosen=f"{root}/chosen/0.png", rejected=f"{root}/rejected/0.png") for root in ("/a", "/b/c")
     )
     assert first == second
+
+
+def test_models_of_which_nothing_is_known_are_told_by_their_names(tmp_path):
+    known = Manifest(model="a", pipeline_class="P", num_pairs=1, data="x", size=(8, 8), encoders="e")
+    check_same(known, replace(known, model="b"), tmp_path)
+    with pytest.raises(ConfigurationError, match="another value of the model: it has 'P a', now it is 'P b'"):
+        check_same(replace(known, encoders=None), replace(known, model="b", encoders=None), tmp_path)

@@ -58,7 +58,7 @@ def image_size(value: Any, *, where: str = "the image") -> tuple[int, int]:
     """
     with _named(where):
         with _opened(_source(value, where), where) as image:
-            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)  # others are none
             return (image.width, image.height) if is_turned else (image.height, image.width)
 
 

@@ -166,7 +166,8 @@ def check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:
 
     It names the first setting that differs, with both values.
     """
-    if found.encoders != wanted.encoders or found.pipeline_class != wanted.pipeline_class:
+    is_same = found.encoders == wanted.encoders and (found.encoders is not None or found.model == wanted.model)
+    if not is_same or found.pipeline_class != wanted.pipeline_class:
         raise ConfigurationError(_mismatch(folder, "the model", _model_of(found), _model_of(wanted)))
     for name, value in asdict(wanted).items():
         # The name of a model says nothing when its encoders are the same.
