@@ -21,6 +21,7 @@ import trl_sipo
 from tests.trainer.runs import DPO, METHODS, make_trainer
 from trl_sipo.trainer._trl_compat import ReportableConfig
 from trl_sipo.trainer.base_trainer import DiffusionPreferenceTrainer
+from trl_sipo.trainer.resumable import ResumableTrainer
 
 PACKAGE = Path(trl_sipo.__file__).parent
 
@@ -63,12 +64,13 @@ def test_signatures(function):
 
 
 def test_our_overrides_take_what_they_are_called_with():
-    for name, function in vars(DiffusionPreferenceTrainer).items():
+    ours = {**vars(ResumableTrainer), **vars(DiffusionPreferenceTrainer)}
+    for name, function in ours.items():
         theirs = getattr(DPOTrainer, name, None)
         if not inspect.isfunction(function) or theirs is None or name in ("__init__", "evaluation_loop"):
             continue
-        ours = list(inspect.signature(function).parameters)
-        assert ours == list(inspect.signature(theirs).parameters)[: len(ours)], name
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters == list(inspect.signature(theirs).parameters)[: len(parameters)], name
 
 
 def _attributes_of_self(function):
