@@ -373,8 +373,10 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
     try:
         run(method, argv, defaults)
     except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+        from trl_sipo.trainer.process_group import end_process
+
         print(f"{method}: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_process(2)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
+from trl_sipo.trainer.process_group import end_at_once_on_errors
 from trl_sipo.trainer.reference import make_reference
 from trl_sipo.trainer.reference_bank import (
     BankDraws,
@@ -72,6 +73,7 @@ from trl_sipo.trainer.reference_bank import (
 )
 from trl_sipo.trainer.resumable import ResumableTrainer
 from trl_sipo.trainer.statistics import MetricsRecorder, PairErrors, pair_statistics
+from trl_sipo.trainer.strategy import StrategyCallback, check_strategy
 
 
 class DiffusionPreferenceTrainer(ResumableTrainer):
@@ -125,6 +127,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = self._check_args(model, args)
+        end_at_once_on_errors(args.world_size)
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         keeps_reference = ref_model is None and (peft_config is not None or is_adapted(model))
         check_precomputing(args, is_stream=isinstance(train_dataset, IterableDataset), keeps_reference=keeps_reference)
@@ -165,12 +168,13 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.recorder = MetricsRecorder(self.accelerator, self._metrics)
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
+        check_strategy(args, self.accelerator)
         check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
         self._epoch_callback = EpochCallback(self)
-        for callback in [self._epoch_callback, *watching_callbacks(self)]:
+        for callback in [StrategyCallback(self), self._epoch_callback, *watching_callbacks(self)]:
             self.add_callback(callback)
         self.accelerator.print(self.describe_run())
 

@@ -14,6 +14,7 @@ from trl_sipo.trainer._trl_compat import DPOTrainer
 from trl_sipo.trainer.callbacks import EpochCallback
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
 from trl_sipo.trainer.level_memory import LevelMemory
+from trl_sipo.trainer.process_group import release_process_group
 
 
 class ResumableTrainer(DPOTrainer):
@@ -30,6 +31,10 @@ class ResumableTrainer(DPOTrainer):
     def unwrapped_model(self) -> torch.nn.Module:
         """The trained module without the engine's wrappers."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def end(self) -> None:
+        """Finish the trackers and leave the group of processes, at the very end of a script."""
+        release_process_group(self.accelerator)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it."""
