@@ -19,8 +19,8 @@ from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import predict, preference_pairs
 from trl_sipo import __version__
 from trl_sipo.cli.main import COMMANDS, main
-from trl_sipo.errors import ConfigurationError
-from trl_sipo.scripts.train import ModelArguments, checkpoint_to_resume, lora_config, parse, quantization_config
+from trl_sipo.scripts.train import ModelArguments, lora_config, parse, quantization_config
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -252,29 +252,24 @@ def test_continuing_from_the_last_checkpoint(material, tmp_path):
     argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=1)]
     assert main(["dpo", *argv, "--max_steps", "2"]) == 0
     _, training, _ = parse("dpo", [*argv, "--resume_from_checkpoint", "true"])
-    assert checkpoint_to_resume(training) == str(tmp_path / "out" / "checkpoint-2")
+    assert checkpoint_to_resume(training.output_dir, "true") == str(tmp_path / "out" / "checkpoint-2")
     assert main(["dpo", *argv, "--max_steps", "3", "--resume_from_checkpoint", "latest"]) == 0
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
-    training.resume_from_checkpoint = None
-    assert checkpoint_to_resume(training) is None
-    training.resume_from_checkpoint, training.output_dir = "true", str(tmp_path / "elsewhere")
-    with pytest.raises(ConfigurationError):
-        checkpoint_to_resume(training)
 
 
 @pytest.mark.parametrize("state", [None, '{"global_step": 10, "log_hi'], ids=["missing", "cut_off"])
-def test_a_checkpoint_that_was_not_finished_is_passed_over(state, material, tmp_path, capsys):
-    """Killed while saving: transformers writes trainer_state.json last."""
+def test_a_checkpoint_that_was_not_finished_is_passed_over(state, material, tmp_path, capsys, caplog):
+    """Of an earlier version, killed while saving: transformers writes trainer_state.json last."""
     argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=1)]
     assert main(["dpo", *argv, "--max_steps", "1"]) == 0
     unfinished = tmp_path / "out" / "checkpoint-10"  # by number the last, by name not
     shutil.copytree(tmp_path / "out" / "checkpoint-1", unfinished)
-    (unfinished / "trainer_state.json").unlink()
+    for name in ("trainer_state.json", MANIFEST_FILE):
+        (unfinished / name).unlink()
     if state is not None:
         (unfinished / "trainer_state.json").write_text(state)
-    capsys.readouterr()
     assert main(["dpo", *argv, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
-    assert f"Skipped {unfinished}" in capsys.readouterr().out
+    assert f"Passed over the checkpoint {unfinished}" in caplog.text
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
     assert main(["dpo", *argv, "--max_steps", "2", "--resume_from_checkpoint", str(unfinished)]) == 2
     assert "trainer_state.json" in capsys.readouterr().err

@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
         # And bitsandbytes, which peft imports, that a kernel of its own for CPUs is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+    from trl_sipo.errors import BackboneError, CheckpointError, ConfigurationError, DatasetError, NumericalError
 
     try:
         import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+    except (BackboneError, CheckpointError, ConfigurationError, DatasetError, NumericalError) as error:
         print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

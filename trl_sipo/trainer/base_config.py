@@ -66,6 +66,7 @@ REJECTED_FIELDS = {
     "include_for_metrics": "`compute_metrics` is given the chosen and rejected rewards, with labels 0; to look at "
     "more, override `prediction_step`",
     "do_predict": "call `predict()`",
+    "enable_jit_checkpoint": "every run saves itself on SIGTERM, when the step that it is in has ended",
 }
 
 

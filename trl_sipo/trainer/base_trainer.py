@@ -43,7 +43,7 @@ from trl_sipo.trainer._trl_compat import disable_dropout_in_model, init_trainer,
 from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.cached_data import bucket_sampler, needs_encoders, stored_null
-from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
+from trl_sipo.trainer.callbacks import watching_callbacks
 from trl_sipo.trainer.description import describe_run
 from trl_sipo.trainer.encoding import (
     EVAL_STREAM,
@@ -173,8 +173,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
-        self._epoch_callback = EpochCallback(self)
-        for callback in [StrategyCallback(self), self._epoch_callback, *watching_callbacks(self)]:
+        self.prepare_resuming()
+        for callback in [StrategyCallback(self), *watching_callbacks(self)]:
             self.add_callback(callback)
         self.accelerator.print(self.describe_run())
 

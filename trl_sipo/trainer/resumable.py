@@ -4,17 +4,24 @@
 A class of its own, below the trainer of the training step, so that each of the two can be read alone.
 """
 
-import os
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import TrainOutput
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
+from trl_sipo.errors import Preempted
 from trl_sipo.trainer._trl_compat import DPOTrainer
-from trl_sipo.trainer.callbacks import EpochCallback
-from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
+from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume, written_whole
+from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights, write_checkpoint
 from trl_sipo.trainer.level_memory import LevelMemory
+from trl_sipo.trainer.preemption import PreemptionCallback, spared_workers
 from trl_sipo.trainer.process_group import release_process_group
+from trl_sipo.trainer.processes import from_main
+from trl_sipo.trainer.run_state import RunState
 
 
 class ResumableTrainer(DPOTrainer):
@@ -25,7 +32,46 @@ class ResumableTrainer(DPOTrainer):
 
     adapter: BackboneAdapter
     level_memory: LevelMemory
-    _epoch_callback: EpochCallback
+
+    def prepare_resuming(self) -> None:
+        """Add what a run needs to be continued; to be called when all else is in place, before other callbacks."""
+        self.run_state, self._preemption = RunState(self), PreemptionCallback(self)
+        self.add_callback(self.run_state)
+        self.add_callback(self._preemption)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A path; `True` or "latest" for the last complete checkpoint in `output_dir`;
+                "auto" for the same if there is one.
+            trial, ignore_keys_for_eval: As for `transformers.Trainer.train`.
+
+        Raises:
+            ConfigurationError: There is no such checkpoint, or it is damaged.
+            CheckpointError: A checkpoint could not be written.
+            Preempted: SIGTERM came. The run has saved itself, and leaves with a status of its own.
+        """
+        checkpoint = from_main(lambda: checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint))
+        try:
+            with self._preemption.watching():
+                return super().train(checkpoint, trial, ignore_keys_for_eval)
+        except Preempted:
+            self.end()  # else a thread of the process group may abort a process that leaves
+            raise
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The inherited one, whose workers outlive the SIGTERM that ends the run."""
+        return spared_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """The inherited one, likewise."""
+        return spared_workers(super().get_eval_dataloader(eval_dataset))
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
@@ -40,16 +86,18 @@ class ResumableTrainer(DPOTrainer):
         """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it."""
         if not self.args.should_save:
             return
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_weights(self.adapter, self.unwrapped_model, output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        with written_whole(Path(output_dir or self.args.output_dir)) as folder:
+            save_weights(self.adapter, self.unwrapped_model, str(folder))
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """TRL's model card, then a checkpoint that is there as a whole or not at all."""
+        checkpoint = write_checkpoint(self, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_weights(self.adapter, self.unwrapped_model, resume_from_checkpoint)
-        self.level_memory.load(resume_from_checkpoint)
-        if self.args.sync_ref_model:
-            load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
 
     @property
     def reads_stream(self) -> bool:
@@ -63,11 +111,35 @@ class ResumableTrainer(DPOTrainer):
         start = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        position = self._epoch_callback.start_from(resume_from_checkpoint)
-        if position is None:
-            return start
-        steps = 0 if self.args.ignore_data_skip else position.steps
-        return position.epoch, steps * self.args.gradient_accumulation_steps
+        if resume_from_checkpoint is not None:
+            self.level_memory.load(resume_from_checkpoint)
+            if self.args.sync_ref_model:
+                load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
+        return self.run_state.start_from(resume_from_checkpoint, start, num_update_steps_per_epoch, num_train_epochs)
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss,
+        grad_norm,
+        model,
+        trial,
+        epoch,
+        ignore_keys_for_eval,
+        start_time,
+        learning_rate=None,
+    ) -> None:
+        """The inherited one, which at the end of an epoch knows its last step even where that was before a break."""
+        if learning_rate is None:
+            grad_norm, learning_rate = self.run_state.last_step
+        self.run_state.last_step = (grad_norm, learning_rate)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
+        self._preemption.leave_if_saved()
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """The inherited one, of all parts of the run: its mean loss, and its time."""
+        return super()._finalize_training(trial, num_train_samples, self.run_state.start_time(start_time))
 
     def _load_best_model(self) -> None:
         load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -170,6 +171,16 @@ class MetricsRecorder:
                 self._empty_batches += all(self._masked_in_step)
                 self._masked_in_step.clear()
         self.metrics["train"]["sipo/empty_batches"] = [self._empty_batches]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next log will be made of, and the counts of the run; of values that JSON can hold."""
+        metrics = {name: list(values) for name, values in self.metrics["train"].items()}
+        return {"metrics": metrics, "empty_batches": self._empty_batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what [`state_dict`] gave."""
+        self.metrics["train"].update(state["metrics"])
+        self._empty_batches = state["empty_batches"]
 
     def record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
         """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
