@@ -62,5 +62,9 @@ FAILURES = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("time of start", time.time(), flush=True)
-    FAILURES[sys.argv[2]](sys.argv[1])
+    try:
+        FAILURES[sys.argv[2]](sys.argv[1])
+    except Exception:
+        if IS_FAILING:
+            print("time of failure", time.time(), file=sys.stderr)
+        raise

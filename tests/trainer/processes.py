@@ -35,7 +35,7 @@ def run_ranks(
     """
     context = _fork_server()
     directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     errors = [directory / f"error-{rank}.txt" for rank in range(processes)]
     ranks = [
         context.Process(target=_rank, args=(rank, processes, port, error, function, arguments), daemon=True)
@@ -72,9 +72,7 @@ def _wait(ranks: list[Any], timeout: float) -> None:
 
 def _rank(rank: int, processes: int, port: int, error: Path, function: Any, arguments: tuple) -> None:
     """What runs in a process of the group."""
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in {**_SETTINGS, **launched, **address}.items()})
+    os.environ.update(launched(rank, processes, port))
     torch.set_num_threads(1)
     try:
         function(*arguments)
@@ -97,7 +95,15 @@ def torchrun(
     )
 
 
-def _free_port() -> int:
+def launched(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment that a launcher gives to a process, on CPUs."""
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in {**_SETTINGS, **settings, **address}.items()}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -57,7 +57,10 @@ def _report_and_end(kind: type[BaseException], error: BaseException, trace: Trac
     sys.__excepthook__(kind, error, trace)
     if not isinstance(error, Exception):  # Ctrl-C, which the launcher sends to every process
         return
-    get_error_handler().record_exception(error)  # for the summary with which torchrun ends
+    try:
+        raise error  # what is recorded is the error that is being handled
+    except Exception:
+        get_error_handler().record_exception(error)  # for the summary with which torchrun ends
     rank, processes = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
     print(f"Process {rank} of {processes} failed: {kind.__name__}: {error}", file=sys.stderr)
     end_process(1)
