@@ -54,6 +54,9 @@ SIGNATURES = {
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
     ),
     transformers.Trainer._load_best_model: ("self",),
+    transformers.Trainer._determine_best_metric: ("self", "metrics", "trial"),
+    transformers.Trainer._get_grad_norm: ("self", "model", "grad_norm"),
+    transformers.Trainer.training_step: ("self", "model", "inputs", "num_items_in_batch"),
     transformers.Trainer._push_from_checkpoint: ("self", "checkpoint_folder"),
 }  # fmt: skip
 

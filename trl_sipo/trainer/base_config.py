@@ -14,6 +14,7 @@ from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
+from trl_sipo.trainer.safety_config import SafetyConfig
 
 MAX_TIMESTEP = 999
 WHOLE_NUMBERS = (
@@ -77,8 +78,8 @@ def _default_of(config_field) -> object:
 
 
 @dataclass
-class DiffusionPreferenceConfig(DPOConfig):
-    """Settings shared by all diffusion preference trainers, on top of [`trl.DPOConfig`].
+class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
+    """Settings shared by all diffusion preference trainers, on top of [`trl.DPOConfig`] and [`SafetyConfig`].
 
     Fields of `DPOConfig` that only concern language models raise [`ConfigurationError`] when set.
 
@@ -256,6 +257,7 @@ class DiffusionPreferenceConfig(DPOConfig):
         self._check_noise()
         self._check_data()
         self._check_samples()
+        self.check_safety()
         if self.bf16 is None:
             # TRL takes bfloat16 unless told otherwise, and then fails on a machine that has no accelerator for it.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()

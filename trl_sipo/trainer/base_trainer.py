@@ -45,6 +45,7 @@ from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.cached_data import bucket_sampler, needs_encoders, stored_null
 from trl_sipo.trainer.callbacks import watching_callbacks
 from trl_sipo.trainer.description import describe_run
+from trl_sipo.trainer.divergence_guard import DivergenceGuard
 from trl_sipo.trainer.encoding import (
     EVAL_STREAM,
     TRAIN_STREAM,
@@ -58,9 +59,11 @@ from trl_sipo.trainer.encoding import (
 )
 from trl_sipo.trainer.engine import check_engine, settle_arguments
 from trl_sipo.trainer.level_memory import LevelMemory
+from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
+from trl_sipo.trainer.nonfinite import first_broken
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.process_group import end_at_once_on_errors
 from trl_sipo.trainer.reference import make_reference
@@ -71,8 +74,9 @@ from trl_sipo.trainer.reference_bank import (
     lookup,
     precompute_reference,
 )
+from trl_sipo.trainer.reproduction import StepBatch, without_gradient
 from trl_sipo.trainer.resumable import ResumableTrainer
-from trl_sipo.trainer.statistics import MetricsRecorder, PairErrors, pair_statistics
+from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 from trl_sipo.trainer.strategy import StrategyCallback, check_strategy
 
 
@@ -165,7 +169,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.recorder = MetricsRecorder(self.accelerator, self._metrics)
+        self.recorder = make_recorder(self, is_own_reference=ref_model is None)
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_strategy(args, self.accelerator)
@@ -173,6 +177,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
+        self.divergence_guard = DivergenceGuard(args.max_drift, args.max_margin_fall)
         self.prepare_resuming()
         for callback in [StrategyCallback(self), *watching_callbacks(self)]:
             self.add_callback(callback)
@@ -335,11 +340,27 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
-        weight, ends_step = statistics["sipo/importance_weight"], self.accelerator.sync_gradients
-        statistics |= self.level_memory.record(level, weight, ends_step=ends_step)
+        batch = StepBatch(pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
+        broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
+        # What is not finite says nothing about its level.
+        weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
+        statistics |= self.level_memory.record(level, weight, ends_step=self.accelerator.sync_gradients)
+        self.recorder.record_training(loss, statistics, broken, batch, self.state.global_step + 1)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
-        self.recorder.record_training(statistics, inputs["pair_index"], level, f"Step {self.state.global_step + 1}")
         return loss.mean(), statistics
+
+    def training_step(self, *args, **kwargs):
+        """The inherited step; its gradients are looked at before they are clipped, which makes all NaN if one is."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.recorder.look_at_gradients(self.unwrapped_model)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.recorder.end_step(norm):
+            model.zero_grad(set_to_none=True)  # an optimiser passes over weights without a gradient: nothing moves
+        return norm
 
     def _draw(self, pair_index: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator], dict[str, Any]]:
         """Noise level and generator of each pair; with a precomputed reference its draw, and the errors on it."""
@@ -362,11 +383,14 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             generators = pair_generators(pair_index, EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
             known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
-            errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True), **known)
+            noise = draw_pair_noise(pairs, generators, share=True)
+            errors = self.pair_errors(model, pairs, level, noise, **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")
-            self.recorder.check_finite(statistics, inputs["pair_index"], level, "Evaluation")
+            batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
+            broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
+            self.recorder.check_evaluation(broken, batch)
             self.recorder.record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         self.recorder.record_evaluation(mean)
@@ -395,6 +419,10 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self._metrics["eval"].clear()
         return output
+
+    def _determine_best_metric(self, metrics, trial):
+        # Else the evaluation that stopped training could be the best one: a margin may rise by forgetting.
+        return not self.divergence_guard.has_diverged and super()._determine_best_metric(metrics, trial)
 
     @property
     def method_name(self) -> str:

@@ -27,7 +27,7 @@ class MetricsCallback(RememberedCallback):
     """Fetches the metrics of the steps from the device when they are needed: to be logged, or before weights are kept.
 
     Args:
-        recorder: A [`~trl_sipo.trainer.statistics.MetricsRecorder`].
+        recorder: A [`~trl_sipo.trainer.metrics_recorder.MetricsRecorder`].
     """
 
     def __init__(self, recorder: Any):
@@ -124,6 +124,8 @@ def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [MetricsCallback(trainer.recorder), DivergenceWarningCallback()]
     if trainer.args.sync_ref_model:
         callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
+    if trainer.args.max_drift is not None or trainer.args.max_margin_fall is not None:
+        callbacks.append(trainer.divergence_guard)
     if trainer.args.sample_every_steps:
         callbacks.append(SampleGridCallback(trainer))
     return callbacks

@@ -13,8 +13,8 @@ def settle_arguments(args: DiffusionPreferenceConfig) -> None:
     args.accelerator_config.dispatch_batches = False
     # Else the order of the data would hang on the global random state when training starts.
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
-    # Else transformers would log a loss of NaN as the mean of the losses before it.
-    args.logging_nan_inf_filter = False
+    # Else transformers would log a loss of NaN as the mean of the losses before it. Steps that are left out have none.
+    args.logging_nan_inf_filter = args.on_nonfinite == "skip"
 
 
 def check_engine(accelerator: Accelerator, *, is_fsdp_enabled: bool) -> None:

@@ -81,7 +81,7 @@ class LevelMemory:
 
         Args:
             level: Of the pairs, (batch,).
-            weight: Their importance weights, (batch,) float32 in [0, 1].
+            weight: Their importance weights, (batch,) float32 in [0, 1]; NaN for those that say nothing.
             ends_step: Whether it is the last one before the optimiser's step.
 
         Returns:
@@ -121,10 +121,13 @@ def latest_weights(known: torch.Tensor, part: torch.Tensor, weight: torch.Tensor
 
     Args:
         known: (NUM_PARTS,).
-        part, weight: Of the pairs of a step, (pairs,).
+        part, weight: Of the pairs of a step, (pairs,); one with a weight of NaN does not count.
     """
+    says_something = weight.isfinite()
+    weight = torch.where(says_something, weight, 0.0)
     # A product with a one-hot matrix: unlike an indexed sum, it is the same in every run on a GPU.
-    is_there = (part[:, None] == torch.arange(len(known), device=part.device)).to(weight)
+    is_there = part[:, None] == torch.arange(len(known), device=part.device)
+    is_there = (is_there & says_something[:, None]).to(weight)
     count = is_there.sum(0)
     return torch.where(count > 0, (is_there * weight[:, None]).sum(0) / count.clamp(min=1), known)
 
