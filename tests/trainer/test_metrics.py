@@ -192,7 +192,7 @@ def test_the_clip_fraction_counts_with_the_methods_range(tmp_path):
 
 @pytest.mark.parametrize("method", [SIPO, DPO_CM], ids=lambda method: method.name)
 def test_metrics_that_wait_on_the_device_are_those_of_the_steps(method, tmp_path):
-    """As on a GPU: read two micro-batches later, or when a step is logged, with the values that reading at once gives."""
+    """As on a GPU: read two micro-batches later, or when a step is logged, with the values of reading at once."""
     options = {"max_steps": 7, "logging_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
     at_once = make_trainer(method, tmp_path / "at_once", **options)
     deferred = make_trainer(method, tmp_path / "deferred", **options)
