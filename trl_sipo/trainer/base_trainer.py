@@ -57,7 +57,7 @@ from trl_sipo.trainer.encoding import (
     pair_generators,
     pair_numbers,
 )
-from trl_sipo.trainer.engine import check_engine, settle_arguments
+from trl_sipo.trainer.engine import settle_arguments
 from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
@@ -76,6 +76,7 @@ from trl_sipo.trainer.reference_bank import (
 )
 from trl_sipo.trainer.reproduction import StepBatch, without_gradient
 from trl_sipo.trainer.resumable import ResumableTrainer
+from trl_sipo.trainer.sharding import prepare_sharding
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 from trl_sipo.trainer.strategy import StrategyCallback, check_strategy
 
@@ -173,7 +174,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_strategy(args, self.accelerator)
-        check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
+        prepare_sharding(self)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)

@@ -18,6 +18,7 @@ from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, STATE_FILE
 from trl_sipo.trainer.level_memory import LEVEL_MEMORY_FILE
 from trl_sipo.trainer.processes import together
 from trl_sipo.trainer.run_state import RUN_STATE_FILE, STREAM_POSITION_FILE
+from trl_sipo.trainer.sharding import is_filling, refilled
 
 REFERENCE_FOLDER = "reference"
 # Files by which a run continues; they are no part of the model.
@@ -41,10 +42,13 @@ def load_weights(adapter: BackboneAdapter, model: nn.Module, directory: str) -> 
     Raises:
         BackboneError: The folder holds no such weights, or those of another model.
     """
-    if isinstance(model, PeftModel):
-        adapter.load_lora(model, directory)
-    else:
-        adapter.load_denoiser(model, directory)
+    with refilled(model) as plain:
+        if plain is not model and not is_filling():
+            return
+        if isinstance(plain, PeftModel):
+            adapter.load_lora(plain, directory)
+        else:
+            adapter.load_denoiser(plain, directory)
 
 
 def load_reference(adapter: BackboneAdapter, ref_model: nn.Module, checkpoint: str) -> None:

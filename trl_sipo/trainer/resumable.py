@@ -22,6 +22,7 @@ from trl_sipo.trainer.preemption import PreemptionCallback, spared_workers
 from trl_sipo.trainer.process_group import release_process_group
 from trl_sipo.trainer.processes import from_main
 from trl_sipo.trainer.run_state import RunState
+from trl_sipo.trainer.sharding import whole
 
 
 class ResumableTrainer(DPOTrainer):
@@ -84,11 +85,12 @@ class ResumableTrainer(DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it."""
-        if not self.args.should_save:
-            return
-        with written_whole(Path(output_dir or self.args.output_dir)) as folder:
-            save_weights(self.adapter, self.unwrapped_model, str(folder))
-            torch.save(self.args, folder / "training_args.bin")
+        with whole(self.adapter, self.unwrapped_model) as model:
+            if not self.args.should_save:
+                return
+            with written_whole(Path(output_dir or self.args.output_dir)) as folder:
+                save_weights(self.adapter, model, str(folder))
+                torch.save(self.args, folder / "training_args.bin")
 
     def _save_checkpoint(self, model, trial) -> None:
         """TRL's model card, then a checkpoint that is there as a whole or not at all."""

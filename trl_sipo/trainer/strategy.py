@@ -174,8 +174,11 @@ def check_prepared(trainer: Any) -> None:
 
 def _is_sharded(module: torch.nn.Module) -> bool:
     """Whether FSDP2 holds every weight in parts; those that cannot be cut, as of four bits, are whole."""
+    if not isinstance(module, FSDPModule):
+        return False
+    module.reshard()  # after an evaluation, what belongs to no block is still whole
     weights = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
-    return isinstance(module, FSDPModule) and all(isinstance(weight, DTensor) for weight in weights)
+    return all(isinstance(weight, DTensor) for weight in weights)
 
 
 # Beginning of the name of a strategy -> whether a module is wrapped for it.
