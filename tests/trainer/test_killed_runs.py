@@ -6,8 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -15,29 +13,16 @@ import torch
 
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer import killed_run
+from tests.trainer.children import end, fork, wait, wait_for
 from tests.trainer.killed_run import CASES, MAX_STEPS, orders
 from tests.trainer.resuming import differences
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300.0  # seconds until a run that does nothing counts as hanging
 
 
 def _fork(folder: Path, case: str, kill_after: int) -> int:
-    """A child of this process, which has everything imported already; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        with open(folder / "output.txt", "a") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            killed_run.train(folder, case, kill_after)
-            status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    """A child of this process."""
+    return fork(lambda: killed_run.train(folder, case, kill_after), folder / "output.txt")
 
 
 def _start(folder: Path, case: str, kill_after: int) -> int:
@@ -53,47 +38,26 @@ def _start(folder: Path, case: str, kill_after: int) -> int:
         ).pid
 
 
-def _wait(child: int, until: float) -> int | None:
-    """The exit code of a child, negative for a signal; `None` when it still runs at this time."""
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
-
-
-def _run_once(start, folder: Path, case: str, chance: random.Random, *, kill: bool) -> int:
+def _run_once(start, folder: Path, case: str, chance: random.Random, *, is_killed: bool) -> int:
     """Go on with a run, and kill it while it trains or while it saves; returns its exit code."""
-    (folder / "ready").unlink(missing_ok=True)
-    while_saving = kill and chance.random() < 0.5
+    ready, output = folder / "ready", folder / "output.txt"
+    ready.unlink(missing_ok=True)
+    while_saving = is_killed and chance.random() < 0.5
     child = start(folder, case, chance.randint(1, 60) if while_saving else 0)
-    deadline = time.monotonic() + PATIENCE
-    try:
-        if kill and not while_saving:
-            while not (folder / "ready").exists() and time.monotonic() < deadline:
-                code = _wait(child, time.monotonic() + 0.002)
-                if code is not None:
-                    return code
-            code = _wait(child, time.monotonic() + chance.uniform(0.0, 1.5))
-            if code is not None:
-                return code
-            os.kill(child, signal.SIGKILL)
-        code = _wait(child, deadline)
-    except BaseException:
+    if is_killed and not while_saving:
+        code = wait_for(ready, child)
+        if code is None:
+            code = wait(child, chance.uniform(0.0, 1.5))
+        if code is not None:
+            return code
         os.kill(child, signal.SIGKILL)
-        raise
-    if code is None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise AssertionError(f"hangs: {(folder / 'output.txt').read_text()[-3000:]}")
-    return code
+    return end(child, output)
 
 
 def _alone(folder: Path, case: str) -> tuple[dict, dict]:
     """The end and the order of a run that nobody disturbs."""
     folder.mkdir()
-    assert _run_once(_fork, folder, case, random.Random(), kill=False) == 0, (folder / "output.txt").read_text()[
+    assert _run_once(_fork, folder, case, random.Random(), is_killed=False) == 0, (folder / "output.txt").read_text()[
         -3000:
     ]
     return torch.load(folder / "end.pt", weights_only=False), orders(folder)
@@ -102,11 +66,11 @@ def _alone(folder: Path, case: str) -> tuple[dict, dict]:
 def _killed(start, folder: Path, case: str, chance: random.Random, num_kills: int, expected) -> dict[str, int]:
     """Kill a run up to `num_kills` times, let it end, and compare; returns what happened how often."""
     folder.mkdir()
-    end, order = expected
+    expected_end, order = expected
     counts = {"kills": 0, "while_saving": 0, "steps_repeated": 0}
     code = -signal.SIGKILL
     while code != 0:
-        code = _run_once(start, folder, case, chance, kill=counts["kills"] < num_kills)
+        code = _run_once(start, folder, case, chance, is_killed=counts["kills"] < num_kills)
         assert code in (0, -signal.SIGKILL), (folder / "output.txt").read_text()[-3000:]
         if code != 0:
             counts["kills"] += 1
@@ -114,7 +78,7 @@ def _killed(start, folder: Path, case: str, chance: random.Random, num_kills: in
     found = orders(folder)
     assert found.keys() == order.keys() == set(range(1, MAX_STEPS + 1))
     assert all(batches == order[step][0] for step, times in found.items() for batches in times)
-    assert differences(end, torch.load(folder / "end.pt", weights_only=False)) == []
+    assert differences(expected_end, torch.load(folder / "end.pt", weights_only=False)) == []
     kept = {path.name for path in (folder / "run").glob("*checkpoint-*")}
     assert kept == {f"checkpoint-{MAX_STEPS - 2}", f"checkpoint-{MAX_STEPS}"}
     counts["steps_repeated"] = sum(map(len, found.values())) - MAX_STEPS

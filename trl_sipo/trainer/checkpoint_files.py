@@ -229,7 +229,7 @@ def _damage(folder: Path, *, checksums: bool = True) -> str | None:
         return _damage_of_unlisted(folder)
     try:
         listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST_FILE} cannot be read ({error})"
     for name, (size, checksum) in listed.items():
         path = folder / name

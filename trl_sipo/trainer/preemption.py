@@ -117,9 +117,10 @@ def spared_workers(loader: DataLoader) -> DataLoader:
 
     Else they would end at once, and the step that is to be finished would fail for want of data.
     """
-    init = loader.worker_init_fn
-    if loader.num_workers > 0 and getattr(init, "func", None) is not _start_worker:
-        loader.worker_init_fn = partial(_start_worker, os.getpid(), init)
+    plain = getattr(loader, "base_dataloader", loader)  # within accelerate's
+    init = plain.worker_init_fn
+    if plain.num_workers > 0 and getattr(init, "func", None) is not _start_worker:
+        plain.worker_init_fn = partial(_start_worker, os.getpid(), init)
     return loader
 
 
