@@ -340,19 +340,21 @@ def run(
         command: A key of `METHODS`.
         argv: Its options.
         defaults: Settings where neither these nor a file say anything.
-        program: The words of the shell that were given before `argv`; by default those of the command.
+        program: The script and what was given to it before `argv`; by default it is the command `trl-sipo`.
     """
     arguments = parse(command, argv, defaults)
     try:
         main(command, *arguments)
     except Preempted as stop:
         if arguments[1].process_index == 0:
-            words = continuing_command([*(program or ["trl-sipo", command]), *argv], arguments[1].world_size)
+            python = "python " if arguments[1].world_size == 1 else "accelerate launch <its options> "
+            launcher = "" if program is None else python
+            words = continuing_command([*(program or ["trl-sipo", command]), *argv], launcher)
             print(f"{command}: {stop} The command that continues:\n{words}", file=sys.stderr)
         raise
 
 
-def continuing_command(words: list[str], num_processes: int = 1) -> str:
+def continuing_command(words: list[str], launcher: str = "") -> str:
     """The same command with `--resume_from_checkpoint true`, as it is typed."""
     kept, rest = [], iter(words)
     for word in rest:
@@ -360,7 +362,6 @@ def continuing_command(words: list[str], num_processes: int = 1) -> str:
             next(rest, None)  # its value
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
-    launcher = "" if num_processes == 1 else "accelerate launch <its options> "
     return launcher + shlex.join([*kept, "--resume_from_checkpoint", "true"])
 
 
@@ -369,7 +370,7 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
 
     A mistake of the user ends the process with one line and status 2.
     """
-    program = ["python", *sys.argv[: len(sys.argv) - len(argv)]]
+    program = sys.argv[: len(sys.argv) - len(argv)]
     try:
         run(method, argv, defaults, program)
     except (BackboneError, CheckpointError, ConfigurationError, DatasetError, NumericalError) as error:

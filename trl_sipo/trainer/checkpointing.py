@@ -16,7 +16,7 @@ from trl_sipo.errors import CheckpointError, ConfigurationError
 from trl_sipo.trainer import checkpoint_files
 from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, STATE_FILE
 from trl_sipo.trainer.level_memory import LEVEL_MEMORY_FILE
-from trl_sipo.trainer.processes import together
+from trl_sipo.trainer.processes import OtherProcessError, together
 from trl_sipo.trainer.run_state import RUN_STATE_FILE, STREAM_POSITION_FILE
 from trl_sipo.trainer.sharding import is_filling, refilled
 
@@ -162,8 +162,9 @@ def _could_not_write(checkpoint: Path, error: BaseException) -> CheckpointError:
     room = shutil.disk_usage(next(folder for folder in checkpoint.parents if folder.is_dir())).free
     last = checkpoint_files.last_complete_checkpoint(checkpoint.parent)
     advice = "there is no earlier one" if last is None else f"the run can be resumed from {last}"
+    reason = str(error) if isinstance(error, OtherProcessError) else f"{type(error).__name__}: {error}"
     return CheckpointError(
-        f"The checkpoint {checkpoint} could not be written ({type(error).__name__}: {error}). "
+        f"The checkpoint {checkpoint} could not be written ({reason}). "
         f"{room / 1e6:,.0f} MB are free on its disk. Nothing of it is left behind; {advice}. Make room, or lower "
         "`save_total_limit`, and resume with `resume_from_checkpoint=True`."
     )
