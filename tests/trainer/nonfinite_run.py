@@ -74,7 +74,7 @@ def fail(output: str, link: str) -> None:
     if link == "policy":
         assert "for 1 of 8 pairs" in str(caught.value)
     trainer.accelerator.wait_for_everyone()
-    names = sorted(path.name for path in Path(output, "nonfinite").glob("*.json"))
+    names = sorted(path.name for path in Path(output, "_nonfinite").glob("*.json"))
     processes = (1,) if link == "policy" else (0, 1)
     assert names == [f"step-00000{BROKEN_STEP}-process-{process}-part-0.json" for process in processes]
     trainer.end()

@@ -126,7 +126,7 @@ def test_a_run_ends_at_the_link_and_replays(link, tmp_path):
     break_it, count, advice = BREAKS[link]
     break_it(trainer)
     before = trained_weights(trainer)
-    with pytest.raises(NumericalError, match=rf"^Step 1: .*{advice}.*nonfinite; .*replay") as caught:
+    with pytest.raises(NumericalError, match=rf"^Step 1: .*{advice}.*_nonfinite; .*replay") as caught:
         trainer.train()
     if count is not None:
         assert f"for {count} of 4 pairs: pair_index" in str(caught.value) and "timestep" in str(caught.value)
@@ -134,7 +134,7 @@ def test_a_run_ends_at_the_link_and_replays(link, tmp_path):
         assert "that of 1 of " in str(caught.value) and "conv_in.weight" in str(caught.value)
     assert {name for name in changed(before, trained_weights(trainer)) if not name.startswith("conv_out")} == set()
 
-    (file,) = (tmp_path / "nonfinite").glob("*.json")
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
     description = json.loads(file.read_text())
     assert file.name == "step-000001-process-0-part-0.json"
     assert description["link"] == link and description["step"] == 1 and len(description["pairs"]) == 4
@@ -160,7 +160,7 @@ def test_a_sound_step_replays_as_sound(tmp_path):
     _break_gradient(trainer)
     with pytest.raises(NumericalError):
         trainer.train()
-    (file,) = (tmp_path / "nonfinite").glob("*.json")
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
     again = _trainer(tmp_path / "again")
     seen = []
     pair_errors = again.pair_errors
@@ -181,8 +181,8 @@ def test_a_diverged_lora_is_saved_with_the_step(tmp_path):
     trainer = make_trainer(DPO, tmp_path, learning_rate=1e30, **options)
     with pytest.raises(NumericalError, match=r"Step 2: .*learning_rate"):
         trainer.train()
-    (file,) = (tmp_path / "nonfinite").glob("*.json")
-    assert (tmp_path / "nonfinite" / "step-000002-weights" / "pytorch_lora_weights.safetensors").is_file()
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
+    assert (tmp_path / "_nonfinite" / "step-000002-weights" / "pytorch_lora_weights.safetensors").is_file()
     again = make_trainer(DPO, tmp_path / "again")
     result = replay(file, again)
     assert len(result.broken) == 4 and set(result.broken.values()) == {"policy"}
@@ -194,9 +194,9 @@ def test_a_diverged_lora_is_saved_with_the_step(tmp_path):
 def test_an_evaluation_is_saved_too(tmp_path):
     trainer = _trainer(tmp_path, trainer_options={"eval_dataset": preference_pairs(4, seed=3)})
     _break_weights(trainer.adapter.denoiser)
-    with pytest.raises(NumericalError, match=r"^Evaluation: .*for 4 of 4 pairs.*nonfinite"):
+    with pytest.raises(NumericalError, match=r"^Evaluation: .*for 4 of 4 pairs.*_nonfinite"):
         trainer.evaluate()
-    (file,) = (tmp_path / "nonfinite").glob("evaluation-*.json")
+    (file,) = (tmp_path / "_nonfinite").glob("evaluation-*.json")
     again = _trainer(tmp_path / "again")
     assert replay(file, again).is_finite
     _break_weights(again.adapter.denoiser)
@@ -212,7 +212,7 @@ def test_what_is_left_behind_is_bounded(tmp_path, monkeypatch, caplog):
     _break_loss(trainer)
     with caplog.at_level(logging.WARNING, logger="trl_sipo"):
         trainer.train()
-    files = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
+    files = sorted(path.name for path in (tmp_path / "_nonfinite").iterdir())
     stems = {name.rsplit(".", 1)[0] for name in files}
     assert stems == {"step-000001-process-0-part-0", "step-000002-process-0-part-0"} and len(files) == 4
     notes = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
@@ -225,7 +225,7 @@ def test_a_batch_that_is_too_large_keeps_the_pairs_that_broke(tmp_path, monkeypa
     monkeypatch.setattr(reproduction, "MAX_BYTES", 6_000)
     with pytest.raises(NumericalError, match="pair_index 1 "):
         trainer.train()
-    (file,) = (tmp_path / "nonfinite").glob("*.safetensors")
+    (file,) = (tmp_path / "_nonfinite").glob("*.safetensors")
     with safe_open(file, "pt") as content:
         assert content.get_tensor("pair_index").tolist() == [1]
     assert set(replay(file, _trainer(tmp_path / "again")).broken) == {1}
@@ -237,14 +237,14 @@ def test_a_gradient_has_the_micro_batches_of_its_step(tmp_path):
     _break_gradient(trainer)
     with pytest.raises(NumericalError, match="Step 1: the gradient"):
         trainer.train()
-    pairs = [load_reproduction(path)[0].pair_index.tolist() for path in (tmp_path / "nonfinite").glob("*.json")]
+    pairs = [load_reproduction(path)[0].pair_index.tolist() for path in (tmp_path / "_nonfinite").glob("*.json")]
     assert sorted(pairs) == [[0], [1], [2], [3]]
 
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_fault(tmp_path, caplog):
     trainer = _trainer(tmp_path)
     _break_weights(trainer.adapter.denoiser)
-    (tmp_path / "nonfinite").write_text("a file in the way")
+    (tmp_path / "_nonfinite").write_text("a file in the way")
     with pytest.raises(NumericalError, match="Step 1: the prediction error of the policy") as caught:
         trainer.train()
     assert "replay" not in str(caught.value)
@@ -253,12 +253,12 @@ def test_a_folder_that_cannot_be_written_does_not_hide_the_fault(tmp_path, caplo
 
 def test_files_that_are_none(tmp_path):
     trainer = _trainer(tmp_path)
-    with pytest.raises(ConfigurationError, match="is no reproduction: .*'nonfinite'"):
+    with pytest.raises(ConfigurationError, match="is no reproduction: .*'_nonfinite'"):
         replay(tmp_path / "missing.json", trainer)
     _break_weights(trainer.adapter.denoiser)
     with pytest.raises(NumericalError):
         trainer.train()
-    (file,) = (tmp_path / "nonfinite").glob("*.json")
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
     file.write_text(file.read_text().replace('"format": 1', '"format": 7'))
     with pytest.raises(ConfigurationError, match="has format 7"):
         replay(file, trainer)
@@ -285,8 +285,10 @@ def test_a_gradient_is_noticed_in_its_own_step(max_grad_norm, value, is_deferred
     assert not list(tmp_path.glob("checkpoint-*"))
     weights_are_sound = all(value.isfinite().all() for value in trained_weights(trainer).values())
     assert weights_are_sound is not is_deferred
-    (file,) = (tmp_path / "nonfinite").glob("*.json")
-    assert json.loads(file.read_text())["parameters_with_a_gradient_that_is_not_finite"] == ["conv_in.weight"]
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
+    description = json.loads(file.read_text())
+    assert description["parameters_with_a_gradient_that_is_not_finite"] == ["conv_in.weight"]
+    assert description["epoch"] == 1  # of the step, and not of the moment when it is noticed
 
 
 def test_a_norm_that_overflows_alone(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import transformers
 import trl
 from accelerate.state import AcceleratorState
+from huggingface_hub.utils import filter_repo_objects
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer
@@ -21,6 +22,7 @@ import trl_sipo
 from tests.trainer.runs import DPO, METHODS, make_trainer
 from trl_sipo.trainer._trl_compat import ReportableConfig
 from trl_sipo.trainer.base_trainer import DiffusionPreferenceTrainer
+from trl_sipo.trainer.reproduction import NONFINITE_FOLDER
 from trl_sipo.trainer.resumable import ResumableTrainer
 
 PACKAGE = Path(trl_sipo.__file__).parent
@@ -105,6 +107,13 @@ def test_what_inherited_methods_read_is_there(method, tmp_path):
                 assert hasattr(trainer, attribute), f"{cls.__name__}.{name} reads self.{attribute}"
                 checked += 1
     assert checked > 12
+
+
+def test_what_begins_with_an_underscore_is_not_uploaded():
+    """Of an output folder: above all the folder of steps that were not finite."""
+    for function in (transformers.Trainer.push_to_hub, transformers.Trainer._push_from_checkpoint):
+        assert 'ignore_patterns=["_*"' in inspect.getsource(function)
+    assert not list(filter_repo_objects([f"{NONFINITE_FOLDER}/step-000001.json"], ignore_patterns=["_*"]))
 
 
 def test_the_loss_is_not_scaled_twice():

@@ -341,7 +341,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
-        batch = StepBatch(pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
+        kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
+        batch = StepBatch(*kept, epoch=self._epoch)
         broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
         # What is not finite says nothing about its level.
         weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])

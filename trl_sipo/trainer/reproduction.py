@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step that was not finite was given, on disk; and that step again.
 
-`<output_dir>/nonfinite/step-000012-process-0-part-0.safetensors` holds the tensors of a micro-batch, the `.json`
+`<output_dir>/_nonfinite/step-000012-process-0-part-0.safetensors` holds the tensors of a micro-batch, the `.json`
 beside it what they mean. Where a LoRA is trained and the weights are still those of the step, it is in the folder
 `step-000012-weights`.
 """
@@ -30,7 +30,8 @@ from trl_sipo.trainer.statistics import PairErrors
 
 logger = logging.getLogger(__name__)
 
-NONFINITE_FOLDER = "nonfinite"
+# With the underscore, transformers never uploads it with the model: it holds what was made of training data.
+NONFINITE_FOLDER = "_nonfinite"
 # Bounds of what a run leaves behind: steps of each process, bytes of a step and of the LoRA beside it.
 MAX_STEPS = 8
 MAX_BYTES = 2**27
@@ -56,6 +57,7 @@ class StepBatch:
         errors: Of policy and reference, without gradient.
         pair_index: (batch,) int64.
         label: (batch,) float32 with soft labels.
+        epoch: From which noise and noise levels are drawn.
     """
 
     pairs: EncodedPairs
@@ -64,6 +66,7 @@ class StepBatch:
     errors: PairErrors
     pair_index: torch.Tensor
     label: torch.Tensor | None = None
+    epoch: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, (batch, ...) each."""
@@ -119,7 +122,8 @@ class StepBatch:
         errors = torch.stack([getattr(self.errors, field.name) for field in fields(self.errors)])
         count = max(1, len(self.pair_index) * num_bytes // self.num_bytes)
         chosen = errors.isfinite().all(0).int().argsort(stable=True)[:count]
-        return StepBatch.of_tensors({name: value[chosen.to(value.device)] for name, value in self.tensors().items()})
+        rows = {name: value[chosen.to(value.device)] for name, value in self.tensors().items()}
+        return replace(StepBatch.of_tensors(rows), epoch=self.epoch)
 
 
 @dataclass(frozen=True)
@@ -189,14 +193,14 @@ class ReproductionWriter:
         settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in inherited}
         pairs = zip(batch.pair_index.tolist(), batch.level.timestep.tolist(), strict=True)
         # From this key come level, caption dropout, posterior sample and noise of a pair in training.
-        key = [TRAIN_STREAM, args.seed, trainer._epoch]
+        key = [TRAIN_STREAM, args.seed, batch.epoch]
         is_keyed = fault.step > 0 and not isinstance(trainer.reference, BankedReference)
         return {
             "format": _FORMAT,
             "message": fault.message,
             "link": fault.link,
             "step": fault.step,
-            "epoch": trainer._epoch,
+            "epoch": batch.epoch,
             "pairs": [
                 {"pair_index": index, "timestep": time} | ({"key": [*key, index]} if is_keyed else {})
                 for index, time in pairs
@@ -259,7 +263,7 @@ def replay(path: str | Path, trainer: Any, checkpoint: str | Path | None = None)
     """Compute a step that was not finite again, forward and backward, and say where it breaks.
 
     Args:
-        path: A `.safetensors` or `.json` file of a run's folder `nonfinite`.
+        path: A `.safetensors` or `.json` file of a run's folder `_nonfinite`.
         trainer: Made as for the run, by which objective, precision and reference are the same. It is not trained; its
             weights become those of the step.
         checkpoint: Whose weights to use, a checkpoint of the run. `None`: those in the folder, if there are any; else
