@@ -277,7 +277,7 @@ class MetricsRecorder:
         if math.isfinite(norm):
             self._overflows = 0
             return None
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16":  # DeepSpeed has its own
             self._overflows += 1
             if self._overflows <= MAX_OVERFLOWS:
                 return None

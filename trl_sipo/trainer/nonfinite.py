@@ -122,13 +122,13 @@ def pairs_message(where: str, broken: BrokenPairs) -> str:
 
 
 def gradient_message(where: str, parameters: list[str], num_parameters: int) -> str:
-    """That the gradient is not finite, of which parameters, and what to do."""
+    """That the gradient is not finite, of which of so many parameters, and what to do."""
     what, advice = CHAIN["gradient"]
     if parameters:
         named = f"that of {len(parameters)} of {num_parameters} parameters: "
         named += _listed(parameters[:_NAMED], len(parameters))
     else:
-        named = "its norm overflows"
+        named = "its norm overflows" if num_parameters else "of which parameters, the engine does not tell"
     return f"{where}: {what} not finite, with finite losses; {named}. {advice}"
 
 
