@@ -13,7 +13,6 @@ from trl_sipo.trainer.checkpoint_files import (
     MANIFEST_FILE,
     begin,
     checkpoint_to_resume,
-    last_complete_checkpoint,
     publish,
     rotate,
     temporary_folder,
@@ -82,8 +81,8 @@ def test_at_whatever_moment_writing_ends_there_is_a_complete_checkpoint(replaces
                 found.append("killed")
         # Nothing that a run, transformers or a reader would take for a checkpoint is incomplete.
         assert all(why_not_resumable(folder) is None for folder in run_dir.glob("checkpoint-*"))
-        last = last_complete_checkpoint(run_dir)
-        assert last is not None and _mark(last) in ("four", "new")
+        last = Path(checkpoint_to_resume(run_dir, True))
+        assert _mark(last) in ("four", "new")
         assert _mark(run_dir / "checkpoint-2") == "two"
         if found[-1] == "done":
             assert _mark(last) == "new"
@@ -96,7 +95,7 @@ def test_a_checkpoint_that_lacks_only_its_name_gets_it(tmp_path):
     """When one of the same step is replaced, there is a moment in which neither has the name."""
     checkpoint = _write(tmp_path, 4, "new")
     checkpoint.rename(temporary_folder(checkpoint))
-    assert last_complete_checkpoint(tmp_path) == checkpoint and _mark(checkpoint) == "new"
+    assert checkpoint_to_resume(tmp_path, True) == str(checkpoint) and _mark(checkpoint) == "new"
 
 
 def _cut(path: Path) -> None:

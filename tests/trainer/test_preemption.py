@@ -4,8 +4,10 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from tests.tiny_models import tiny_stable_diffusion
@@ -13,7 +15,7 @@ from tests.trainer.children import end, fork, wait_for
 from tests.trainer.resuming import differences, end_of
 from tests.trainer.runs import DPO, SIPO, make_trainer
 from trl_sipo.errors import Preempted
-from trl_sipo.trainer import checkpoint_files
+from trl_sipo.trainer import checkpoint_files, preemption
 
 OPTIONS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 100, "logging_steps": 2}
 
@@ -123,6 +125,14 @@ def test_a_signal_after_the_last_step_is_told(tmp_path, caplog):
     trainer.add_callback(Late())
     trainer.train()
     assert "SIGTERM came when training had ended" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_sum_over_processes_is_that_of_the_step_before(device):
+    """So that on a GPU it has long been there."""
+    twice = SimpleNamespace(device=torch.device(device), reduce=lambda value, reduction: value * 2)
+    delayed = preemption._DelayedSum(twice)
+    assert [delayed.previous_then(number) for number in (0.0, 1.0, 0.0, 3.0, 0.0)] == [0.0, 0.0, 2.0, 0.0, 6.0]
 
 
 def test_workers_outlive_a_signal_to_the_whole_job(tmp_path):

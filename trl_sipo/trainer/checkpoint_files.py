@@ -188,6 +188,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool | None) -> s
                 "`True` for the last complete one in `output_dir`."
             )
         return str(wanted)
+    _finish_writing(Path(output_dir))
     last = last_complete_checkpoint(Path(output_dir))
     if last is None and choice != "auto":
         raise ConfigurationError(
@@ -199,16 +200,19 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool | None) -> s
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The checkpoint of most steps that a run can continue from; those that it cannot are named in warnings."""
-    for temporary in _folders(output_dir, re.compile(_SAVING + _CHECKPOINT.pattern)):
-        checkpoint = temporary.with_name(temporary.name.removeprefix(_SAVING))
-        # Killed between the manifest and the name: all that was missing is the name.
-        if (temporary / MANIFEST_FILE).exists() and _damage(temporary) is None and _damage(checkpoint) is not None:
-            _take_name(checkpoint)
     for checkpoint in reversed(_numbered(output_dir)):
         if (reason := why_not_resumable(checkpoint)) is None:
             return checkpoint
         logger.warning("Passed over the checkpoint %s: %s.", checkpoint, reason)
     return None
+
+
+def _finish_writing(output_dir: Path) -> None:
+    """Give the name to a checkpoint that lacks nothing else: its process ended between the manifest and the name."""
+    for temporary in _folders(output_dir, re.compile(_SAVING + _CHECKPOINT.pattern)):
+        checkpoint = temporary.with_name(temporary.name.removeprefix(_SAVING))
+        if (temporary / MANIFEST_FILE).exists() and _damage(temporary) is None and _damage(checkpoint) is not None:
+            _take_name(checkpoint)
 
 
 def why_not_resumable(checkpoint: Path) -> str | None:
