@@ -26,9 +26,7 @@ def _diverging(tmp_path, **options):
     return make_trainer(DPO, tmp_path, is_lora=False, trainer_options=held_out, **{**defaults, **options})
 
 
-@pytest.mark.parametrize(
-    "bound", [{"max_drift": 0.06}, {"max_margin_fall": 0.5}], ids=lambda bound: next(iter(bound))
-)
+@pytest.mark.parametrize("bound", [{"max_drift": 0.06}, {"max_margin_fall": 0.5}], ids=lambda bound: next(iter(bound)))
 @pytest.mark.parametrize("falls_back", [True, False], ids=["best", "stays"])
 def test_a_diverging_run_is_stopped(bound, falls_back, tmp_path, caplog):
     options = {"load_best_model_at_end": True, "metric_for_best_model": "rewards/accuracies"} if falls_back else {}

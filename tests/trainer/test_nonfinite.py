@@ -3,17 +3,19 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from tests.trainer.runs import DPO, PROMPTS, SIPO, changed, make_trainer, preference_pairs, trained_weights
+from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.errors import ConfigurationError, NumericalError
 from trl_sipo.trainer import reproduction
 from trl_sipo.trainer.encoding import EncodedPairs
 from trl_sipo.trainer.nonfinite import LINKS, first_broken
-from trl_sipo.trainer.reproduction import load_reproduction, replay
+from trl_sipo.trainer.reproduction import StepBatch, load_reproduction, replay
 from trl_sipo.trainer.statistics import PairErrors
 
 NAN, INF = float("nan"), float("inf")
@@ -175,6 +177,38 @@ def test_a_sound_step_replays_as_sound(tmp_path):
     assert all(p.grad is None for p in again.model.parameters())
 
 
+def test_a_precomputed_reference_replays_from_the_file(tmp_path, monkeypatch):
+    """Its errors are in the file, so that a live reference, or none, gives the same."""
+    monkeypatch.setattr("trl_sipo.trainer.reference_bank.constants.HF_HOME", str(tmp_path / "home"))
+    options = {"precompute_ref_log_probs": True, "num_ref_draws": 1, "max_steps": 1}
+    trainer = _trainer(tmp_path, **options)
+    _break_gradient(trainer)
+    with pytest.raises(NumericalError):
+        trainer.train()
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
+    assert "key" not in json.loads(file.read_text())["pairs"][0]  # its draws have keys of their own
+    banked, live = _trainer(tmp_path / "banked", **options), _trainer(tmp_path / "live")
+    for again in (banked, live):
+        _break_gradient(again)
+        assert replay(file, again).parameters == ["conv_in.weight"]
+
+
+def test_all_that_a_step_may_have_is_kept():
+    pairs, errors, *_ = _step()
+    pairs = replace(pairs, frame_rate=torch.tensor([8.0, 12.0, 16.0]))
+    level = NoiseLevel(torch.full((3,), 0.6), torch.full((3,), 0.8), torch.tensor([1, 2, 3]))
+    noise, index = (torch.zeros(3, 2, 2, 2), torch.ones(3, 2, 2, 2)), torch.tensor([7, 8, 9])
+    batch = StepBatch(pairs, level, noise, errors, index, torch.tensor([1.0, 0.5, 0.7]))
+    again = StepBatch.of_tensors(batch.tensors())
+    before, after = batch.tensors(), again.tensors()
+    assert before.keys() == after.keys() and {"rejected_noise", "label", "frame_rate"} < before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    shared = StepBatch(pairs, level, (noise[0], noise[0]), errors, index)
+    again = StepBatch.of_tensors(shared.tensors())
+    assert again.noise[0] is again.noise[1] and again.label is None
+    assert shared.num_bytes == sum(value.nbytes for value in shared.tensors().values()) < batch.num_bytes
+
+
 def test_a_diverged_lora_is_saved_with_the_step(tmp_path):
     """Its weights are what broke the step, and a new trainer would not have them."""
     options = {"max_steps": 4, "optim": "sgd", "max_grad_norm": 0.0}
@@ -298,3 +332,15 @@ def test_a_norm_that_overflows_alone(tmp_path):
         parameter.register_hook(lambda gradient: torch.full_like(gradient, 1.8e19 / gradient.numel() ** 0.5))
     with pytest.raises(NumericalError, match="Step 1: the gradient is not finite.*its norm overflows"):
         trainer.train()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_noticed_two_micro_batches_later(tmp_path):
+    """Without waiting for the device, and long before the log."""
+    options = {"use_cpu": False, "bf16": None, "max_steps": 20, "logging_steps": 20}
+    trainer = make_trainer(SIPO, tmp_path, pairs=preference_pairs(4), **options)
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * NAN if trainer.state.global_step == 4 else gradient)
+    with pytest.raises(NumericalError, match="^Step 5: the gradient is not finite"):
+        trainer.train()
+    assert 5 <= trainer.state.global_step <= 7

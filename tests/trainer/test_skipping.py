@@ -80,6 +80,14 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_are(factor, optim, 
     assert logged(trainer, "sipo/skipped_steps") == [0, 0, 1, 1, 1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_on_a_gpu(precision, tmp_path):
+    trainer, states = _run(tmp_path, [4], max_steps=6, use_cpu=False, bf16=None, fp16=precision == "fp16")
+    _check_skipped(states, 4)
+    assert trainer.recorder.is_deferred and logged(trainer, "sipo/skipped_steps")[-1] == 1
+
+
 def test_the_gradient_alone(tmp_path):
     def before(trainer):
         name, parameter = next(

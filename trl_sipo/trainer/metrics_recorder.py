@@ -166,6 +166,9 @@ class MetricsRecorder:
         Raises:
             NumericalError: as [`flush`].
         """
+        if self._last is not None and self._last.ends_step:  # a step begins, whoever took the one before
+            self._in_step = []
+            self.start_check.end()
         if self.skips:  # else transformers' own mean is logged, NaN included
             statistics = statistics | {"loss": loss.detach().float()}
         checks = [broken, start_gap(batch.errors)] if self.start_check.is_due else [broken]
