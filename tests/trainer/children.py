@@ -27,6 +27,8 @@ def fork(action: Callable[[], None], output: Path, *, own_group: bool = False) -
             status = 0
         except SystemExit as end:
             status = end.code
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
         except BaseException:
             traceback.print_exc()
         finally:
