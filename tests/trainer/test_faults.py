@@ -14,7 +14,8 @@ from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.resuming import differences, end_of
 from tests.trainer.runs import DPO, SIPO, make_trainer, predict, preference_pairs
 from trl_sipo.errors import CheckpointError, ConfigurationError
-from trl_sipo.trainer.checkpoint_files import why_not_resumable
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, why_not_resumable
+from trl_sipo.trainer.run_state import RUN_STATE_FILE
 
 OPTIONS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
 
@@ -134,6 +135,18 @@ def test_a_torn_file(whole, base, tmp_path, caplog):
     _ends_as_planned(whole, base, tmp_path)
     assert "Passed over the checkpoint" in caplog.text
     assert all(why_not_resumable(tmp_path / name) is None for name in _folders(tmp_path))
+
+
+def test_a_checkpoint_of_an_earlier_version(whole, base, tmp_path, caplog):
+    """It knows nothing of the steps since the last log, but all that the weights depend on."""
+    make_trainer(SIPO, tmp_path, model=base, **{**OPTIONS, "max_steps": 2}).train()
+    for name in (MANIFEST_FILE, RUN_STATE_FILE):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    trainer = make_trainer(SIPO, tmp_path, model=base, **OPTIONS)
+    trainer.train(resume_from_checkpoint=True)
+    assert "of an earlier version" in caplog.text
+    different = differences(whole, end_of(trainer))
+    assert different and all(where.startswith("/log") for where in different)
 
 
 def test_a_run_that_is_resumed_twice_and_then_made_longer(base, tmp_path):

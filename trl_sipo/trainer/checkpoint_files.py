@@ -121,10 +121,13 @@ def _move_entries(source: Path, target: Path, replaced: Path) -> None:
 
 
 def _take_name(checkpoint: Path) -> None:
+    """Rename a temporary folder that is complete; what had the name is deleted when it is not needed any more."""
+    replaced = checkpoint.with_name(_DELETING + checkpoint.name)
     if checkpoint.exists():
-        _delete(checkpoint)
+        checkpoint.rename(replaced)
     temporary_folder(checkpoint).rename(checkpoint)
     _sync(checkpoint.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _delete(folder: Path) -> None:

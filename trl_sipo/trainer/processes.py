@@ -36,7 +36,7 @@ def together(action: Callable[[], Result]) -> Result:
     for process, failure in enumerate(failures):
         if failure is not None:
             raise OtherProcessError(f"process {process} failed: {failure}")
-    return result  # pyrefly: ignore
+    return result
 
 
 def from_main(action: Callable[[], Result]) -> Result:
