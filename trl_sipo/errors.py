@@ -24,3 +24,30 @@ class NumericalError(RuntimeError):
 
 class StorageError(RuntimeError):
     """A file cannot be written: no space is left, say. It comes while running."""
+
+
+class CheckpointError(StorageError):
+    """A checkpoint could not be written. It comes while running: the disk is at fault."""
+
+
+class Preempted(SystemExit):
+    """Training was asked to stop (SIGTERM), has saved a checkpoint, and leaves with status `Preempted.STATUS`.
+
+    Args:
+        checkpoint: The folder to resume from.
+        step: Optimiser steps done.
+    """
+
+    STATUS = 75
+    """EX_TEMPFAIL of sysexits.h: not an error, the user is asked to try again later."""
+
+    def __init__(self, checkpoint: str, step: int):
+        super().__init__(self.STATUS)
+        self.checkpoint = checkpoint
+        self.step = step
+
+    def __str__(self) -> str:
+        return (
+            f"SIGTERM: stopped after step {self.step} and saved {self.checkpoint}, from which "
+            "`resume_from_checkpoint=True` continues."
+        )

@@ -3,6 +3,7 @@
 
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import predict, preference_pairs
 from trl_sipo import __version__
 from trl_sipo.cli.main import COMMANDS, main
-from trl_sipo.errors import ConfigurationError
-from trl_sipo.scripts.train import ModelArguments, checkpoint_to_resume, lora_config, parse, quantization_config
+from trl_sipo.scripts.train import ModelArguments, continuing_command, lora_config, parse, quantization_config
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, checkpoint_to_resume
+from trl_sipo.trainer.preemption import PreemptionCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -252,32 +254,57 @@ def test_continuing_from_the_last_checkpoint(material, tmp_path):
     argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=1)]
     assert main(["dpo", *argv, "--max_steps", "2"]) == 0
     _, training, _ = parse("dpo", [*argv, "--resume_from_checkpoint", "true"])
-    assert checkpoint_to_resume(training) == str(tmp_path / "out" / "checkpoint-2")
+    assert checkpoint_to_resume(training.output_dir, "true") == str(tmp_path / "out" / "checkpoint-2")
     assert main(["dpo", *argv, "--max_steps", "3", "--resume_from_checkpoint", "latest"]) == 0
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
-    training.resume_from_checkpoint = None
-    assert checkpoint_to_resume(training) is None
-    training.resume_from_checkpoint, training.output_dir = "true", str(tmp_path / "elsewhere")
-    with pytest.raises(ConfigurationError):
-        checkpoint_to_resume(training)
 
 
 @pytest.mark.parametrize("state", [None, '{"global_step": 10, "log_hi'], ids=["missing", "cut_off"])
-def test_a_checkpoint_that_was_not_finished_is_passed_over(state, material, tmp_path, capsys):
-    """Killed while saving: transformers writes trainer_state.json last."""
+def test_a_checkpoint_that_was_not_finished_is_passed_over(state, material, tmp_path, capsys, caplog):
+    """Of an earlier version, killed while saving: transformers writes trainer_state.json last."""
     argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=1)]
     assert main(["dpo", *argv, "--max_steps", "1"]) == 0
     unfinished = tmp_path / "out" / "checkpoint-10"  # by number the last, by name not
     shutil.copytree(tmp_path / "out" / "checkpoint-1", unfinished)
-    (unfinished / "trainer_state.json").unlink()
+    for name in ("trainer_state.json", MANIFEST_FILE):
+        (unfinished / name).unlink()
     if state is not None:
         (unfinished / "trainer_state.json").write_text(state)
-    capsys.readouterr()
     assert main(["dpo", *argv, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
-    assert f"Skipped {unfinished}" in capsys.readouterr().out
+    assert f"Passed over the checkpoint {unfinished}" in caplog.text
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
     assert main(["dpo", *argv, "--max_steps", "2", "--resume_from_checkpoint", str(unfinished)]) == 2
     assert "trainer_state.json" in capsys.readouterr().err
+
+
+def test_sigterm_ends_with_a_status_of_its_own_and_the_command_that_continues(material, tmp_path, monkeypatch, capsys):
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    argv = ["--config", _config(material, tmp_path, save_strategy="steps", save_steps=100, max_steps=3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(PreemptionCallback, "on_step_begin", send)
+        with pytest.raises(SystemExit) as stop:
+            main(["dpo", *argv, "--resume_from_checkpoint", "auto"])
+    assert stop.value.code == 75
+    said = capsys.readouterr().err
+    assert f"after step 2 and saved {tmp_path / 'out' / 'checkpoint-2'}" in said
+    command = shlex.split(said.strip().splitlines()[-1])
+    assert command == ["trl-sipo", "dpo", *argv, "--resume_from_checkpoint", "true"]
+    assert main(command[1:]) == 0 and (tmp_path / "out" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "launcher", "expected"),
+    [
+        ("trl-sipo sipo --beta 1", "", "trl-sipo sipo --beta 1 --resume_from_checkpoint true"),
+        ("a --resume_from_checkpoint x --beta 1", "", "a --beta 1 --resume_from_checkpoint true"),
+        ("a.py --resume_from_checkpoint=x", "python ", "python a.py --resume_from_checkpoint true"),
+    ],
+)
+def test_the_command_that_continues(words, launcher, expected):
+    assert continuing_command(words.split(), launcher) == expected
 
 
 def test_all_weights_and_a_stream(material, tmp_path, capsys):

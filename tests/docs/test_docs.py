@@ -188,7 +188,7 @@ def test_every_logged_key_is_explained():
     keys = set(pair_statistics(PairErrors(one, one, one, one), one, one, one, keep, beta=1.0, clip_range=0.1))
     page = read(SOURCE / "metrics.md")
     explained = set(re.findall(r"^\| `([\w/]+)`", page, re.M))
-    of_runs = {"sipo/empty_batches", "sipo/masked_levels"}
+    of_runs = {"sipo/empty_batches", "sipo/masked_levels", "sipo/skipped_steps"}
     assert explained >= keys | of_runs | {"loss", "grad_norm"}
     prefixes = "rewards|logps|sipo|drift"
     mentioned = set(re.findall(rf"\b(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))

@@ -59,6 +59,7 @@ LANGUAGE_MODEL_FIELDS = {
     "label_names": ["label"],
     "include_for_metrics": ["inputs"],
     "do_predict": True,
+    "enable_jit_checkpoint": True,
 }
 
 # What remains of `TrainingArguments`: transformers' Trainer acts on it, whatever the model is.
@@ -73,7 +74,7 @@ USED_BY_TRANSFORMERS = set(
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
     eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
     eval_use_gather_object eval_accumulation_steps batch_eval_metrics save_only_model save_strategy save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
     hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
     ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
     accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory

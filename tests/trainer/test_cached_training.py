@@ -20,6 +20,7 @@ from tests.data.clips import write_frames
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.cached import Encoded, saved
 from tests.trainer.media import pairs_for
+from tests.trainer.resuming import differences, end_of
 from tests.trainer.runs import PROMPTS, changed, collate_first, logged, picture, snapshot, trained_weights
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.weightless import ENCODER_NAMES
@@ -243,8 +244,8 @@ def test_each_arm_is_encoded_in_its_own_bucket(shapes):
 
 
 def test_batches_of_one_shape_train_and_resume(shapes, tmp_path):
-    """A run that is resumed in the middle of an epoch ends where one without a break does."""
-    options = {"per_device_train_batch_size": 2, "max_steps": 12, "caption_dropout": 0.2}
+    """A run that is resumed in the middle of an epoch ends where one without a break does, to the bit."""
+    options = {"per_device_train_batch_size": 2, "max_steps": 12, "caption_dropout": 0.2, "logging_steps": 3}
     whole = shapes.trainer(tmp_path / "whole", shapes.cache, **options)
     seen = []
     step = whole._training_loss
@@ -257,9 +258,7 @@ def test_batches_of_one_shape_train_and_resume(shapes, tmp_path):
     shapes.trainer(tmp_path / "part", shapes.cache, **{**saving, "max_steps": 5}).train()
     resumed = shapes.trainer(tmp_path / "part", shapes.cache, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-5"))
-    trained, expected = trained_weights(resumed), trained_weights(whole)
-    for weight in expected:
-        torch.testing.assert_close(trained[weight], expected[weight], rtol=0, atol=1e-6)
+    assert differences(end_of(whole), end_of(resumed)) == []
 
 
 def test_two_processes_take_batches_of_one_shape(shapes):

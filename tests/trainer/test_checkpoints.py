@@ -2,7 +2,6 @@
 """What a run leaves behind loads in plain diffusers as exactly the trained model, and a run can be continued."""
 
 import re
-import shutil
 import socket
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from tests.trainer.runs import (
     trained_weights,
 )
 from trl_sipo.errors import BackboneError, ConfigurationError
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
 
 lora_and_full = pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 
@@ -148,7 +148,8 @@ def test_resuming_a_stream_is_exact(case, saved_at, base, tmp_path):
 def test_a_stream_whose_position_is_not_known_warns(base, tmp_path, caplog):
     options = {"model": base, "pairs": preference_pairs(8).to_iterable_dataset(), "max_steps": 2}
     make_trainer(DPO, tmp_path, save_strategy="steps", save_steps=1, **options).train()
-    (tmp_path / "checkpoint-1" / "stream_position.json").unlink()
+    for name in ("stream_position.json", MANIFEST_FILE):  # as earlier versions wrote it
+        (tmp_path / "checkpoint-1" / name).unlink()
     make_trainer(DPO, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [record for record in caplog.records if "where it was in the stream" in record.getMessage()]
 
@@ -178,10 +179,11 @@ def test_a_moving_reference_is_resumed_too(base, tmp_path):
     assert not changed(snapshot(whole.ref_model), snapshot(resumed.ref_model))
     assert not changed(snapshot(whole.model), snapshot(resumed.model))
 
-    shutil.rmtree(tmp_path / "whole" / "checkpoint-3" / "reference")
+    still = {name: value for name, value in options.items() if "sync" not in name}
+    make_trainer(DPO, tmp_path / "still", **still).train()
     with pytest.raises(ConfigurationError, match="sync_ref_model"):
         make_trainer(DPO, tmp_path / "other", **options).train(
-            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+            resume_from_checkpoint=str(tmp_path / "still" / "checkpoint-3")
         )
 
 

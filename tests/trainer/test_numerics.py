@@ -11,7 +11,7 @@ import torch
 from tests.trainer.runs import DPO, METHODS, SIPO, changed, logged, make_trainer, trained_weights
 from trl_sipo.cli import main as command_line
 from trl_sipo.errors import NumericalError
-from trl_sipo.trainer.statistics import not_finite
+from trl_sipo.trainer.nonfinite import BrokenPairs, pairs_message
 
 
 def _latent_pairs(huge):
@@ -51,9 +51,7 @@ def test_a_policy_that_diverges_is_noticed_in_the_next_step(tmp_path):
 
 
 def test_evaluation_names_the_pair_too(tmp_path):
-    trainer = make_trainer(
-        DPO, tmp_path, pairs=_latent_pairs(0), trainer_options={"eval_dataset": _latent_pairs(5)}
-    )
+    trainer = make_trainer(DPO, tmp_path, pairs=_latent_pairs(0), trainer_options={"eval_dataset": _latent_pairs(5)})
     with pytest.raises(NumericalError, match=r"Evaluation: .* for 1 of 4 pairs: pair_index 5 \(timestep 166\)"):
         trainer.evaluate()
 
@@ -63,9 +61,8 @@ def test_a_loss_of_nan_is_shown_as_nan(tmp_path):
 
 
 def test_a_long_list_is_cut():
-    count = 20
-    error = not_finite("Step 7", torch.arange(count), torch.full((count,), 0.5), torch.full((count,), float("inf")))
-    assert "for 20 of 20 pairs" in str(error) and "and 12 more" in str(error) and "8 (" not in str(error)
+    message = pairs_message("Step 7", BrokenPairs("loss", list(range(20)), [0.5] * 20, 20, 20))
+    assert "for 20 of 20 pairs" in message and "and 12 more" in message and "8 (" not in message
 
 
 def test_the_command_line_says_it_in_one_line(monkeypatch, capsys):

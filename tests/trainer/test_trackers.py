@@ -110,9 +110,7 @@ def test_tensorboard_gets_scalars_configuration_and_grids(is_lora, tmp_path, mon
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    trainer = make_trainer(
-        SIPO, tmp_path, is_lora=is_lora, report_to=["tensorboard"], trainer_options={}, **SAMPLING
-    )
+    trainer = make_trainer(SIPO, tmp_path, is_lora=is_lora, report_to=["tensorboard"], trainer_options={}, **SAMPLING)
     trainer.train()
     events = EventAccumulator(str(tmp_path / "logs"), size_guidance={"images": 0})
     events.Reload()

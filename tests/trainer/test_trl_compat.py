@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import re
 import textwrap
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import transformers
 import trl
 from accelerate.state import AcceleratorState
+from huggingface_hub.utils import filter_repo_objects
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer
@@ -21,6 +23,8 @@ import trl_sipo
 from tests.trainer.runs import DPO, METHODS, make_trainer
 from trl_sipo.trainer._trl_compat import ReportableConfig
 from trl_sipo.trainer.base_trainer import DiffusionPreferenceTrainer
+from trl_sipo.trainer.reproduction import NONFINITE_FOLDER
+from trl_sipo.trainer.resumable import ResumableTrainer
 
 PACKAGE = Path(trl_sipo.__file__).parent
 
@@ -53,6 +57,22 @@ SIGNATURES = {
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
     ),
     transformers.Trainer._load_best_model: ("self",),
+    transformers.Trainer.train: ("self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    transformers.Trainer.save_model: ("self", "output_dir", "_internal_call"),
+    transformers.Trainer._save_checkpoint: ("self", "model", "trial"),
+    transformers.Trainer._save_optimizer_and_scheduler: ("self", "output_dir"),
+    transformers.Trainer._save_scaler: ("self", "output_dir"),
+    transformers.Trainer._save_rng_state: ("self", "output_dir"),
+    transformers.Trainer._load_rng_state: ("self", "checkpoint"),
+    transformers.Trainer._get_output_dir: ("self", "trial"),
+    transformers.Trainer._maybe_log_save_evaluate: (
+        "self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time",
+        "learning_rate",
+    ),
+    transformers.Trainer._finalize_training: ("self", "trial", "num_train_samples", "start_time"),
+    transformers.Trainer._determine_best_metric: ("self", "metrics", "trial"),
+    transformers.Trainer._get_grad_norm: ("self", "model", "grad_norm"),
+    transformers.Trainer.training_step: ("self", "model", "inputs", "num_items_in_batch"),
     transformers.Trainer._push_from_checkpoint: ("self", "checkpoint_folder"),
 }  # fmt: skip
 
@@ -63,12 +83,13 @@ def test_signatures(function):
 
 
 def test_our_overrides_take_what_they_are_called_with():
-    for name, function in vars(DiffusionPreferenceTrainer).items():
+    ours = {**vars(ResumableTrainer), **vars(DiffusionPreferenceTrainer)}
+    for name, function in ours.items():
         theirs = getattr(DPOTrainer, name, None)
         if not inspect.isfunction(function) or theirs is None or name in ("__init__", "evaluation_loop"):
             continue
-        ours = list(inspect.signature(function).parameters)
-        assert ours == list(inspect.signature(theirs).parameters)[: len(ours)], name
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters == list(inspect.signature(theirs).parameters)[: len(parameters)], name
 
 
 def _attributes_of_self(function):
@@ -102,9 +123,31 @@ def test_what_inherited_methods_read_is_there(method, tmp_path):
     assert checked > 12
 
 
+def test_what_begins_with_an_underscore_is_not_uploaded():
+    """Of an output folder: above all the folder of steps that were not finite."""
+    for function in (transformers.Trainer.push_to_hub, transformers.Trainer._push_from_checkpoint):
+        assert 'ignore_patterns=["_*"' in inspect.getsource(function)
+    assert not list(filter_repo_objects([f"{NONFINITE_FOLDER}/step-000001.json"], ignore_patterns=["_*"]))
+
+
 def test_the_loss_is_not_scaled_twice():
     assert DPOTrainer.loss_is_scaled_for_ga is False
     assert "loss_is_scaled_for_ga" in inspect.getsource(transformers.Trainer)
+
+
+def test_names_of_the_running_loss():
+    """Set when training begins, before `on_train_begin`, where a resumed run takes up its own."""
+    source = inspect.getsource(transformers.Trainer._inner_training_loop)
+    before = source[: source.index("on_train_begin")]
+    for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step"):
+        assert f"self.{name} = " in before
+    # What is in a checkpoint: whatever is added must be written by ours too.
+    saved = inspect.getsource(transformers.Trainer._save_checkpoint)
+    called = set(re.findall(r"self\.(_?save\w+|_push\w+|store\w+)\(", saved))
+    assert called == {
+        "save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state", "_push_from_checkpoint",
+        "store_flos",
+    }  # fmt: skip
 
 
 def test_names_that_are_called_by_transformers():

@@ -61,6 +61,8 @@ class BackboneAdapter(ABC):
     """What the pipeline's call has no default for, and its users give it when they sample."""
     input_layer_name: str
     """First layer of the denoiser; the dtype of its weight is the one that the denoiser's inputs are cast to."""
+    calls_all_blocks: ClassVar[bool] = True
+    """Whether every call runs all blocks of the denoiser, as engines that spread its weights need."""
     vae_slice_size: ClassVar[int] = 8
     """Media that the VAE encodes or decodes at a time, so that memory does not grow with the batch."""
 

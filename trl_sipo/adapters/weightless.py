@@ -84,10 +84,9 @@ def save_pipeline(pipeline: Any, directory: Path) -> None:
         return
     denoisers = [name for name in ("unet", "transformer", "transformer_2") if components.get(name) is not None]
     arguments = ", ".join(
-        f"{name}={type(components[name]).__name__}.from_pretrained({str(directory)!r}, subfolder={name!r})"
-        for name in denoisers
+        f"{name}={type(components[name]).__name__}.from_pretrained(FOLDER, subfolder={name!r})" for name in denoisers
     )
     logger.warning(
-        "%s holds no %s, which were not loaded from %s. Load it with %s.from_pretrained(%r, %s).",
-        directory, ", ".join(absent), source, type(pipeline).__name__, source, arguments,
+        "The saved model holds no %s, which were not loaded from %s. Load it with %s.from_pretrained(%r, %s).",
+        ", ".join(absent), source, type(pipeline).__name__, source, arguments,
     )  # fmt: skip

@@ -4,16 +4,22 @@
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
 
-import json
 import os
-import re
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+from trl_sipo.errors import (
+    BackboneError,
+    CheckpointError,
+    ConfigurationError,
+    DatasetError,
+    NumericalError,
+    Preempted,
+)
+from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
 from trl_sipo.trainer.methods import METHODS, method_classes
 
 if TYPE_CHECKING:
@@ -280,49 +286,15 @@ def loading_options(training_args: Any, model_args: ModelArguments) -> dict[str,
     return options
 
 
-def checkpoint_to_resume(training_args: Any) -> str | None:
-    """`resume_from_checkpoint` of the arguments: a path, or `true` or `latest` for the last one in `output_dir`.
-
-    A checkpoint whose writing was interrupted is passed over, and named.
-
-    Raises:
-        ConfigurationError: There is no complete checkpoint.
-    """
-    wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() not in ("true", "latest"):
-        if not is_complete_checkpoint(Path(wanted)):
-            raise ConfigurationError(
-                f"`resume_from_checkpoint={wanted}` is no complete checkpoint: it has no readable trainer_state.json, "
-                "which is written last. Give another, or `latest`."
-            )
-        return wanted
-    folders = Path(training_args.output_dir).glob("checkpoint-*")
-    numbered = [(int(match[1]), folder) for folder in folders if (match := re.search(r"-(\d+)$", folder.name))]
-    for _, folder in sorted(numbered, reverse=True):
-        if is_complete_checkpoint(folder):
-            return str(folder)
-        if training_args.process_index == 0:
-            print(f"Skipped {folder}: it has no readable trainer_state.json, so writing it was interrupted.")
-    raise ConfigurationError(
-        f"`resume_from_checkpoint={wanted}`, but {training_args.output_dir!r} holds no checkpoint to continue from."
-    )
-
-
-def is_complete_checkpoint(folder: Path) -> bool:
-    """Whether transformers came to the last file that it writes into a checkpoint, and to its end."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def main(method: str, data_args: DataArguments, training_args: Any, model_args: ModelArguments) -> None:
     """Load the pairs, train, save, and push when asked to."""
     from trl_sipo.data.loading import load_preference_dataset
+    from trl_sipo.trainer.processes import from_main
 
+    # First of all: a mistake in it must not show after an hour of loading.
+    checkpoint = from_main(
+        lambda: checkpoint_to_resume(training_args.output_dir, training_args.resume_from_checkpoint)
+    )
     splits = {"train": data_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["test"] = data_args.dataset_test_split
@@ -340,7 +312,6 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
         for name, split in splits.items()
     }
     training_args.model_init_kwargs = loading_options(training_args, model_args)
-    checkpoint = checkpoint_to_resume(training_args)
     # A card names data by its hub id; the path of a folder says nothing to others.
     dataset_name = None if os.path.exists(data_args.dataset_name) else data_args.dataset_name
     trainer = method_classes(method)[1](
@@ -360,9 +331,38 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
     trainer.end()
 
 
-def run(command: str, argv: list[str], defaults: dict[str, Any] | None = None) -> None:
-    """Entry point of the three training commands."""
-    main(command, *parse(command, argv, defaults))
+def run(
+    command: str, argv: list[str], defaults: dict[str, Any] | None = None, program: list[str] | None = None
+) -> None:
+    """Entry point of the three training commands.
+
+    Args:
+        command: A key of `METHODS`.
+        argv: Its options.
+        defaults: Settings where neither these nor a file say anything.
+        program: The script and what was given to it before `argv`; by default it is the command `trl-sipo`.
+    """
+    arguments = parse(command, argv, defaults)
+    try:
+        main(command, *arguments)
+    except Preempted as stop:
+        if arguments[1].process_index == 0:
+            python = "python " if arguments[1].world_size == 1 else "accelerate launch <its options> "
+            launcher = "" if program is None else python
+            words = continuing_command([*(program or ["trl-sipo", command]), *argv], launcher)
+            print(f"{command}: {stop} The command that continues:\n{words}", file=sys.stderr)
+        raise
+
+
+def continuing_command(words: list[str], launcher: str = "") -> str:
+    """The same command with `--resume_from_checkpoint true`, as it is typed."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == "--resume_from_checkpoint":
+            next(rest, None)  # its value
+        elif not word.startswith("--resume_from_checkpoint="):
+            kept.append(word)
+    return launcher + shlex.join([*kept, "--resume_from_checkpoint", "true"])
 
 
 def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None = None) -> None:
@@ -370,11 +370,14 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
 
     A mistake of the user ends the process with one line and status 2.
     """
+    program = sys.argv[: len(sys.argv) - len(argv)]
     try:
-        run(method, argv, defaults)
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError) as error:
+        run(method, argv, defaults, program)
+    except (BackboneError, CheckpointError, ConfigurationError, DatasetError, NumericalError) as error:
+        from trl_sipo.trainer.process_group import end_process
+
         print(f"{method}: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_process(2)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_comet_experiment_url, get_trackio_space_url, use_adapter
 
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.sharding import is_sharded, shard_reference
 
 __all__ = [
     "DPOConfig",
@@ -108,7 +109,7 @@ def prepare_reference_model(trainer: DPOTrainer, ref_model: torch.nn.Module) -> 
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(ref_model, trainer.accelerator)
     if trainer.is_fsdp_enabled:
-        return prepare_fsdp(ref_model, trainer.accelerator)
+        return prepare_fsdp(shard_reference(ref_model, trainer.accelerator), trainer.accelerator)
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
 
@@ -119,7 +120,15 @@ def policy_left_unprepared(trainer: DPOTrainer) -> Iterator[None]:
     transformers' `evaluation_loop` prepares the policy without the wrapper for several processes, and accelerate then
     takes it for prepared in training too: each process would train a model of its own. Goes when one of the two is
     fixed.
+
+    Raises:
+        ConfigurationError: Under FSDP, where a policy can only be prepared together with its optimiser.
     """
+    if trainer.is_fsdp_enabled and not is_sharded(trainer.model):
+        raise ConfigurationError(
+            "Under FSDP a model is evaluated during training or after it, not before: it is cut up when training "
+            "starts. Use `eval_on_start=True`."
+        )
     model, models = trainer.model, trainer.accelerator._models
     names = ("_is_accelerate_prepared", "forward", "_original_forward")
     models_before, before = list(models), {name: model.__dict__[name] for name in names if name in model.__dict__}

@@ -15,6 +15,7 @@ from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.compilation import check_compile_backend
+from trl_sipo.trainer.safety_config import SafetyConfig
 
 MAX_TIMESTEP = 999
 WHOLE_NUMBERS = (
@@ -67,6 +68,7 @@ REJECTED_FIELDS = {
     "include_for_metrics": "`compute_metrics` is given the chosen and rejected rewards, with labels 0; to look at "
     "more, override `prediction_step`",
     "do_predict": "call `predict()`",
+    "enable_jit_checkpoint": "every run saves itself on SIGTERM, when the step that it is in has ended",
 }
 
 
@@ -77,8 +79,8 @@ def _default_of(config_field) -> object:
 
 
 @dataclass
-class DiffusionPreferenceConfig(DPOConfig):
-    """Settings shared by all diffusion preference trainers, on top of [`trl.DPOConfig`].
+class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
+    """Settings shared by all diffusion preference trainers, on top of [`trl.DPOConfig`] and [`SafetyConfig`].
 
     Fields of `DPOConfig` that only concern language models raise [`ConfigurationError`] when set.
 
@@ -267,6 +269,7 @@ class DiffusionPreferenceConfig(DPOConfig):
         self._check_data()
         self._check_samples()
         self._check_speed()
+        self.check_safety()
         if self.bf16 is None:
             # TRL takes bfloat16 unless told otherwise, and then fails on a machine that has no accelerator for it.
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()

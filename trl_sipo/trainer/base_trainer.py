@@ -39,16 +39,15 @@ from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transfer import to_device
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
-from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.trainer._trl_compat import DPOTrainer, disable_dropout_in_model, init_trainer, policy_left_unprepared
+from trl_sipo.trainer._trl_compat import disable_dropout_in_model, init_trainer, policy_left_unprepared
 from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.cached_data import bucket_sampler, needs_encoders, stored_null
-from trl_sipo.trainer.callbacks import EpochCallback, watching_callbacks
-from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights
+from trl_sipo.trainer.callbacks import watching_callbacks
 from trl_sipo.trainer.compilation import compile_denoisers
 from trl_sipo.trainer.description import describe_run
+from trl_sipo.trainer.divergence_guard import DivergenceGuard
 from trl_sipo.trainer.encoding import (
     EVAL_STREAM,
     TRAIN_STREAM,
@@ -60,12 +59,15 @@ from trl_sipo.trainer.encoding import (
     pair_generators,
     pair_numbers,
 )
-from trl_sipo.trainer.engine import check_engine, settle_arguments
+from trl_sipo.trainer.engine import settle_arguments
 from trl_sipo.trainer.level_memory import LevelMemory
+from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
+from trl_sipo.trainer.nonfinite import first_broken
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
+from trl_sipo.trainer.process_group import end_at_once_on_errors
 from trl_sipo.trainer.reference import make_reference
 from trl_sipo.trainer.reference_bank import (
     BankDraws,
@@ -74,10 +76,14 @@ from trl_sipo.trainer.reference_bank import (
     lookup,
     precompute_reference,
 )
-from trl_sipo.trainer.statistics import MetricsRecorder, PairErrors, pair_statistics
+from trl_sipo.trainer.reproduction import StepBatch, without_gradient
+from trl_sipo.trainer.resumable import ResumableTrainer
+from trl_sipo.trainer.sharding import prepare_sharding
+from trl_sipo.trainer.statistics import PairErrors, pair_statistics
+from trl_sipo.trainer.strategy import StrategyCallback, check_strategy
 
 
-class DiffusionPreferenceTrainer(DPOTrainer):
+class DiffusionPreferenceTrainer(ResumableTrainer):
     """Base of the diffusion preference trainers: a [`trl.DPOTrainer`] whose policy is a diffusers denoiser.
 
     Args:
@@ -128,6 +134,7 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = self._check_args(model, args)
+        end_at_once_on_errors(args.world_size)
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         keeps_reference = ref_model is None and (peft_config is not None or is_adapted(model))
         check_precomputing(args, is_stream=isinstance(train_dataset, IterableDataset), keeps_reference=keeps_reference)
@@ -161,16 +168,18 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.recorder = MetricsRecorder(self.accelerator, self._metrics)
+        self.recorder = make_recorder(self, is_own_reference=ref_model is None)
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
-        check_engine(self.accelerator, is_fsdp_enabled=self.is_fsdp_enabled)
+        check_strategy(args, self.accelerator)
+        prepare_sharding(self)
         self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
         compile_denoisers(self.accelerator, [self.model, getattr(self.reference, "ref_model", None)])
         self.reference = precompute_reference(self)
         self.ref_model = getattr(self.reference, "ref_model", None)
-        self._epoch_callback = EpochCallback(self)
-        for callback in [self._epoch_callback, *watching_callbacks(self)]:
+        self.divergence_guard = DivergenceGuard(args.max_drift, args.max_margin_fall)
+        self.prepare_resuming()
+        for callback in [StrategyCallback(self), *watching_callbacks(self)]:
             self.add_callback(callback)
         self.accelerator.print(self.describe_run())
 
@@ -331,11 +340,28 @@ class DiffusionPreferenceTrainer(DPOTrainer):
         noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
-        weight, ends_step = statistics["sipo/importance_weight"], self.accelerator.sync_gradients
-        statistics |= self.level_memory.record(level, weight, ends_step=ends_step)
+        kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
+        batch = StepBatch(*kept, epoch=self._epoch)
+        broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
+        # What is not finite says nothing about its level.
+        weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
+        statistics |= self.level_memory.record(level, weight, ends_step=self.accelerator.sync_gradients)
+        self.recorder.record_training(loss, statistics, broken, batch, self.state.global_step + 1)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
-        self.recorder.record_training(statistics, inputs["pair_index"], level, f"Step {self.state.global_step + 1}")
         return loss.mean(), statistics
+
+    def training_step(self, *args, **kwargs):
+        """The inherited step; its gradients are looked at before they are clipped, which makes all NaN if one is."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.recorder.look_at_gradients(self.unwrapped_model)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.recorder.end_step(norm):
+            model.zero_grad(set_to_none=True)  # an optimiser passes over weights without a gradient: nothing moves
+        return norm
 
     def _draw(self, pair_index: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator], dict[str, Any]]:
         """Noise level and generator of each pair; with a precomputed reference its draw, and the errors on it."""
@@ -358,11 +384,14 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             generators = pair_generators(pair_index, EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
             known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
-            errors = self.pair_errors(model, pairs, level, draw_pair_noise(pairs, generators, share=True), **known)
+            noise = draw_pair_noise(pairs, generators, share=True)
+            errors = self.pair_errors(model, pairs, level, noise, **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
             names = ("rewards/accuracies", "rewards/margins")
-            self.recorder.check_finite(statistics, inputs["pair_index"], level, "Evaluation")
+            batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
+            broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
+            self.recorder.check_evaluation(broken, batch)
             self.recorder.record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         self.recorder.record_evaluation(mean)
@@ -391,6 +420,10 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self._metrics["eval"].clear()
         return output
+
+    def _determine_best_metric(self, metrics, trial):
+        # Else the evaluation that stopped training could be the best one: a margin may rise by forgetting.
+        return not self.divergence_guard.has_diverged and super()._determine_best_metric(metrics, trial)
 
     @property
     def method_name(self) -> str:
@@ -439,55 +472,6 @@ class DiffusionPreferenceTrainer(DPOTrainer):
             "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
             "frame_rate", "label", "chosen_std", "rejected_std", "conditioning", "pair_numbers",
         ]  # fmt: skip
-
-    # ---------------------------------------------------------------------------------------- saving and loading
-
-    @property
-    def unwrapped_model(self) -> torch.nn.Module:
-        """The trained module without the engine's wrappers."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it."""
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_weights(self.adapter, self.unwrapped_model, output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        load_weights(self.adapter, self.unwrapped_model, resume_from_checkpoint)
-        self.level_memory.load(resume_from_checkpoint)
-        if self.args.sync_ref_model:
-            load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
-
-    @property
-    def reads_stream(self) -> bool:
-        """Whether the training data is a stream, of which only a counter knows how far it was read."""
-        return isinstance(self.train_dataset, StreamingPreferenceDataset)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        """Epochs and batches to skip. Transformers takes `max_steps` for one epoch of a stream, and skips wrongly."""
-        start = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        position = self._epoch_callback.start_from(resume_from_checkpoint)
-        if position is None:
-            return start
-        steps = 0 if self.args.ignore_data_skip else position.steps
-        return position.epoch, steps * self.args.gradient_accumulation_steps
-
-    def _load_best_model(self) -> None:
-        load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # transformers copies files of transformers' and PEFT's names only, and would push a model without weights.
-        if self.is_world_process_zero():
-            copy_weights(checkpoint_folder, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

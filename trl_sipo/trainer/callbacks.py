@@ -1,22 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What watches a run: the count of epochs, and warnings when training goes wrong."""
+"""What watches a run: its metrics, and warnings when training goes wrong."""
 
 import logging
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_sipo.trainer._trl_compat import SyncRefModelCallback
-from trl_sipo.trainer.checkpointing import (
-    ReferenceCheckpointCallback,
-    StreamPosition,
-    load_stream_position,
-    save_stream_position,
-)
-from trl_sipo.trainer.level_memory import LevelMemoryCallback
+from trl_sipo.trainer.run_state import RememberedCallback
 from trl_sipo.trainer.sample_grids import SampleGridCallback
 
 logger = logging.getLogger(__name__)
@@ -31,62 +23,11 @@ MASKED_WINDOW = 3
 SATURATED_SHARE = 0.5
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the trainer which epoch begins, on which the noise of a pair and its crop and flip depend.
-
-    `state.epoch` alone will not do: of a stream it is a guess, and accelerate passes the epoch on to a dataset only
-    when its sampler does not take it. For the same reason every checkpoint gets a file that says where a stream is.
-
-    Args:
-        trainer: A diffusion preference trainer.
-    """
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-        self._epoch: int | None = None
-        self._steps = 0
-        self._start: StreamPosition | None = None
-
-    def start_from(self, checkpoint: str | None) -> StreamPosition | None:
-        """Prepare for a run that resumes from `checkpoint`, or a new one; returns where in a stream it begins.
-
-        `None` leaves it to the state, which knows where a dataset of known length is.
-        """
-        is_resumed_stream = checkpoint is not None and self.trainer.reads_stream
-        self._start = load_stream_position(checkpoint) if is_resumed_stream else None
-        return self._start
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """A new or a resumed run."""
-        self._epoch = None
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Count."""
-        self._steps = 0
-        if self._epoch is not None:
-            self._epoch += 1
-        elif self._start is not None:
-            self._epoch, self._steps = self._start.epoch, self._start.steps
-        else:
-            self._epoch = int(state.epoch or 0)
-        self.trainer.set_epoch(self._epoch)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Count the optimiser steps of this pass."""
-        self._steps += 1
-
-    def on_save(self, args, state, control, **kwargs):
-        """Write the position of a stream into the checkpoint that was just saved."""
-        if args.should_save and self.trainer.reads_stream:
-            checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            save_stream_position(StreamPosition(self._epoch, self._steps), checkpoint)
-
-
-class MetricsCallback(TrainerCallback):
+class MetricsCallback(RememberedCallback):
     """Fetches the metrics of the steps from the device when they are needed: to be logged, or before weights are kept.
 
     Args:
-        recorder: A [`~trl_sipo.trainer.statistics.MetricsRecorder`].
+        recorder: A [`~trl_sipo.trainer.metrics_recorder.MetricsRecorder`].
     """
 
     def __init__(self, recorder: Any):
@@ -101,8 +42,17 @@ class MetricsCallback(TrainerCallback):
         """The same for what is done by epochs."""
         self.on_step_end(args, state, control)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next log will average."""
+        self.recorder.flush()
+        return self.recorder.state_dict()
 
-class DivergenceWarningCallback(TrainerCallback):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with it."""
+        self.recorder.load_state_dict(state)
+
+
+class DivergenceWarningCallback(RememberedCallback):
     """Warns once, with advice, when the winner's error rises steadily, when all is masked, or when logits saturate.
 
     Reads the keys `drift/chosen_error`, `sipo/masked_fraction`, `sipo/empty_batches` and `rewards/saturated_fraction`
@@ -113,6 +63,15 @@ class DivergenceWarningCallback(TrainerCallback):
         self._drift: deque[float] = deque(maxlen=DRIFT_WINDOW)
         self._masked_logs = 0
         self._warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last logs; not what was warned of, which whoever reads the log of a resumed run has not seen."""
+        return {"drift": list(self._drift), "masked_logs": self._masked_logs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._drift.extend(state["drift"])
+        self._masked_logs = state["masked_logs"]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Look at one training log."""
@@ -161,13 +120,12 @@ class DivergenceWarningCallback(TrainerCallback):
 
 
 def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
-    """The callbacks that a trainer's configuration asks for, besides `EpochCallback`."""
+    """The callbacks that a trainer's configuration asks for, besides `RunState`."""
     callbacks: list[TrainerCallback] = [MetricsCallback(trainer.recorder), DivergenceWarningCallback()]
     if trainer.args.sync_ref_model:
         callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
-        callbacks.append(ReferenceCheckpointCallback(trainer))
-    if trainer.mask_redraws:
-        callbacks.append(LevelMemoryCallback(trainer.level_memory))
+    if trainer.args.max_drift is not None or trainer.args.max_margin_fall is not None:
+        callbacks.append(trainer.divergence_guard)
     if trainer.args.sample_every_steps:
         callbacks.append(SampleGridCallback(trainer))
     return callbacks

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds besides the trainer's own state: a LoRA, or a whole pipeline, and a moving reference."""
+"""What a checkpoint holds, and how all processes write it: a LoRA or a whole pipeline, and what a run goes on with."""
 
-import json
-import logging
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_sipo.adapters.base import BackboneAdapter
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import CheckpointError, ConfigurationError
+from trl_sipo.trainer import checkpoint_files
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, STATE_FILE
 from trl_sipo.trainer.level_memory import LEVEL_MEMORY_FILE
-
-logger = logging.getLogger(__name__)
+from trl_sipo.trainer.processes import OtherProcessError, together
+from trl_sipo.trainer.run_state import RUN_STATE_FILE, STREAM_POSITION_FILE
+from trl_sipo.trainer.sharding import is_filling, refilled
 
 REFERENCE_FOLDER = "reference"
-STREAM_POSITION_FILE = "stream_position.json"
 # Files by which a run continues; they are no part of the model.
 _TRAINER_STATE = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin",
-    REFERENCE_FOLDER, STREAM_POSITION_FILE, LEVEL_MEMORY_FILE, "README.md",
+    REFERENCE_FOLDER, STREAM_POSITION_FILE, RUN_STATE_FILE, LEVEL_MEMORY_FILE, MANIFEST_FILE, "README.md",
 )  # fmt: skip
 
 
@@ -42,10 +42,13 @@ def load_weights(adapter: BackboneAdapter, model: nn.Module, directory: str) -> 
     Raises:
         BackboneError: The folder holds no such weights, or those of another model.
     """
-    if isinstance(model, PeftModel):
-        adapter.load_lora(model, directory)
-    else:
-        adapter.load_denoiser(model, directory)
+    with refilled(model) as plain:
+        if plain is not model and not is_filling():
+            return
+        if isinstance(plain, PeftModel):
+            adapter.load_lora(plain, directory)
+        else:
+            adapter.load_denoiser(plain, directory)
 
 
 def load_reference(adapter: BackboneAdapter, ref_model: nn.Module, checkpoint: str) -> None:
@@ -66,54 +69,102 @@ def load_reference(adapter: BackboneAdapter, ref_model: nn.Module, checkpoint: s
 def copy_weights(checkpoint: str, output_dir: str) -> None:
     """Copy the model's files out of a checkpoint, so that the folder above it can be pushed as a model."""
     ignored = shutil.ignore_patterns(*_TRAINER_STATE)
-    shutil.copytree(checkpoint, output_dir, ignore=ignored, dirs_exist_ok=True)
+    with checkpoint_files.written_whole(Path(output_dir)) as folder:
+        shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
 
 
-@dataclass(frozen=True)
-class StreamPosition:
-    """Where a run is in a stream.
-
-    Attributes:
-        epoch: Passes that have ended.
-        steps: Optimiser steps of the pass that has begun.
-    """
-
-    epoch: int
-    steps: int
-
-
-def save_stream_position(position: StreamPosition, checkpoint: Path) -> None:
-    """Write the position into a checkpoint."""
-    if checkpoint.is_dir():
-        (checkpoint / STREAM_POSITION_FILE).write_text(json.dumps(asdict(position)), encoding="utf-8")
-
-
-def load_stream_position(checkpoint: str) -> StreamPosition | None:
-    """The position that a checkpoint holds; warns, and gives `None`, when it has none."""
-    file = Path(checkpoint, STREAM_POSITION_FILE)
-    if file.is_file():
-        return StreamPosition(**json.loads(file.read_text(encoding="utf-8")))
-    logger.warning(
-        "The checkpoint %s does not say where it was in the stream: rows are skipped as in a first pass, so the order "
-        "of the data and the noise differ from those of a run that was never interrupted.",
-        checkpoint,
-    )
-    return None
-
-
-class ReferenceCheckpointCallback(TrainerCallback):
-    """Adds the moving reference of `sync_ref_model` to every checkpoint.
+def write_checkpoint(trainer: Any, trial: Any = None) -> Path:
+    """Write the checkpoint of the present step, whole or not at all; every process takes part.
 
     Args:
-        trainer: A diffusion preference trainer whose `ref_model` is a denoiser.
+        trainer: A diffusion preference trainer.
+        trial: Of a search over hyper-parameters, whose runs have folders of their own.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: It could not be written, for want of room or of rights. Earlier ones are as they were.
     """
+    run_dir = Path(trainer._get_output_dir(trial=trial))
+    checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    if trial is None:
+        trainer.store_flos()
+    _note_best(trainer, run_dir)
+    collected = trainer.run_state.collect()
+    try:
+        _write(trainer, checkpoint, collected)
+    except BaseException as error:
+        if trainer.args.should_save:
+            checkpoint_files.discard(checkpoint)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise _could_not_write(checkpoint, error) from error
+        raise
+    if trainer.args.should_save:
+        best = trainer.state.best_model_checkpoint
+        keep = {checkpoint} if best is None else {checkpoint, Path(best)}
+        checkpoint_files.rotate(run_dir, trainer.args.save_total_limit, keep)
+    return checkpoint
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
 
-    def on_save(self, args, state, control, **kwargs):
-        """Write the reference into the checkpoint that was just saved."""
-        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if args.should_save and folder.is_dir():
-            denoiser = self.trainer.accelerator.unwrap_model(self.trainer.ref_model)
-            self.trainer.adapter.save_denoiser(denoiser, folder / REFERENCE_FOLDER)
+def _write(trainer: Any, checkpoint: Path, collected: dict[str, Any]) -> None:
+    """Step by step, so that no process goes on to wait for one that has failed."""
+    args, folder = trainer.args, checkpoint_files.temporary_folder(checkpoint)
+
+    def begin() -> None:
+        # TRL writes it with every checkpoint, under this name.
+        trainer.create_model_card(model_name=Path(args.hub_model_id or args.output_dir).name)
+        if args.should_save:
+            checkpoint_files.begin(checkpoint)
+
+    def save_training_state() -> None:
+        trainer._save_optimizer_and_scheduler(str(folder))
+        trainer._save_scaler(str(folder))
+        trainer._save_rng_state(str(folder))
+
+    def finish() -> None:
+        if args.should_save:
+            _save_run(trainer, collected, folder)
+            checkpoint_files.publish(checkpoint)
+
+    together(begin)
+    together(lambda: trainer.save_model(str(folder), _internal_call=True))
+    if not args.save_only_model:
+        together(save_training_state)
+    together(finish)
+
+
+def _save_run(trainer: Any, collected: dict[str, Any], folder: Path) -> None:
+    """What one process knows for all: the trainer's state and ours."""
+    trainer.run_state.save(collected, folder)
+    trainer.level_memory.save(folder)
+    if trainer.args.sync_ref_model:
+        trainer.adapter.save_denoiser(trainer.accelerator.unwrap_model(trainer.ref_model), folder / REFERENCE_FOLDER)
+    states: dict[str, list[Any]] = {}
+    for part in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(part, ExportableState):
+            states.setdefault(type(part).__name__, []).append(part.state())
+    trainer.state.stateful_callbacks |= {name: of[0] if len(of) == 1 else of for name, of in states.items()}
+    trainer.state.save_to_json(str(folder / STATE_FILE))
+
+
+def _note_best(trainer: Any, run_dir: Path) -> None:
+    """Let the state name the best checkpoint by the place where it is, or will be."""
+    best = trainer.state.best_global_step
+    if not best:
+        return
+    folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+    if best == trainer.state.global_step or folder.is_dir():
+        trainer.state.best_model_checkpoint = str(folder)
+
+
+def _could_not_write(checkpoint: Path, error: BaseException) -> CheckpointError:
+    room = shutil.disk_usage(next(folder for folder in checkpoint.parents if folder.is_dir())).free
+    last = checkpoint_files.last_complete_checkpoint(checkpoint.parent)
+    advice = "there is no earlier one" if last is None else f"the run can be resumed from {last}"
+    reason = str(error) if isinstance(error, OtherProcessError) else f"{type(error).__name__}: {error}"
+    return CheckpointError(
+        f"The checkpoint {checkpoint} could not be written ({reason}). "
+        f"{room / 1e6:,.0f} MB are free on its disk. Nothing of it is left behind; {advice}. Make room, or lower "
+        "`save_total_limit`, and resume with `resume_from_checkpoint=True`."
+    )

@@ -4,6 +4,7 @@
 from typing import Any
 
 from trl_sipo.core.beta import describe_beta
+from trl_sipo.trainer.strategy import strategy_in_force
 
 
 def describe_run(trainer: Any) -> str:
@@ -15,6 +16,7 @@ def describe_run(trainer: Any) -> str:
             f"{trainer.method_name} on {type(trainer.adapter.pipeline).__name__} at "
             f"{describe_media(trainer.size, trainer.args.num_frames)} ({trainer.adapter.prediction_type}, "
             f"{trained:,} trained parameters)",
+            f"  {strategy_in_force(trainer.accelerator)}; {_describe_batch(trainer.args)}",
             f"  {describe_beta(trainer.beta)}",
             f"  reference: {trainer.reference.description}",
             f"  noise levels: {_describe_levels(trainer)}, {shared} noise within a pair",
@@ -27,6 +29,13 @@ def describe_media(size: tuple[int, int], num_frames: int) -> str:
     height, width = size
     pixels = f"{height} px" if height == width else f"{height} x {width} px"
     return pixels if num_frames == 1 else f"{num_frames} frames of {pixels}"
+
+
+def _describe_batch(args: Any) -> str:
+    factors = {"accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
+    parts = [f"{args.train_batch_size} per call", *(f"{n} {name}" for name, n in factors.items() if n > 1)]
+    pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return f"{pairs} pairs per step" + (f" ({' x '.join(parts)})" if len(parts) > 1 else "")
 
 
 def _describe_levels(trainer: Any) -> str:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is settled about transformers' Trainer and Accelerate, the engine under the training step."""
 
-from accelerate import Accelerator
-
-from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 
 
@@ -15,15 +12,5 @@ def settle_arguments(args: DiffusionPreferenceConfig) -> None:
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
     # Else each batch would wait for the one before it to be done with; only memory that is pinned can be sent ahead.
     args.accelerator_config.non_blocking = args.dataloader_pin_memory
-    # Else transformers would log a loss of NaN as the mean of the losses before it.
-    args.logging_nan_inf_filter = False
-
-
-def check_engine(accelerator: Accelerator, *, is_fsdp_enabled: bool) -> None:
-    """Raise [`ConfigurationError`] under an engine that shards the weights."""
-    deepspeed = accelerator.state.deepspeed_plugin
-    if is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
-        raise ConfigurationError(
-            "FSDP and DeepSpeed ZeRO-3 shard the weights, and saving sharded weights in diffusers' format is not "
-            "supported yet. Use plain data parallelism (`accelerate launch --multi_gpu`) or ZeRO-2."
-        )
+    # Else transformers would log a loss of NaN as the mean of the losses before it. Steps that are left out have none.
+    args.logging_nan_inf_filter = args.on_nonfinite == "skip"

@@ -12,11 +12,8 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 
@@ -84,7 +81,7 @@ class LevelMemory:
 
         Args:
             level: Of the pairs, (batch,).
-            weight: Their importance weights, (batch,) float32 in [0, 1].
+            weight: Their importance weights, (batch,) float32 in [0, 1]; NaN for those that say nothing.
             ends_step: Whether it is the last one before the optimiser's step.
 
         Returns:
@@ -101,8 +98,9 @@ class LevelMemory:
         return {"sipo/masked_levels": share}
 
     def save(self, checkpoint: Path) -> None:
-        """Write the memory into a checkpoint."""
-        (checkpoint / LEVEL_MEMORY_FILE).write_text(json.dumps(self.weight.tolist()), encoding="utf-8")
+        """Write the memory into a checkpoint, if there is one."""
+        if self.num_redraws:
+            (checkpoint / LEVEL_MEMORY_FILE).write_text(json.dumps(self.weight.tolist()), encoding="utf-8")
 
     def load(self, checkpoint: str) -> None:
         """Go on with the memory of a checkpoint; with none, and a warning, when it has none."""
@@ -123,10 +121,13 @@ def latest_weights(known: torch.Tensor, part: torch.Tensor, weight: torch.Tensor
 
     Args:
         known: (NUM_PARTS,).
-        part, weight: Of the pairs of a step, (pairs,).
+        part, weight: Of the pairs of a step, (pairs,); one with a weight of NaN does not count.
     """
+    says_something = weight.isfinite()
+    weight = torch.where(says_something, weight, 0.0)
     # A product with a one-hot matrix: unlike an indexed sum, it is the same in every run on a GPU.
-    is_there = (part[:, None] == torch.arange(len(known), device=part.device)).to(weight)
+    is_there = part[:, None] == torch.arange(len(known), device=part.device)
+    is_there = (is_there & says_something[:, None]).to(weight)
     count = is_there.sum(0)
     return torch.where(count > 0, (is_there * weight[:, None]).sum(0) / count.clamp(min=1), known)
 
@@ -134,19 +135,3 @@ def latest_weights(known: torch.Tensor, part: torch.Tensor, weight: torch.Tensor
 def _choose(condition: torch.Tensor, level: NoiseLevel, other: NoiseLevel) -> NoiseLevel:
     names = ("alpha_t", "sigma_t", "timestep")
     return NoiseLevel(*(torch.where(condition, getattr(level, name), getattr(other, name)) for name in names))
-
-
-class LevelMemoryCallback(TrainerCallback):
-    """Adds the memory to every checkpoint.
-
-    Args:
-        memory: Of the trainer.
-    """
-
-    def __init__(self, memory: LevelMemory):
-        self.memory = memory
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it into the checkpoint that was just saved."""
-        if args.should_save:
-            self.memory.save(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))

@@ -46,10 +46,13 @@ class AdapterReference:
     @contextmanager
     def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> Iterator[torch.nn.Module]:
         """Yield `model` with the reference adapter in force; `unwrapped` is the PeftModel inside it."""
-        was_training = unwrapped.training
+        was_training, trained = unwrapped.training, [one for one in unwrapped.parameters() if one.requires_grad]
         unwrapped.eval()  # a reference has no dropout, whatever the policy has
         try:
             with use_adapter(unwrapped, self.adapter_name):
+                # PEFT freezes an adapter that is off, and FSDP2 settles at the first call what has a gradient.
+                for weight in trained:
+                    weight.requires_grad_(True)
                 yield model
         finally:
             unwrapped.train(was_training)

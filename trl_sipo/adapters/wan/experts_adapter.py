@@ -30,6 +30,7 @@ class WanExpertsAdapter(WanAdapter):
     """
 
     optional_names = ("transformer",)
+    calls_all_blocks = False
     lora_loading_code = (
         'pipe.load_lora_weights("{path}")',
         'pipe.load_lora_weights("{path}", load_into_transformer_2=True, '

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints are whole or not there, whenever their writing ends, and damaged ones are found out and named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer import checkpoint_files
+from trl_sipo.trainer.checkpoint_files import (
+    MANIFEST_FILE,
+    begin,
+    checkpoint_to_resume,
+    publish,
+    rotate,
+    temporary_folder,
+    why_not_resumable,
+    written_whole,
+)
+
+FILES = {"weights.safetensors": "w" * 100, "optimizer.pt": "o" * 50, "rng_state.pth": "r", "trainer_state.json": "{}"}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def _write(run_dir: Path, step: int, mark: str = "") -> Path:
+    checkpoint = run_dir / f"checkpoint-{step}"
+    begin(checkpoint)
+    folder = temporary_folder(checkpoint)
+    (folder / "unet").mkdir()
+    for name, content in {**FILES, "unet/config.json": mark}.items():
+        (folder / name).write_text(content)
+    publish(checkpoint)
+    return checkpoint
+
+
+def _ends_at(monkeypatch, call: int) -> list[int]:
+    """Let the process end before the given call that brings something to the disk or changes a name."""
+    count = [0]
+    for owner, name in (
+        (os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "write_text"), (Path, "replace"),
+        (Path, "unlink"), (checkpoint_files.shutil, "rmtree"),
+    ):  # fmt: skip
+        original = getattr(owner, name)
+
+        def counted(*args, _original=original, **kwargs):
+            count[0] += 1
+            if count[0] >= call:
+                raise Killed
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+    return count
+
+
+def _mark(checkpoint: Path) -> str:
+    return (checkpoint / "unet" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces_one"])
+def test_at_whatever_moment_writing_ends_there_is_a_complete_checkpoint(replaces, tmp_path):
+    """Every moment between two operations on the disk: first all that was before stays, then the new one is there."""
+    step = 4 if replaces else 6
+    call, found = 0, []
+    while not found or found[-1] != "done":
+        call += 1
+        run_dir = tmp_path / str(call)
+        _write(run_dir, 2, "two")
+        _write(run_dir, 4, "four")
+        (run_dir / "_saving-checkpoint-9").mkdir()  # of a run that was killed
+        with pytest.MonkeyPatch.context() as patch:
+            _ends_at(patch, call)
+            try:
+                _write(run_dir, step, "new")
+                found.append("done")
+            except Killed:
+                found.append("killed")
+        # Nothing that a run, transformers or a reader would take for a checkpoint is incomplete.
+        assert all(why_not_resumable(folder) is None for folder in run_dir.glob("checkpoint-*"))
+        last = Path(checkpoint_to_resume(run_dir, True))
+        assert _mark(last) in ("four", "new")
+        assert _mark(run_dir / "checkpoint-2") == "two"
+        if found[-1] == "done":
+            assert _mark(last) == "new"
+        _write(run_dir, 8)
+        assert not list(run_dir.glob("_*"))
+    assert found.count("killed") > 15
+
+
+def test_a_checkpoint_that_lacks_only_its_name_gets_it(tmp_path):
+    """When one of the same step is replaced, there is a moment in which neither has the name."""
+    checkpoint = _write(tmp_path, 4, "new")
+    checkpoint.rename(temporary_folder(checkpoint))
+    assert checkpoint_to_resume(tmp_path, True) == str(checkpoint) and _mark(checkpoint) == "new"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "torn": (lambda folder: _cut(folder / "optimizer.pt"), "optimizer.pt has 49 bytes instead of 50"),
+    "missing": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "missing_inside": (lambda folder: (folder / "unet" / "config.json").unlink(), "unet/config.json is missing"),
+    "zeros": (
+        lambda folder: (folder / "optimizer.pt").write_bytes(b"\0" * 50),
+        "optimizer.pt is not what was written",
+    ),
+    "manifest": (lambda folder: _cut(folder / MANIFEST_FILE), f"{MANIFEST_FILE} cannot be read"),
+    "other_manifest": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), f"{MANIFEST_FILE} cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_named(damage, tmp_path, caplog):
+    earlier, later = _write(tmp_path, 2), _write(tmp_path, 10)
+    DAMAGES[damage][0](later)
+    assert checkpoint_to_resume(tmp_path, True) == str(earlier)
+    assert str(later) in caplog.text and DAMAGES[damage][1] in caplog.text
+    with pytest.raises(ConfigurationError, match=DAMAGES[damage][1]):
+        checkpoint_to_resume(tmp_path, str(later))
+
+
+def test_large_files_are_known_by_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "CHECKSUM_LIMIT", 60)
+    checkpoint = _write(tmp_path, 2)
+    listed = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+    assert listed["weights.safetensors"] == [100, None] and listed["optimizer.pt"][1] is not None
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken(tmp_path):
+    """It has no manifest; transformers wrote trainer_state.json last."""
+    checkpoint = _write(tmp_path, 3)
+    (checkpoint / MANIFEST_FILE).unlink()
+    assert checkpoint_to_resume(tmp_path, "latest") == str(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3, "log_hi')
+    with pytest.raises(ConfigurationError, match="interrupted"):
+        checkpoint_to_resume(tmp_path, str(checkpoint))
+
+
+def test_weights_alone_are_not_resumed_from(tmp_path):
+    checkpoint = _write(tmp_path, 3)
+    for name in ("rng_state.pth", MANIFEST_FILE):
+        (checkpoint / name).unlink()
+    with pytest.raises(ConfigurationError, match="save_only_model"):
+        checkpoint_to_resume(tmp_path, str(checkpoint))
+
+
+@pytest.mark.parametrize("wanted", [True, "true", "latest"])
+def test_without_a_checkpoint(wanted, tmp_path):
+    for folder in (tmp_path, tmp_path / "not_there"):
+        with pytest.raises(ConfigurationError, match="holds no checkpoint"):
+            checkpoint_to_resume(folder, wanted)
+        assert checkpoint_to_resume(folder, "auto") is None
+    assert checkpoint_to_resume(tmp_path, None) is checkpoint_to_resume(tmp_path, False) is None
+    with pytest.raises(ConfigurationError, match="no such folder"):
+        checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-1"))
+
+
+def test_the_newest_by_number(tmp_path):
+    for step in (2, 10, 9):
+        _write(tmp_path, step)
+    assert checkpoint_to_resume(tmp_path, "auto") == str(tmp_path / "checkpoint-10")
+
+
+def _steps(run_dir: Path) -> list[int]:
+    return sorted(int(folder.name.split("-")[1]) for folder in run_dir.glob("checkpoint-*"))
+
+
+def test_rotation_deletes_the_oldest(tmp_path):
+    written = [_write(tmp_path, step) for step in (2, 4, 6, 8)]
+    rotate(tmp_path, None, {written[-1]})
+    assert _steps(tmp_path) == [2, 4, 6, 8]
+    rotate(tmp_path, 3, {written[-1]})
+    assert _steps(tmp_path) == [4, 6, 8]
+    rotate(tmp_path, 2, {written[-1], written[1]})  # the best one stays
+    assert _steps(tmp_path) == [4, 8]
+    rotate(tmp_path, 1, {written[-1], written[1]})
+    assert _steps(tmp_path) == [4, 8] and not list(tmp_path.glob("_*"))
+
+
+def test_rotation_deletes_damaged_ones_first_and_never_the_newest(tmp_path):
+    for step in (2, 4, 6, 100):
+        _write(tmp_path, step)
+    _cut(tmp_path / "checkpoint-6" / "optimizer.pt")
+    rotate(tmp_path, 3, {tmp_path / "checkpoint-4"})  # which was just written, by a run that began anew
+    assert _steps(tmp_path) == [2, 4, 100]
+    rotate(tmp_path, 1, {tmp_path / "checkpoint-4"})
+    assert _steps(tmp_path) == [4]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch, caplog):
+    written = [_write(tmp_path, step) for step in (2, 4)]
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_files, "_delete", refuse)
+    rotate(tmp_path, 1, {written[-1]})
+    assert str(written[0]) in caplog.text and _steps(tmp_path) == [2, 4]
+
+
+def test_a_model_replaces_another_as_a_whole(tmp_path):
+    """At whatever moment writing ends, the folder loads as the old pipeline, as the new one, or not at all."""
+    call, done = 0, False
+    while not done:
+        call += 1
+        target = tmp_path / str(call)
+        _model(target, "old")
+        (target / "notes.txt").write_text("of the user")
+        with pytest.MonkeyPatch.context() as patch:
+            _ends_at(patch, call)
+            try:
+                with written_whole(target) as folder:
+                    patch.undo()
+                    _model(folder, "new")
+                    patch.setattr(os, "fsync", os.fsync)
+                    _ends_at(patch, call)
+                done = True
+            except Killed:
+                pass
+        assert _model_of(target) in ({"old"}, {"new"}, None)
+        assert (target / "notes.txt").read_text() == "of the user"
+    assert _model_of(target) == {"new"} and not list(target.glob("_*")) and call > 8
+
+
+def _model(folder: Path, mark: str) -> None:
+    for name in ("unet/weights", "vae/weights", "model_index.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "w") as file:
+            file.write(mark)
+
+
+def _model_of(folder: Path) -> set[str] | None:
+    names = ("unet/weights", "vae/weights", "model_index.json")
+    return {(folder / name).read_text() for name in names} if (folder / "model_index.json").exists() else None
+
+
+def test_an_error_leaves_the_model_that_was_there(tmp_path):
+    _model(tmp_path, "old")
+    with pytest.raises(OSError, match="full"), written_whole(tmp_path) as folder:
+        _model(folder, "new")
+        raise OSError("the disk is full")
+    assert _model_of(tmp_path) == {"old"} and not list(tmp_path.glob("_*"))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is resumed ends, and logs, as one that was never stopped: to the bit."""
+
+import pytest
+
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.resuming import differences, end_of, recorded_order
+from tests.trainer.runs import DPO, DPO_CM, SIPO, make_trainer, preference_pairs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny pipeline on disk."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_stable_diffusion().save_pretrained(folder)
+    return str(folder)
+
+
+def _stream(count, num_shards=1):
+    return preference_pairs(count).to_iterable_dataset(num_shards=num_shards).shuffle(seed=3, buffer_size=4)
+
+
+# Pairwise combinations, so that each setting meets most of the others. The checkpoint of step 3 or 5 falls between two
+# logs, in the middle of an epoch or at its end; five pairs make three batches of two, the last one short.
+CASES = {
+    "middle_of_an_epoch": (SIPO, 3, {"logging_steps": 4, "lr_scheduler_type": "linear", "warmup_steps": 2}),
+    "end_of_an_epoch": (
+        DPO,
+        4,
+        {"logging_strategy": "epoch", "eval_strategy": "epoch", "is_lora": False, "optim": "sgd"},
+    ),
+    "saved_by_epochs": (DPO, 4, {"save_strategy": "epoch", "logging_strategy": "epoch", "eval_strategy": "epoch"}),
+    "accumulation": (
+        DPO_CM,
+        3,
+        {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "logging_steps": 4,
+            "pairs": preference_pairs(5),
+            "mask_threshold": 0.98,
+            "mask_redraws": 2,
+        },
+    ),
+    "workers": (
+        SIPO,
+        3,
+        {
+            "dataloader_num_workers": 1,
+            "dataloader_persistent_workers": True,
+            "logging_steps": 2,
+            "random_flip": True,
+            "center_crop": False,
+            "pairs": preference_pairs(8, width=64),
+            "is_lora": False,
+        },
+    ),
+    "stream": (
+        DPO,
+        5,
+        {"pairs": _stream(7, 2), "dataloader_num_workers": 1, "logging_steps": 3, "gradient_accumulation_steps": 2},
+    ),
+    "stream_by_epochs": (
+        DPO,
+        3,
+        {"pairs": _stream(6), "save_strategy": "epoch", "logging_steps": 4, "max_steps": 8, "is_lora": False},
+    ),
+    "precomputed": (
+        SIPO,
+        3,
+        {"precompute_ref_log_probs": True, "num_ref_draws": 2, "is_lora": False, "logging_steps": 4},
+    ),
+    "moving_reference": (
+        DPO,
+        5,
+        {"sync_ref_model": True, "ref_model_sync_steps": 3, "is_lora": False, "logging_steps": 7, "eval_steps": 3},
+    ),
+    "dropout": (
+        DPO,
+        3,
+        {"disable_dropout": False, "caption_dropout": 0.3, "logging_steps": 5, "adam_beta2": 0.9, "eval_steps": 2},
+    ),
+}
+
+
+def _trainer(case, base, folder, **changes):
+    method, _, options = CASES[case]
+    settings = {"max_steps": 7, "per_device_train_batch_size": 2, "model": base, "save_strategy": "steps", **options}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    extra = {}
+    if "eval_steps" in settings or "eval_strategy" in settings:
+        settings.setdefault("eval_strategy", "steps")
+        extra["eval_dataset"] = preference_pairs(3, seed=5)
+    if case == "dropout":
+        from tests.trainer.runs import lora
+
+        extra["peft_config"] = lora(lora_dropout=0.5)
+    settings.setdefault("pairs", preference_pairs(8))
+    trainer = make_trainer(
+        method, folder, trainer_options=extra, **{"save_steps": CASES[case][1], **settings, **changes}
+    )
+    return trainer, recorded_order(trainer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_one_that_was_never_stopped(case, base, tmp_path):
+    whole, order = _trainer(case, base, tmp_path / "whole")
+    whole.train()
+    saved_at = CASES[case][1]
+    checkpoint = tmp_path / "whole" / f"checkpoint-{saved_at}"
+
+    resumed, rest = _trainer(case, base, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert rest == order[-len(rest) :] and len(rest) < len(order)
+    assert differences(end_of(whole), end_of(resumed)) == []

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategy in force is said at the start, and is the one that was asked for, or the run ends."""
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.trainer import strategy_run
+from tests.trainer.processes import run_ranks
+from tests.trainer.runs import DPO, make_trainer
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer import strategy
+from trl_sipo.trainer.strategy import Strategy, check_prepared, check_strategy, launched_processes, strategy_in_force
+
+# What a launcher leaves in the environment, and what is said where Accelerate runs one process in float32.
+REFUSED = {
+    "torchrun": ({"WORLD_SIZE": "2"}, "2 copies of the run"),
+    "srun": ({"SLURM_STEP_NUM_TASKS": "8"}, "8 copies of the run"),
+    "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2"}, "2 copies of the run"),
+    "accelerate launch --cpu": (
+        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"},
+        "told of several processes and started one",
+    ),
+    "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, "FSDP was asked for, but one process on cpu"),
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed was asked for, but one process on cpu"),
+    "precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "the launcher for 'bf16'"),
+}
+TAKEN = {
+    "python": {},
+    "torchrun of one": {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"},
+    "accelerate launch of one": {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"},
+    # torchrun inside a step of Slurm: what is nearest to the process counts.
+    "torchrun in srun": {"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"},
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return make_trainer(DPO, tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("launcher", REFUSED)
+def test_what_was_asked_for_is_in_force_or_refused(launcher, trainer):
+    environment, message = REFUSED[launcher]
+    with pytest.raises(ConfigurationError, match=message):
+        check_strategy(trainer.args, trainer.accelerator, environment)
+
+
+@pytest.mark.parametrize("launcher", TAKEN)
+def test_one_process_that_was_asked_for_is_taken(launcher, trainer):
+    check_strategy(trainer.args, trainer.accelerator, TAKEN[launcher])
+
+
+@pytest.mark.parametrize("launcher", ["accelerate launch --cpu", "precision"])
+def test_the_trainer_looks_at_its_environment(launcher, tmp_path, monkeypatch):
+    environment, message = REFUSED[launcher]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(DPO, tmp_path)
+
+
+def test_mixed_precision_of_the_arguments_is_in_force(tmp_path):
+    trainer = make_trainer(DPO, tmp_path, bf16=True)
+    assert strategy_in_force(trainer.accelerator) == Strategy("one process", 1, "cpu", "bf16")
+    assert "one process on cpu, bf16 mixed precision; 4 pairs per step\n" in trainer.describe_run()
+
+
+def test_the_environment_is_read_from_the_inside_out():
+    assert launched_processes({}) == 1
+    assert launched_processes({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"}) == 16
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2", "DeepSpeed ZeRO-3"])
+def test_a_model_that_is_not_wrapped_is_refused(name, tmp_path, monkeypatch):
+    """As after an `accelerator.prepare` of the user's own, or a version of Accelerate that wraps otherwise."""
+    trainer = make_trainer(DPO, tmp_path)
+    monkeypatch.setattr(strategy, "strategy_in_force", lambda accelerator: Strategy(name, 2, "cpu", "no"))
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(ConfigurationError, match="each process would train, or hold, a model of its own"):
+        trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_a_model_that_is_wrapped_for_others_is_refused(trainer, monkeypatch):
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    monkeypatch.setattr(trainer, "model_wrapped", wrapped)
+    with pytest.raises(ConfigurationError, match="the policy is a DistributedDataParallel"):
+        check_prepared(trainer)
+
+
+def test_unknown_strategies_are_refused(trainer, monkeypatch):
+    monkeypatch.setattr(strategy, "strategy_in_force", lambda accelerator: Strategy("FSDP1", 2, "cuda", "no"))
+    with pytest.raises(ConfigurationError, match="FSDP1 is in force, which is not supported"):
+        check_prepared(trainer)
+
+
+def test_checkpointing_that_was_switched_off_is_refused(tmp_path):
+    trainer = make_trainer(DPO, tmp_path, gradient_checkpointing=True)
+    trainer.model.__dict__["activation_checkpointing_enable"] = lambda *args, **kwargs: None
+    with pytest.raises(ConfigurationError, match="keeps all its activations"):
+        trainer.train()
+
+
+def test_copies_that_never_meet_are_refused(tmp_path):
+    run_ranks(strategy_run.train_copies_that_never_meet, tmp_path, directory=tmp_path)
+
+
+def test_fsdp_on_cpus_is_refused(tmp_path):
+    run_ranks(strategy_run.ask_for_fsdp_on_cpus, tmp_path, directory=tmp_path)

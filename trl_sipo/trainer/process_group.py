@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaving a group of processes: at the end of a run, and when one of them fails."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from accelerate import Accelerator
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+_GLOO_THREAD = "pt_gloo_runloop"
+
+
+def release_process_group(accelerator: Accelerator) -> None:
+    """Leave the group of processes, and wait until gloo's threads hold nothing of Python's any more.
+
+    A thread of gloo lets go of the tensors of its last work some time after that work is done. If the interpreter ends
+    first, that needs an interpreter which is gone, and the process aborts with "terminate called without an active
+    exception" (https://github.com/pytorch/pytorch/issues/190489). Destroying the group does not end the threads.
+    """
+    accelerator.end_training()
+    calm_looks = 0
+    while calm_looks < 2:
+        time.sleep(0.01)  # lets the threads have the interpreter
+        calm_looks = 0 if _gloo_is_busy() else calm_looks + 1
+
+
+def _gloo_is_busy() -> bool:
+    """Whether a thread of gloo runs or waits for a processor. Where the system does not tell: no."""
+    for file in Path("/proc/self/task").glob("*/stat"):
+        try:
+            before, _, after = file.read_text().rpartition(")")
+        except OSError:  # a thread that has ended since
+            continue
+        if before.endswith(_GLOO_THREAD) and after.split()[0] != "S":
+            return True
+    return False
+
+
+def end_at_once_on_errors(processes: int) -> None:
+    """Let an error that nobody handles end this process at once, so that the launcher ends the others.
+
+    Python would first wait for threads, run what is registered for the end of a program and tear objects down. Each of
+    these may wait for another process, which in turn waits in a collective for this one.
+
+    Args:
+        processes: How many the run has; where it is one, nothing is changed.
+    """
+    if processes > 1:
+        sys.excepthook = _report_and_end
+
+
+def _report_and_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    if not isinstance(error, Exception):  # Ctrl-C, which the launcher sends to every process
+        return
+    try:
+        raise error  # what is recorded is the error that is being handled
+    except Exception:
+        get_error_handler().record_exception(error)  # for the summary with which torchrun ends
+    rank, processes = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+    print(f"Process {rank} of {processes} failed: {kind.__name__}: {error}", file=sys.stderr)
+    end_process(1)
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process with an exit status; as one of several, without the end of the program that Python prepares."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
