@@ -139,12 +139,18 @@ def load_preference_dataset(
             return CachedPairs(cache)
     dataset = _load(name_or_path, name, split, streaming, media_folder)
     dataset = read_source(dataset, format)
+    return dataset if skip_rows is min_confidence is None else _left(dataset, skip_rows, min_confidence)
+
+
+def _left(
+    dataset: Dataset | IterableDataset, skip_rows: str | os.PathLike[str] | None, min_confidence: float | None
+) -> Dataset | IterableDataset:
+    """The rows that are not left out."""
     if skip_rows is not None:
         dataset = without_rows(dataset, listed_rows(skip_rows))
     if min_confidence is not None:
         dataset = confident_pairs(dataset, min_confidence)
-    if skip_rows is not None or min_confidence is not None:
-        logger.warning("From here on, errors count the rows that are left, from 0.")
+    logger.warning("From here on, errors count the rows that are left, from 0.")
     return dataset
 
 
