@@ -143,7 +143,7 @@ def test_shards_that_are_missing_are_said(tmp_path, caplog):
         write_table(tmp_path / f"train-{number:05d}-of-00003.jsonl", 1, start=number)
     assert len(load_preference_dataset(tmp_path)) == 2
     assert "2 of 3 shards" in caplog.text and "train-00001-of-00003" in caplog.text
-    write_table(tmp_path / "train-00001-of-00003.parquet", 1, start=1)
+    write_table(tmp_path / "train-00001-of-00003.jsonl", 1, start=1)
     caplog.clear()
     assert len(load_preference_dataset(tmp_path)) == 3 and not caplog.text
 
