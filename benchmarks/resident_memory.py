@@ -46,6 +46,8 @@ from trl_sipo.scripts import encode
 TARGET = 1.05
 MIB = 2**20
 BATCH_SIZE = 8
+# Of a Parquet file: a larger dataset has more files, and a reader holds about one of them.
+PAIRS_PER_FILE = 2500
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -169,7 +171,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             folder = Path(temporary)
             make_pipeline(tiny_pipeline(options.side)).save_pretrained(folder / "model")
-            write_parquet(folder / "data", pairs, options.side, pairs_per_prompt=options.pairs_per_prompt, files=4)
+            write_parquet(
+                folder / "data",
+                pairs,
+                options.side,
+                pairs_per_prompt=options.pairs_per_prompt,
+                files=-(-pairs // PAIRS_PER_FILE),
+            )
             for name, by_pairs in results.items():
                 by_pairs[pairs] = found = measure(name, pairs, folder, options.side)
                 sizes = f"{found['own'] / MIB:9.1f}{found['resident'] / MIB:10.1f}{found['peak'] / MIB:9.1f}"

@@ -285,11 +285,11 @@ def fail_to_open(monkeypatch, times, code):
     monkeypatch.setattr(attempts, "SECONDS_BETWEEN_ATTEMPTS", (0, 0, 0))
     left, opened = [times], PIL.Image.open
 
-    def flaky(source, *arguments):
+    def flaky(source, *arguments, **options):
         if "20_chosen" in str(source) and left[0]:
             left[0] -= 1
             raise OSError(code, "does not answer", str(source))
-        return opened(source, *arguments)
+        return opened(source, *arguments, **options)
 
     monkeypatch.setattr(PIL.Image, "open", flaky)
 
@@ -327,6 +327,8 @@ def test_data_that_cannot_be_encoded_is_refused_before_a_model_is_loaded(rows, m
     [
         (["--max_broken", "0.2"], "`--max_broken` is a limit to what `--skip_broken` leaves out"),
         (["--skip_broken", "--max_broken", "5"], r"`--max_broken` is a share of the pairs, in \[0, 1\]; got 5"),
+        (["--shard_mb", "inf"], "`--shard_mb` must be a positive number, got inf"),
+        (["--frame_rate", "8"], "`--frame_rate` is of videos: give `--num_frames` more than one frame"),
     ],
 )
 def test_options_that_make_no_sense(options, message, material, tmp_path):

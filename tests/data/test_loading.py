@@ -138,6 +138,16 @@ def test_labels_of_some_tables_only_are_not_lost(tmp_path, streaming):
         load_preference_dataset(tmp_path, streaming=streaming)
 
 
+def test_shards_that_are_missing_are_said(tmp_path, caplog):
+    for number in (0, 2):
+        write_table(tmp_path / f"train-{number:05d}-of-00003.jsonl", 1, start=number)
+    assert len(load_preference_dataset(tmp_path)) == 2
+    assert "2 of 3 shards" in caplog.text and "train-00001-of-00003" in caplog.text
+    write_table(tmp_path / "train-00001-of-00003.jsonl", 1, start=1)
+    caplog.clear()
+    assert len(load_preference_dataset(tmp_path)) == 3 and not caplog.text
+
+
 def test_absolute_paths_stay(tmp_path):
     write_table(tmp_path / "images" / "pairs.jsonl", 1)
     row = json.loads((tmp_path / "images" / "pairs.jsonl").read_text())

@@ -157,6 +157,20 @@ def test_what_is_no_shard_is_named(tmp_path):
 # --- HPDv2 and HPDv3
 
 
+@pytest.mark.parametrize(
+    ("read", "record", "message"),
+    [
+        (choice_pairs, {"file_path": ["a", "b"], "human_preference": ["1", "0"]}, r"\['1', '0'\]: one number"),
+        (choice_pairs, {"file_path": None, "human_preference": None}, "'human_preference' is None: one number"),
+        (ranking_pairs, {"image_path": ["a", "b"], "rank": None}, "'rank' is None: one number"),
+        (confidence_pair, {"path1": "a", "path2": "b", "confidence": "0.9"}, "confidence '0.9' is no number"),
+    ],
+)
+def test_texts_and_nulls_in_place_of_numbers_are_refused(read, record, message):
+    with pytest.raises(DatasetError, match=message):
+        read({"prompt": "p", **record})
+
+
 def test_hpdv2_choices(tmp_path):
     save_pictures(tmp_path / "train", 0, 1, 2, 3)
     records = [
@@ -320,8 +334,9 @@ def test_images_are_not_copied_for_a_label():
 
 def test_votes():
     assert (vote_share(1, 3), vote_share(0, 0), vote_share(None, 2), vote_share(0.5, 1.5)) == (0.25, None, 0.0, 0.25)
-    with pytest.raises(DatasetError, match="must not be negative"):
-        vote_share(-1, 3)
+    for votes in ((-1, 3), ("3", 1)):
+        with pytest.raises(DatasetError, match="must be numbers that are not negative"):
+            vote_share(*votes)
 
 
 # --- VideoDPO

@@ -108,7 +108,7 @@ def test_training_commands_parse(monkeypatch):
         else:
             continue
         data, training, _ = parse(method, argv)
-        assert data.dataset_name == "your/preferences" and training.max_steps > 0
+        assert data.dataset_name in ("your/preferences", "cache") and training.max_steps > 0
         seen += 1
     assert seen >= 3
 

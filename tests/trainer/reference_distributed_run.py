@@ -21,6 +21,7 @@ def main(output: str, kind: str, batch_size: int) -> None:
         trainer = make_trainer(
             DPO,
             folder,
+            is_lora=kind == "rows",  # else there is no model left to measure a stream with
             pairs=pairs if kind == "rows" else pairs.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=3),
             trainer_options={"eval_dataset": preference_pairs(5, seed=3).to_iterable_dataset()},
             precompute_ref_log_probs=True,

@@ -36,6 +36,10 @@ ADAPTERS: dict[str, str] = {
 
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
 _DENOISER_NAMES = ("unet", "transformer", "transformer_2")
+_NO_PICKLES = (
+    "Weights are read from safetensors files alone, since others are pickles, which may run what they like. If you "
+    "trust these, `--model_init_kwargs '{\"use_safetensors\": null}'` takes them too."
+)
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -59,7 +63,8 @@ def load_pipeline(
 ) -> "DiffusionPipeline":
     """Load a pipeline from a local folder or a model id of the Hugging Face Hub.
 
-    The class is checked before any weight is read or downloaded.
+    The class is checked before any weight is read or downloaded. Weights are read from safetensors files, unless
+    `use_safetensors` says otherwise.
 
     Args:
         name_or_path: local folder with a `model_index.json` (`~` is the home folder), or a model id such as
@@ -83,9 +88,12 @@ def load_pipeline(
         if part not in init_kwargs and (origin := index.get(part) or [None, None])[0] is not None:
             given[part] = weightless_component(name, part, origin, hub_kwargs)
     try:
-        return loader.from_pretrained(name, **{**given, **init_kwargs})
+        return loader.from_pretrained(name, **{"use_safetensors": True, **given, **init_kwargs})
     except (OSError, ValueError) as error:
-        raise BackboneError(f"The pipeline {name!r} is there but does not load: {error}") from error
+        message = f"The pipeline {name!r} is there but does not load: {error}"
+        if "safetensors" in message and "use_safetensors" not in init_kwargs:
+            message += f" {_NO_PICKLES}"
+        raise BackboneError(message) from error
 
 
 def denoiser_names(name_or_path: str | os.PathLike[str], revision: str | None = None) -> list[str]:

@@ -489,6 +489,7 @@ def restore_weights(model: Any, folder: Path) -> None:
     if not folder.is_dir():
         raise BackboneError(f"There is no {folder.name} in {os.fspath(folder.parent)!r}: {folder} is missing.")
     try:
-        model.load_state_dict(type(model).from_pretrained(folder, local_files_only=True).state_dict())
+        saved = type(model).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
     except (OSError, RuntimeError, ValueError) as error:
         raise BackboneError(f"{folder} does not fit the {type(model).__name__} in training: {error}") from error

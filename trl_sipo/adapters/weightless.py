@@ -16,6 +16,7 @@ from torch import nn
 
 from trl_sipo.errors import BackboneError
 
+_LIBRARIES = ("diffusers", "transformers")  # that a `model_index.json` may name
 _VARIANT = re.compile(r"(model)\.\w+(\.safetensors|\.bin)$")
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
         BackboneError: the configuration cannot be read.
     """
     library, class_name = origin
+    if library not in _LIBRARIES:  # it comes with the model, and importing runs code
+        raise BackboneError(
+            f"The {part} of {name!r} is of the library {library!r}; known are {', '.join(_LIBRARIES)}."
+        )
     component_class = getattr(importlib.import_module(library), class_name)
     try:
         if library == "diffusers":

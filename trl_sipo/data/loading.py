@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Value
 
 from trl_sipo.data.cache.dataset import CachedPairs, find_cache
@@ -76,7 +77,7 @@ _SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
-_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
+_SHARD = re.compile(r"(\w+)-(\d{5})-of-(\d{5})")
 _MAX_STREAM_SHARDS = 64
 
 _Loader = Callable[[], Dataset | IterableDataset]
@@ -139,12 +140,18 @@ def load_preference_dataset(
             return CachedPairs(cache)
     dataset = _load(name_or_path, name, split, streaming, media_folder)
     dataset = read_source(dataset, format)
+    return dataset if skip_rows is min_confidence is None else _left(dataset, skip_rows, min_confidence)
+
+
+def _left(
+    dataset: Dataset | IterableDataset, skip_rows: str | os.PathLike[str] | None, min_confidence: float | None
+) -> Dataset | IterableDataset:
+    """The rows that are not left out."""
     if skip_rows is not None:
         dataset = without_rows(dataset, listed_rows(skip_rows))
     if min_confidence is not None:
         dataset = confident_pairs(dataset, min_confidence)
-    if skip_rows is not None or min_confidence is not None:
-        logger.warning("From here on, errors count the rows that are left, from 0.")
+    logger.warning("From here on, errors count the rows that are left, from 0.")
     return dataset
 
 
@@ -271,7 +278,23 @@ def _data_files(folder: Path) -> dict[str, list[Path]]:
         if hidden or file.name in _NOT_DATA or file.suffix.lower() not in _READERS or not file.is_file():
             continue
         by_split.setdefault(_split_of(relative), []).append(file)
+    for files in by_split.values():
+        _warn_of_missing_shards(files)
     return by_split
+
+
+def _warn_of_missing_shards(files: Sequence[Path]) -> None:
+    """Say which shards of a numbered set are not there: some only may be meant, or a download was cut off."""
+    found: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        shard = _SHARD.match(file.name)
+        if shard:
+            found.setdefault((file.parent, shard[1], int(shard[3])), set()).add(int(shard[2]))
+    for (folder, name, total), numbers in found.items():
+        missing = min(set(range(total)) - numbers, default=None)
+        if missing is not None:
+            first = f"{name}-{missing:05d}-of-{total:05d}"
+            logger.warning("%s has %d of %d shards; %s is the first missing.", folder, len(numbers), total, first)
 
 
 def _split_of(relative: Path) -> str:
@@ -340,7 +363,11 @@ def _check_cells(part: Dataset | IterableDataset, paths: Sequence[str]) -> None:
     if isinstance(part, Dataset):
         for column, feature in part.features.items():
             if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-                part.data.column(column).validate(full=True)
+                try:
+                    part.data.column(column).validate(full=True)
+                except pa.ArrowInvalid as error:
+                    files = ", ".join(paths[:3])
+                    raise DatasetError(f"cannot read {files}: a text of {column!r} is no UTF-8 ({error})") from error
     if paths[0].lower().endswith(".csv"):
         columns = stream_columns(part) if isinstance(part, IterableDataset) else part.column_names
         if any(column.startswith("__index_level_") for column in columns):

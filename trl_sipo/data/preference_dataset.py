@@ -234,6 +234,8 @@ def stream_rows(dataset: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
             number += 1
     except (ConfigurationError, DatasetError):
         raise
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"the stream cannot be read beyond {number} rows: a text is no UTF-8 ({error})") from error
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise DatasetError(
             f"the stream cannot be read beyond {number} rows: {type(error).__name__}: {error}"
@@ -286,7 +288,10 @@ def _stored_bytes(value: Any) -> bytes:
         return b"".join(hashlib.blake2b(_stored_bytes(frame)).digest() for frame in value)
     if isinstance(value, list | tuple | np.ndarray | torch.Tensor):
         is_clip = not isinstance(value, list | tuple) and np.asarray(value).dtype.kind in "iu"
-        return np.asarray(value, dtype=None if is_clip else np.float32).tobytes()
+        try:
+            return np.asarray(value, dtype=None if is_clip else np.float32).tobytes()
+        except (TypeError, ValueError):  # no regular array of numbers, which is said where it is read
+            return repr(value).encode("utf-8", "surrogatepass")
     return str(value).encode("utf-8", "surrogatepass")
 
 

@@ -216,6 +216,8 @@ def _path_problem(path: str | None, kind: str) -> str | None:
         return None if kind == "video" else f"{path!r} is a folder, {VIDEO_INSTEAD}"
     if os.path.isfile(path):
         return f"the file {path!r} is empty (0 bytes)" if os.path.getsize(path) == 0 else None
+    if os.path.exists(path):
+        return f"{path!r} is a pipe or a device, and no file"
     # Opening says more of a text, or of an address.
     return None if looks_like_text(path) or is_address(path) else f"there is no file {path!r}"
 

@@ -5,6 +5,7 @@ Several processes share the work: `torchrun --nproc_per_node 4 -m trl_sipo.scrip
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -138,8 +139,10 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"`--{name}` must be at least {least}, got {value}.")
     if arguments.max_broken is not None and not 0 <= arguments.max_broken <= 1:
         raise ConfigurationError(f"`--max_broken` is a share of the pairs, in [0, 1]; got {arguments.max_broken}.")
-    if not arguments.shard_mb > 0:
-        raise ConfigurationError(f"`--shard_mb` must be positive, got {arguments.shard_mb}.")
+    if not 0 < arguments.shard_mb < math.inf:
+        raise ConfigurationError(f"`--shard_mb` must be a positive number, got {arguments.shard_mb}.")
+    if arguments.frame_rate is not None and arguments.num_frames == 1:
+        raise ConfigurationError("`--frame_rate` is of videos: give `--num_frames` more than one frame, or remove it.")
     if arguments.resolution is not None and len(arguments.resolution) > 2:
         raise ConfigurationError(f"`--resolution` is a height and a width, or one number; got {arguments.resolution}.")
 

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
@@ -161,6 +161,11 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             "dimensions). Larger stays closer to the reference. 5000 if not given; 1000 in SIPO and Poly-DPO."
         },
     )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,  # as in TRL, but for this
+        metadata={"help": "Token for pushing to the hub; better logged in with, or set as HF_TOKEN."},
+    )
     beta_convention: str = field(
         default="diffusion_dpo",
         metadata={"help": f"Convention in which beta is given: one of {', '.join(BETA_CONVENTIONS)}."},
@@ -279,6 +284,19 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         # Pinned memory speeds copies to an accelerator up; without one, PyTorch would warn at every data loader.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+        self._check_secrets()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `hub_token`: transformers pickles the arguments into checkpoints, and pushes them to the hub."""
+        return {**self.__dict__, "hub_token": None}
+
+    def _check_secrets(self) -> None:
+        tokens = [name for name, value in (self.model_init_kwargs or {}).items() if "token" in name and value]
+        if any(isinstance(self.model_init_kwargs[name], str) for name in tokens):
+            raise ConfigurationError(
+                f"`model_init_kwargs` holds a `{tokens[0]}`, which would be written down with the other settings, by "
+                "trackers and in checkpoints. Log in instead (`hf auth login`), or set the variable HF_TOKEN."
+            )
 
     def _check_types(self) -> None:
         """Numbers that are numbers: YAML and Python give whatever was written."""

@@ -377,7 +377,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
-        per_level, pair_index = [], pair_numbers(inputs)
+        per_level, by_level, pair_index = [], {}, pair_numbers(inputs)
         levels = evaluation_levels(self.adapter, self.noise_schedule, self.args)
         bank = getattr(self.reference, "evaluation", {}).get(self._evaluated)
         for position, (time, level) in enumerate(levels.items()):
@@ -392,9 +392,9 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
             broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
             self.recorder.check_evaluation(broken, batch)
-            self.recorder.record_evaluation({f"{name}/time_{time:.2f}": statistics[name] for name in names})
+            by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in names}
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
-        self.recorder.record_evaluation(mean)
+        self.recorder.record_evaluation({**by_level, **mean}, inputs["pair_index"])
         return mean["loss"].mean(), mean
 
     # ---------------------------------------------------------------------------------------------- bookkeeping
@@ -410,7 +410,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """The inherited loop, with our metrics under its prefix (TRL would give all datasets of a dict one name)."""
-        self._evaluated = id(dataloader.dataset)
+        # Several processes read a stream through shares of it.
+        self._evaluated = id(getattr(dataloader.dataset, "dataset", dataloader.dataset))
         self._metrics["eval"].clear()
         device = self.args.device
         # Evaluation leaves the random state as it found it: training goes on as if nothing had happened.

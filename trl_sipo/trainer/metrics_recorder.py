@@ -143,6 +143,7 @@ class MetricsRecorder:
         self._skipped_steps = 0
         self._overflows = 0
         self._masked_in_step: list[bool] = []
+        self._evaluated_pairs: set[int] = set()
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -336,10 +337,16 @@ class MetricsRecorder:
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def record_evaluation(self, statistics: dict[str, torch.Tensor]) -> None:
+    def record_evaluation(self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor) -> None:
         """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
-        gathered = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1))
-        for name, column in zip(statistics, gathered.T.tolist(), strict=True):
+        values = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1)).tolist()
+        pairs = self.accelerator.gather_for_metrics(pair_index).tolist()
+        if not self.metrics["eval"]:  # another evaluation
+            self._evaluated_pairs.clear()
+        # accelerate takes the pairs that fill up the last batch away again, but not those of a stream.
+        new = {pair: row for pair, row in zip(pairs, values, strict=True) if pair not in self._evaluated_pairs}
+        self._evaluated_pairs.update(new)
+        for name, column in zip(statistics, zip(*new.values(), strict=True), strict=bool(new)):
             self.metrics["eval"][name].extend(column)
 
     def check_evaluation(self, broken: torch.Tensor, batch: StepBatch) -> None:

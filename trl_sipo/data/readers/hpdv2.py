@@ -35,6 +35,7 @@ def _ordered_pairs(prompt: str, paths: list[str], ranks: list[float]) -> list[di
     return pairs
 
 
-def _check_lengths(paths: list[str], numbers: list[float], name: str) -> None:
-    if len(paths) != len(numbers) or None in numbers:
-        raise DatasetError(f"{len(paths)} images, but {name!r} is {numbers}: one number per image is needed")
+def _check_lengths(paths: list[str] | None, numbers: list[float] | None, name: str) -> None:
+    are_numbers = numbers is not None and all(isinstance(number, int | float) for number in numbers)
+    if paths is None or not are_numbers or len(paths) != len(numbers):
+        raise DatasetError(f"{len(paths or ())} images, but {name!r} is {numbers}: one number per image is needed")

@@ -14,7 +14,7 @@ def confidence_pair(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     `path1` is preferred in any case: a confidence below one half makes a tie, not a preference for `path2`.
     """
     confidence = record.get("confidence")
-    if confidence is not None and not 0 <= confidence <= 1:
+    if confidence is not None and not (isinstance(confidence, int | float) and 0 <= confidence <= 1):
         raise DatasetError(f"the confidence {confidence!r} is no number in [0, 1]")
     label = 1.0 if confidence is None else max(float(confidence), TIE)
     return [{"prompt": record["prompt"], "chosen": record["path1"], "rejected": record["path2"], "label": label}]

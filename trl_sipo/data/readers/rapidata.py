@@ -27,9 +27,9 @@ def vote_share(first: float | None, second: float | None) -> float | None:
     """The share of votes for the first image: a soft label. None (not judged) without votes.
 
     Raises:
-        DatasetError: a number of votes that is negative.
+        DatasetError: votes that are no numbers, or negative.
     """
     first, second = first or 0, second or 0
-    if first < 0 or second < 0:
-        raise DatasetError(f"the numbers of votes {first} and {second} must not be negative")
+    if any(not isinstance(votes, int | float) or votes < 0 for votes in (first, second)):
+        raise DatasetError(f"the votes {first!r} and {second!r} must be numbers that are not negative")
     return first / (first + second) if first + second else None
