@@ -83,8 +83,8 @@ def test_a_model_that_is_not_wrapped_is_refused(name, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_wrapped_for_others_is_refused(trainer, monkeypatch):
-    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
-    monkeypatch.setattr(trainer, "model_wrapped", wrapped)
+    monkeypatch.setattr(strategy, "strategy_in_force", lambda accelerator: Strategy("FSDP2", 2, "cuda", "no"))
+    monkeypatch.setattr(trainer, "model_wrapped", DistributedDataParallel.__new__(DistributedDataParallel))
     with pytest.raises(ConfigurationError, match="the policy is a DistributedDataParallel"):
         check_prepared(trainer)
 
@@ -100,6 +100,11 @@ def test_checkpointing_that_was_switched_off_is_refused(tmp_path):
     trainer.model.__dict__["activation_checkpointing_enable"] = lambda *args, **kwargs: None
     with pytest.raises(ConfigurationError, match="keeps all its activations"):
         trainer.train()
+
+
+def test_one_process_under_a_launcher_trains(tmp_path):
+    """Accelerate wraps its model as for several."""
+    run_ranks(strategy_run.train_in_one_process, tmp_path, directory=tmp_path, processes=1)
 
 
 def test_copies_that_never_meet_are_refused(tmp_path):
