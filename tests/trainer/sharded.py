@@ -14,7 +14,8 @@ from tests.trainer.runs import largest_difference, predict
 OPTIONS = {
     "optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
-METHODS = {"lora": "sipo", "full": "dpo"}
+# What is trained, and with it the reference: LoRA off, a frozen model, a frozen copy of the LoRA. With which method.
+METHODS = {"lora": "sipo", "full": "dpo", "trained_lora": "dpo_cm"}
 
 
 def trained(function, output, engine, kind):

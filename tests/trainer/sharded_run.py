@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.trainer.runs import METHODS, logged, make_trainer, preference_pairs
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.runs import METHODS, logged, lora, make_trainer, preference_pairs
 from trl_sipo.errors import ConfigurationError
 
 # The benchmark of scaling needs it too, and is no package.
@@ -43,9 +45,14 @@ ENGINES: dict[str, tuple[Any, dict[str, Any]]] = {
 def make(output: Path, method: str, kind: str, batch_size: int, **options: Any) -> Any:
     """A trainer of one kind of training, on 16 pairs."""
     settings = {"optim": "sgd", "learning_rate": 1e-2, "gradient_checkpointing": True, "max_steps": 4}
+    pipeline = tiny_stable_diffusion()
+    if kind == "trained_lora":
+        torch.manual_seed(5)
+        pipeline.unet = get_peft_model(pipeline.unet, lora(target_modules=["to_q", "to_v"], init_lora_weights=False))
     return make_trainer(
         next(one for one in METHODS if one.name == method),
         output,
+        model=pipeline,
         is_lora=kind == "lora",
         pairs=preference_pairs(16, width=64),
         trainer_options={"eval_dataset": preference_pairs(7, seed=5)},
