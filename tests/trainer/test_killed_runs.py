@@ -75,14 +75,15 @@ def _stopped(start, folder: Path, case: str, chance: random.Random, signals, num
     folder.mkdir()
     expected_end, order = expected
     counts: Counter[str] = Counter()
-    stops, code = 0, None
+    stops, code, unfinished = 0, None, set()
     while code != 0:
         code = _run_once(start, folder, case, chance, signals if stops < num_stops else ())
         assert code in (0, *STOPPED), (folder / "output.txt").read_text()[-3000:]
         if code != 0:
             stops += 1
             counts[f"status {code}"] += 1
-            counts["while saving"] += any((folder / "run").glob("_saving-*"))
+            before, unfinished = unfinished, {path.name for path in (folder / "run").glob("_saving-*")}
+            counts["while saving"] += bool(unfinished - before)
     counts["stops"] = stops
     found = orders(folder)
     assert found.keys() == order.keys() == set(range(1, MAX_STEPS + 1))
