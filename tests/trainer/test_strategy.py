@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategy in force is said at the start, and is the one that was asked for, or the run ends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.trainer import strategy_run
@@ -64,6 +67,19 @@ def test_mixed_precision_of_the_arguments_is_in_force(tmp_path):
     trainer = make_trainer(DPO, tmp_path, bf16=True)
     assert strategy_in_force(trainer.accelerator) == Strategy("one process", 1, "cpu", "bf16")
     assert "one process on cpu, bf16 mixed precision; 4 pairs per step\n" in trainer.describe_run()
+
+
+@pytest.mark.parametrize(("config", "precision"), [({"bf16": {"enabled": True}}, "bf16"), ({}, "no")])
+def test_deepspeed_has_a_precision_of_its_own(config, precision):
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"fp16": {"enabled": "auto"}, **config})
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        num_processes=8,
+        device=torch.device("cuda"),
+        mixed_precision="no",
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    assert strategy_in_force(accelerator) == Strategy("DeepSpeed ZeRO-3", 8, "cuda", precision)
 
 
 def test_the_environment_is_read_from_the_inside_out():
