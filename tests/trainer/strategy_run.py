@@ -10,6 +10,13 @@ from tests.trainer.runs import DPO, make_trainer
 from trl_sipo.errors import ConfigurationError
 
 
+def train_in_one_process(output: Path) -> None:
+    """As under `torchrun --nproc_per_node 1`."""
+    trainer = make_trainer(DPO, output, max_steps=1)
+    trainer.train()
+    assert "one process on cpu" in trainer.describe_run()
+
+
 def train_copies_that_never_meet(output: Path) -> None:
     """As under torchrun on a machine without a GPU, where nothing says that CPUs are meant."""
     del os.environ["ACCELERATE_USE_CPU"]

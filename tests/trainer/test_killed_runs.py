@@ -20,7 +20,6 @@ from tests.trainer.resuming import differences
 from trl_sipo.errors import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 # A child of this process says 130 where one of its own says -SIGINT; -SIGTERM: it came when training had ended.
 STOPPED = (-signal.SIGKILL, -signal.SIGINT, 130, Preempted.STATUS, -signal.SIGTERM)
 
@@ -43,43 +42,48 @@ def _start(folder: Path, case: str, kill_after: int) -> int:
         ).pid
 
 
-def _run_once(start, folder: Path, case: str, chance: random.Random, *, is_stopped: bool) -> int:
-    """Go on with a run, and stop it while it trains or kill it while it saves; returns its exit code."""
+def _run_once(start, folder: Path, case: str, chance: random.Random, signals: tuple[int, ...] = ()) -> int:
+    """Go on with a run; returns its exit code.
+
+    Args:
+        signals: One of them stops it while it trains, or it is killed while it saves; without any it is left alone.
+    """
     ready, output = folder / "ready", folder / "output.txt"
     ready.unlink(missing_ok=True)
-    while_saving = is_stopped and chance.random() < 0.5
+    while_saving = bool(signals) and chance.random() < 0.5
     child = start(folder, case, chance.randint(1, 60) if while_saving else 0)
-    if is_stopped and not while_saving:
+    if signals and not while_saving:
         code = wait_for(ready, child)
         if code is None:
-            code = wait(child, chance.uniform(0.0, 1.5))
+            code = wait(child, chance.uniform(0.0, 1.0))
         if code is not None:
             return code
-        os.kill(child, chance.choice(SIGNALS))
+        os.kill(child, chance.choice(signals))
     return end(child, output)
 
 
 def _alone(folder: Path, case: str) -> tuple[dict, dict]:
     """The end and the order of a run that nobody disturbs."""
     folder.mkdir()
-    code = _run_once(_fork, folder, case, random.Random(), is_stopped=False)
+    code = _run_once(_fork, folder, case, random.Random())
     assert code == 0, (folder / "output.txt").read_text()[-3000:]
     return torch.load(folder / "end.pt", weights_only=False), orders(folder)
 
 
-def _stopped(start, folder: Path, case: str, chance: random.Random, num_stops: int, expected) -> Counter[str]:
+def _stopped(start, folder: Path, case: str, chance: random.Random, signals, num_stops: int, expected) -> Counter[str]:
     """Stop a run up to `num_stops` times, let it end, and compare; returns what happened how often."""
     folder.mkdir()
     expected_end, order = expected
     counts: Counter[str] = Counter()
-    stops, code = 0, None
+    stops, code, unfinished = 0, None, set()
     while code != 0:
-        code = _run_once(start, folder, case, chance, is_stopped=stops < num_stops)
+        code = _run_once(start, folder, case, chance, signals if stops < num_stops else ())
         assert code in (0, *STOPPED), (folder / "output.txt").read_text()[-3000:]
         if code != 0:
             stops += 1
             counts[f"status {code}"] += 1
-            counts["while saving"] += any((folder / "run").glob("_saving-*"))
+            before, unfinished = unfinished, {path.name for path in (folder / "run").glob("_saving-*")}
+            counts["while saving"] += bool(unfinished - before)
     counts["stops"] = stops
     found = orders(folder)
     assert found.keys() == order.keys() == set(range(1, MAX_STEPS + 1))
@@ -100,8 +104,8 @@ def folder(tmp_path):
 
 def test_a_run_that_is_stopped_ends_as_one_that_was_not(folder):
     expected = _alone(folder / "alone", "lora")
-    counts = _stopped(_fork, folder / "stopped", "lora", random.Random(4), 3, expected)
-    assert counts["stops"] >= 2
+    counts = _stopped(_fork, folder / "stopped", "lora", random.Random(1), (signal.SIGINT,), 3, expected)
+    assert counts["status -9"], counts  # Python may lose a Ctrl-C that comes while it tidies up
 
 
 @pytest.mark.slow
@@ -110,8 +114,9 @@ def test_soak(case, folder):
     """Processes of their own, stopped eleven times and more for each kind of run."""
     chance = random.Random(case)
     expected = _alone(folder / "alone", case)
+    signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
     total: Counter[str] = Counter()
     while total["stops"] < 11:
-        total += _stopped(_start, folder / f"round-{total['rounds']}", case, chance, 6, expected)
+        total += _stopped(_start, folder / f"round-{total['rounds']}", case, chance, signals, 6, expected)
         total["rounds"] += 1
     print(f"{case}: {dict(total)}")

@@ -5,7 +5,7 @@ import pytest
 
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.resuming import differences, end_of, recorded_order
-from tests.trainer.runs import DPO, DPO_CM, SIPO, make_trainer, preference_pairs
+from tests.trainer.runs import DPO, DPO_CM, SIPO, lora, make_trainer, preference_pairs
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ CASES = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 2,
             "logging_steps": 4,
-            "pairs": preference_pairs(5),
+            "pairs": lambda: preference_pairs(5),
             "mask_threshold": 0.98,
             "mask_redraws": 2,
         },
@@ -51,19 +51,19 @@ CASES = {
             "logging_steps": 2,
             "random_flip": True,
             "center_crop": False,
-            "pairs": preference_pairs(8, width=64),
+            "pairs": lambda: preference_pairs(8, width=64),
             "is_lora": False,
         },
     ),
     "stream": (
         DPO,
         5,
-        {"pairs": _stream(7, 2), "dataloader_num_workers": 1, "logging_steps": 3, "gradient_accumulation_steps": 2},
+        {"pairs": lambda: _stream(7, 2), "logging_steps": 3, "gradient_accumulation_steps": 2},
     ),
     "stream_by_epochs": (
         DPO,
         3,
-        {"pairs": _stream(6), "save_strategy": "epoch", "logging_steps": 4, "max_steps": 8, "is_lora": False},
+        {"pairs": lambda: _stream(6), "save_strategy": "epoch", "logging_steps": 4, "max_steps": 8, "is_lora": False},
     ),
     "precomputed": (
         SIPO,
@@ -83,22 +83,17 @@ CASES = {
 }
 
 
-def _trainer(case, base, folder, **changes):
-    method, _, options = CASES[case]
+def _trainer(case, base, folder):
+    method, saved_at, options = CASES[case]
     settings = {"max_steps": 7, "per_device_train_batch_size": 2, "model": base, "save_strategy": "steps", **options}
-    settings = {key: value for key, value in settings.items() if value is not None}
     extra = {}
     if "eval_steps" in settings or "eval_strategy" in settings:
         settings.setdefault("eval_strategy", "steps")
         extra["eval_dataset"] = preference_pairs(3, seed=5)
     if case == "dropout":
-        from tests.trainer.runs import lora
-
         extra["peft_config"] = lora(lora_dropout=0.5)
-    settings.setdefault("pairs", preference_pairs(8))
-    trainer = make_trainer(
-        method, folder, trainer_options=extra, **{"save_steps": CASES[case][1], **settings, **changes}
-    )
+    settings["pairs"] = settings.get("pairs", lambda: preference_pairs(8))()
+    trainer = make_trainer(method, folder, trainer_options=extra, **{"save_steps": saved_at, **settings})
     return trainer, recorded_order(trainer)
 
 
@@ -106,8 +101,7 @@ def _trainer(case, base, folder, **changes):
 def test_a_resumed_run_is_one_that_was_never_stopped(case, base, tmp_path):
     whole, order = _trainer(case, base, tmp_path / "whole")
     whole.train()
-    saved_at = CASES[case][1]
-    checkpoint = tmp_path / "whole" / f"checkpoint-{saved_at}"
+    checkpoint = tmp_path / "whole" / f"checkpoint-{CASES[case][1]}"
 
     resumed, rest = _trainer(case, base, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategy in force is said at the start, and is the one that was asked for, or the run ends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.trainer import strategy_run
@@ -66,6 +69,19 @@ def test_mixed_precision_of_the_arguments_is_in_force(tmp_path):
     assert "one process on cpu, bf16 mixed precision; 4 pairs per step\n" in trainer.describe_run()
 
 
+@pytest.mark.parametrize(("config", "precision"), [({"bf16": {"enabled": True}}, "bf16"), ({}, "no")])
+def test_deepspeed_has_a_precision_of_its_own(config, precision):
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"fp16": {"enabled": "auto"}, **config})
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        num_processes=8,
+        device=torch.device("cuda"),
+        mixed_precision="no",
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    assert strategy_in_force(accelerator) == Strategy("DeepSpeed ZeRO-3", 8, "cuda", precision)
+
+
 def test_the_environment_is_read_from_the_inside_out():
     assert launched_processes({}) == 1
     assert launched_processes({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"}) == 16
@@ -83,8 +99,8 @@ def test_a_model_that_is_not_wrapped_is_refused(name, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_wrapped_for_others_is_refused(trainer, monkeypatch):
-    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
-    monkeypatch.setattr(trainer, "model_wrapped", wrapped)
+    monkeypatch.setattr(strategy, "strategy_in_force", lambda accelerator: Strategy("FSDP2", 2, "cuda", "no"))
+    monkeypatch.setattr(trainer, "model_wrapped", DistributedDataParallel.__new__(DistributedDataParallel))
     with pytest.raises(ConfigurationError, match="the policy is a DistributedDataParallel"):
         check_prepared(trainer)
 
@@ -100,6 +116,11 @@ def test_checkpointing_that_was_switched_off_is_refused(tmp_path):
     trainer.model.__dict__["activation_checkpointing_enable"] = lambda *args, **kwargs: None
     with pytest.raises(ConfigurationError, match="keeps all its activations"):
         trainer.train()
+
+
+def test_one_process_under_a_launcher_trains(tmp_path):
+    """Accelerate wraps its model as for several."""
+    run_ranks(strategy_run.train_in_one_process, tmp_path, directory=tmp_path, processes=1)
 
 
 def test_copies_that_never_meet_are_refused(tmp_path):

@@ -122,12 +122,13 @@ def policy_left_unprepared(trainer: DPOTrainer) -> Iterator[None]:
     fixed.
 
     Raises:
-        ConfigurationError: Under FSDP, where a policy can only be prepared together with its optimiser.
+        ConfigurationError: Under FSDP and DeepSpeed, where a policy can only be prepared together with its optimiser.
     """
-    if trainer.is_fsdp_enabled and not is_sharded(trainer.model):
+    is_left_to_training = trainer.is_fsdp_enabled and not is_sharded(trainer.model)
+    if is_left_to_training or (trainer.is_deepspeed_enabled and trainer.deepspeed is None):
         raise ConfigurationError(
-            "Under FSDP a model is evaluated during training or after it, not before: it is cut up when training "
-            "starts. Use `eval_on_start=True`."
+            "Under FSDP and DeepSpeed a model is evaluated during training or after it, not before: it is prepared "
+            "together with its optimiser. Use `eval_on_start=True`."
         )
     model, models = trainer.model, trainer.accelerator._models
     names = ("_is_accelerate_prepared", "forward", "_original_forward")

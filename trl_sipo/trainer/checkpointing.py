@@ -127,10 +127,12 @@ def _write(trainer: Any, checkpoint: Path, collected: dict[str, Any]) -> None:
             _save_run(trainer, collected, folder)
             checkpoint_files.publish(checkpoint)
 
+    # These engines gather weights and optimiser while they save them.
+    communicates = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     together(begin)
-    together(lambda: trainer.save_model(str(folder), _internal_call=True))
+    together(lambda: trainer.save_model(str(folder), _internal_call=True), communicates=communicates)
     if not args.save_only_model:
-        together(save_training_state)
+        together(save_training_state, communicates=communicates)
     together(finish)
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 _GLOO_THREAD = "pt_gloo_runloop"
+_PATIENCE = 10.0  # seconds; a thread needs less than one, on a machine that does ten times what it can
 
 
 def release_process_group(accelerator: Accelerator) -> None:
@@ -22,8 +23,8 @@ def release_process_group(accelerator: Accelerator) -> None:
     exception" (https://github.com/pytorch/pytorch/issues/190489). Destroying the group does not end the threads.
     """
     accelerator.end_training()
-    calm_looks = 0
-    while calm_looks < 2:
+    calm_looks, end = 0, time.monotonic() + _PATIENCE
+    while calm_looks < 2 and time.monotonic() < end:
         time.sleep(0.01)  # lets the threads have the interpreter
         calm_looks = 0 if _gloo_is_busy() else calm_looks + 1
 

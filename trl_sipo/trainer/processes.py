@@ -14,10 +14,12 @@ class OtherProcessError(RuntimeError):
     """Another process could not do its part."""
 
 
-def together(action: Callable[[], Result]) -> Result:
-    """Run `action` on every process; where it fails on one, raise on all of them.
+def together(action: Callable[[], Result], *, communicates: bool = False) -> Result:
+    """Run `action` on every process; where it fails on one, raise on all of them. All processes must call it.
 
-    All processes must call it, and `action` must not wait for another process after a step that can fail.
+    Args:
+        communicates: Whether `action` itself waits for other processes. One that fails then raises without telling
+            them, since they would not hear it: its end is what the launcher ends the others by.
 
     Raises:
         OtherProcessError: It failed elsewhere. The process on which it failed raises its own error.
@@ -29,6 +31,8 @@ def together(action: Callable[[], Result]) -> Result:
     try:
         result = action()
     except Exception as caught:  # raised below, when the others know
+        if communicates:
+            raise
         error = caught
     failures = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
     if error is not None:

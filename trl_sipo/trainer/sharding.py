@@ -49,6 +49,11 @@ def prepare_sharding(trainer: Any) -> None:
             "`zero3_init_flag: true` cuts up the text encoders too, and nothing puts them together again. Set it to "
             "false, as in examples/accelerate_configs/zero3.yaml."
         )
+    if strategy.startswith(("FSDP", "DeepSpeed")) and trainer.args.precompute_ref_log_probs:
+        raise ConfigurationError(
+            f"Not under {strategy}: `precompute_ref_log_probs` runs before the engine has the model, and would hold "
+            "all of it. Leave it out, or train with plain data parallelism (DDP)."
+        )
     if strategy not in SHARDING:
         return
     _check_settings(trainer, strategy)
@@ -73,8 +78,6 @@ def _check_fsdp_plugin(plugin: Any) -> None:
 def _check_settings(trainer: Any, strategy: str) -> None:
     args = trainer.args
     refused = {
-        "`precompute_ref_log_probs` runs before the model is sharded, and would hold all of it: leave it out, or "
-        "precompute": args.precompute_ref_log_probs,
         "`sync_ref_model` is": args.sync_ref_model,
         "`sample_every_steps` draws in one process, and the others would not take part: sample": bool(
             args.sample_every_steps

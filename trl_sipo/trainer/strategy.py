@@ -183,7 +183,7 @@ def _is_sharded(module: torch.nn.Module) -> bool:
 
 # Beginning of the name of a strategy -> whether a module is wrapped for it.
 _IS_WRAPPED = {
-    "one process": lambda module: not isinstance(module, (DistributedDataParallel, FSDPModule)),
+    "one process": lambda module: not isinstance(module, FSDPModule),  # under a launcher Accelerate wraps it for DDP
     "DDP": lambda module: isinstance(module, DistributedDataParallel),
     "FSDP2": _is_sharded,
     "DeepSpeed": lambda module: type(module).__name__ == "DeepSpeedEngine",
