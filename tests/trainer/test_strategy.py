@@ -19,9 +19,13 @@ from trl_sipo.trainer.strategy import Strategy, check_prepared, check_strategy, 
 REFUSED = {
     "torchrun": ({"WORLD_SIZE": "2"}, "2 copies of the run"),
     "srun": ({"SLURM_STEP_NUM_TASKS": "8"}, "8 copies of the run"),
+    "srun from a shell of srun": (
+        {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "1", "SLURM_PTY_PORT": "34889"},
+        "8 copies of the run.*`WORLD_SIZE=1`",
+    ),
     "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2"}, "2 copies of the run"),
     "accelerate launch --cpu": (
-        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"},
+        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
         "told of several processes and started one",
     ),
     "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, "FSDP was asked for, but one process on cpu"),
@@ -34,6 +38,16 @@ TAKEN = {
     "accelerate launch of one": {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"},
     # torchrun inside a step of Slurm: what is nearest to the process counts.
     "torchrun in srun": {"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"},
+    "a shell of srun": {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0", "SLURM_PTY_PORT": "34889"},
+    # `accelerate launch` of one, where a script or a platform has named a port for all jobs.
+    "a port of one's own": {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29511"},
+    "a job of one on a platform": {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "MASTER_ADDR": "job-master-0",
+        "MASTER_PORT": "23456",
+        "WORLD_SIZE": "1",
+        "RANK": "0",
+    },
 }
 
 

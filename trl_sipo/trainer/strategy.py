@@ -31,6 +31,7 @@ _HOW_TO_LAUNCH = (
     "On GPUs: `accelerate launch --num_processes N` or `torchrun --nproc_per_node N`. On CPUs: "
     "`ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N`, or torchrun with `use_cpu=True`."
 )
+_HOW_TO_BE_ALONE = "If this process is meant to train alone, set `WORLD_SIZE=1` in its environment."
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,10 @@ def check_strategy(args: Any, accelerator: Accelerator, environment: Mapping[str
 
 def launched_processes(environment: Mapping[str, str]) -> int:
     """How many processes the launcher says there are; 1 where nothing does."""
-    return next((int(environment[name]) for name in _WORLD_SIZES if environment.get(name)), 1)
+    # `srun --ntasks 8 --pty bash`: the shell is the first task, and the others have ended.
+    is_shell = "SLURM_PTY_PORT" in environment and environment.get("SLURM_PROCID") == "0"
+    names = [name for name in _WORLD_SIZES if not (is_shell and name.startswith("SLURM_"))]
+    return next((int(environment[name]) for name in names if environment.get(name)), 1)
 
 
 def _check_processes(strategy: Strategy, environment: Mapping[str, str]) -> None:
@@ -109,14 +113,16 @@ def _check_processes(strategy: Strategy, environment: Mapping[str, str]) -> None
     if launched != strategy.processes:
         raise ConfigurationError(
             f"The launcher says that there are {launched} processes, but this one knows of {strategy.processes}: "
-            f"{launched} copies of the run would train without meeting. {_HOW_TO_LAUNCH}"
+            f"{launched} copies of the run would train without meeting. {_HOW_TO_LAUNCH} {_HOW_TO_BE_ALONE}"
         )
-    # Left by `accelerate launch` where it was told of several processes and has no launcher for them.
-    asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
-    if asked_for_several and strategy.processes == 1 and "LOCAL_RANK" not in environment:
+    # Left by `accelerate launch` where it was told of several processes and has no launcher for them. A platform that
+    # gives every job an address also gives it a `WORLD_SIZE`.
+    left = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+    asked_for_several = left <= environment.keys() and not environment.keys() & {"LOCAL_RANK", "WORLD_SIZE"}
+    if asked_for_several and strategy.processes == 1:
         raise ConfigurationError(
             "`accelerate launch` was told of several processes and started one: on CPUs it does not start more. "
-            f"{_HOW_TO_LAUNCH}"
+            f"{_HOW_TO_LAUNCH} {_HOW_TO_BE_ALONE}"
         )
 
 
