@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tests.trainer.runs import DPO, PROMPTS, SIPO, changed, make_trainer, preference_pairs, trained_weights
 from trl_sipo.core.noise_schedule import NoiseLevel
@@ -285,6 +285,48 @@ def test_a_folder_that_cannot_be_written_does_not_hide_the_fault(tmp_path, caplo
     assert any("cannot be written" in record.getMessage() for record in caplog.records)
 
 
+def test_a_full_disk_does_not_hide_the_fault(tmp_path, monkeypatch, caplog):
+    """safetensors, which writes the file itself, tells of it by an error of its own, which is no `OSError`."""
+
+    def save_file(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(reproduction, "save_file", save_file)
+    trainer = _trainer(tmp_path, on_nonfinite="skip", max_steps=2)
+    _break_loss(trainer)
+    with caplog.at_level(logging.WARNING, logger="trl_sipo"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_weights_that_another_run_left_are_not_taken(tmp_path):
+    trainer = make_trainer(DPO, tmp_path)
+    trainer.recorder.reproduce.folder.mkdir()
+    trainer.recorder.reproduce._write_weights(tmp_path / "_nonfinite" / "step-000001-weights")
+    _break_loss(trainer)
+    with pytest.raises(NumericalError):
+        trainer.train()
+    (file,) = (tmp_path / "_nonfinite").glob("*.json")
+    again = make_trainer(DPO, tmp_path / "again")
+    loaded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduction, "load_weights", lambda *args: loaded.append(args))
+        replay(file, again)
+        said, unsaid = [f'"weights_are_those_of_the_step": {value}' for value in ("true", "false")]
+        file.write_text(file.read_text().replace(said, unsaid))
+        replay(file, again)
+    assert len(loaded) == 1
+
+
+def test_parts_of_weights_are_not_taken_for_weights(tmp_path):
+    """DeepSpeed ZeRO-3 leaves a weight without numbers where its part is elsewhere."""
+    trainer = make_trainer(DPO, tmp_path)
+    next(trainer.model.parameters()).ds_id = 0
+    trainer.recorder.reproduce._write_weights(tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
+
+
 def test_files_that_are_none(tmp_path):
     trainer = _trainer(tmp_path)
     with pytest.raises(ConfigurationError, match="is no reproduction: .*'_nonfinite'"):
@@ -296,6 +338,11 @@ def test_files_that_are_none(tmp_path):
     file.write_text(file.read_text().replace('"format": 1', '"format": 7'))
     with pytest.raises(ConfigurationError, match="has format 7"):
         replay(file, trainer)
+    tensors = file.with_suffix(".safetensors")
+    for torn in (tensors, file):
+        torn.write_bytes(torn.read_bytes()[:50])
+        with pytest.raises(ConfigurationError, match="is no reproduction: .*'_nonfinite'"):
+            replay(file, trainer)
 
 
 # ------------------------------------------------------------------------------------------------ the gradient

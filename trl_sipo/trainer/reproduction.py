@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trl_sipo.core.noise_schedule import NoiseLevel
@@ -26,6 +26,7 @@ from trl_sipo.trainer.checkpointing import load_weights, save_weights
 from trl_sipo.trainer.encoding import TRAIN_STREAM, EncodedPairs, PairNoise
 from trl_sipo.trainer.nonfinite import LINKS, first_broken, gradient_norms
 from trl_sipo.trainer.reference_bank import BankedReference
+from trl_sipo.trainer.sharding import is_sharded
 from trl_sipo.trainer.statistics import PairErrors
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class ReproductionWriter:
                 self._write(self.folder / name, batch, fault)
             if fault.has_weights and self.trainer.is_world_process_zero():
                 self._write_weights(self.folder / f"{stem}-weights")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
             logger.warning("%s cannot be written: %s", self.folder, error)
             return None
         return str(self.folder)
@@ -217,8 +218,7 @@ class ReproductionWriter:
     def _write_weights(self, folder: Path) -> None:
         model = self.trainer.unwrapped_model
         trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-        is_whole = not any(hasattr(parameter, "to_local") for parameter in model.parameters())
-        if isinstance(model, PeftModel) and is_whole and trained <= MAX_BYTES:
+        if isinstance(model, PeftModel) and not is_sharded(model) and trained <= MAX_BYTES:
             folder.mkdir(exist_ok=True)
             save_weights(self.trainer.adapter, model, str(folder))
 
@@ -270,11 +270,13 @@ def replay(path: str | Path, trainer: Any, checkpoint: str | Path | None = None)
             the trainer's own.
 
     Raises:
-        ConfigurationError: There is no such file, or it is of another version.
+        ConfigurationError: There is no such file, or it is damaged or of another version.
     """
     batch, description = load_reproduction(path)
     weights = Path(path).parent / f"{Path(path).name.split('-process-')[0]}-weights"
-    if checkpoint is not None or weights.is_dir():
+    # An earlier run in this folder may have left weights of a step of the same number.
+    has_weights = description["weights_are_those_of_the_step"] and weights.is_dir()
+    if checkpoint is not None or has_weights:
         load_weights(trainer.adapter, trainer.unwrapped_model, str(checkpoint or weights))
     device = trainer.accelerator.device
     batch = StepBatch.of_tensors({name: value.to(device) for name, value in batch.tensors().items()})
@@ -298,14 +300,14 @@ def load_reproduction(path: str | Path) -> tuple[StepBatch, dict[str, Any]]:
     """What [`ReproductionWriter`] wrote: the micro-batch on the CPU, and the description.
 
     Raises:
-        ConfigurationError: There is no such file, or it is of another version.
+        ConfigurationError: There is no such file, or it is damaged or of another version.
     """
     path = Path(path)
     try:
         description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-    except OSError as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ConfigurationError(
             f"{path} is no reproduction: {error}. Give a .json or .safetensors file of the folder "
             f"{NONFINITE_FOLDER!r} of a run's `output_dir`."
