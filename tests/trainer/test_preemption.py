@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGTERM: the step is finished, the run saved, and the process left with a status of its own."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -150,3 +151,19 @@ def test_workers_outlive_a_signal_to_the_whole_job(tmp_path):
     os.killpg(child, signal.SIGTERM)
     assert end(child, output) == Preempted.STATUS, output.read_text()[-3000:]
     assert checkpoint_files.last_complete_checkpoint(tmp_path / "run") is not None
+
+
+def test_workers_end_when_the_main_process_ends_them(tmp_path):
+    """It does so when a program ends by an error, and waits for them: else it would hang for good."""
+    trainer = make_trainer(DPO, tmp_path, **OPTIONS, dataloader_num_workers=1)
+    batches = iter(trainer.get_train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    with pytest.raises(ZeroDivisionError), trainer._preemption.watching():
+        worker.terminate()
+        worker.join(0.5)
+        assert worker.is_alive()
+        raise ZeroDivisionError
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0

@@ -7,7 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import c_bool
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any
 
@@ -38,6 +40,7 @@ class PreemptionCallback(TrainerCallback):
         self._is_stopping = False
         self._checkpoint: str | None = None
         self._sum: _DelayedSum | None = None
+        self._needs_workers = RawValue(c_bool, False)  # which the workers of data loaders see too
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -49,6 +52,18 @@ class PreemptionCallback(TrainerCallback):
         args = self.trainer.args
         self._is_asked, self._is_stopping, self._checkpoint = False, False, None
         self._sum = _DelayedSum(self.trainer.accelerator) if args.world_size > 1 else None
+        self._needs_workers.value = True
+        try:
+            with self._handler():
+                yield
+        finally:
+            self._needs_workers.value = False
+        if self._is_asked:
+            logger.warning("SIGTERM came when training had ended. The program goes on to its end.")
+
+    @contextmanager
+    def _handler(self) -> Iterator[None]:
+        args = self.trainer.args
         if (
             threading.current_thread() is not threading.main_thread()
             or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -62,8 +77,6 @@ class PreemptionCallback(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._is_asked:
-            logger.warning("SIGTERM came when training had ended. The program goes on to its end.")
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         # Nothing else: the signal may have come in the middle of anything, the writing of a checkpoint included.
@@ -83,6 +96,17 @@ class PreemptionCallback(TrainerCallback):
         if self._is_stopping:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._checkpoint = os.path.join(self.trainer._get_output_dir(trial=None), folder)
+
+    def spare_workers(self, loader: DataLoader) -> DataLoader:
+        """Let the workers of a data loader live on, in training, when all processes of a job get SIGTERM, as by Slurm.
+
+        Else they would end at once, and the step that is to be finished would fail for want of data.
+        """
+        plain = getattr(loader, "base_dataloader", loader)  # within accelerate's
+        init = plain.worker_init_fn
+        if plain.num_workers > 0 and getattr(init, "func", None) is not _start_worker:
+            plain.worker_init_fn = partial(_start_worker, self._needs_workers, init)
+        return loader
 
     def leave_if_saved(self) -> None:
         """Raise [`Preempted`] when all is done that was to be done."""
@@ -112,23 +136,14 @@ class _DelayedSum:
         return previous
 
 
-def spared_workers(loader: DataLoader) -> DataLoader:
-    """Let the workers of a data loader live on when a SIGTERM is sent to all processes of a job, as Slurm does.
+def _start_worker(is_needed: Any, init: Any, worker: int) -> None:
+    parent = os.getppid()
 
-    Else they would end at once, and the step that is to be finished would fail for want of data.
-    """
-    plain = getattr(loader, "base_dataloader", loader)  # within accelerate's
-    init = plain.worker_init_fn
-    if plain.num_workers > 0 and getattr(init, "func", None) is not _start_worker:
-        plain.worker_init_fn = partial(_start_worker, os.getpid(), init)
-    return loader
-
-
-def _start_worker(parent: int, init: Any, worker: int) -> None:
-    def leave_if_orphaned(signum: int, frame: FrameType | None) -> None:
-        if os.getppid() != parent:
+    def leave_if_not_needed(signum: int, frame: FrameType | None) -> None:
+        # After training it is the main process that ends its workers so, and then waits for their end.
+        if not is_needed.value or os.getppid() != parent:
             os._exit(0)
 
-    signal.signal(signal.SIGTERM, leave_if_orphaned)
+    signal.signal(signal.SIGTERM, leave_if_not_needed)
     if init is not None:
         init(worker)

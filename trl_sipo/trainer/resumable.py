@@ -18,7 +18,7 @@ from trl_sipo.trainer._trl_compat import DPOTrainer
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume, written_whole
 from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights, write_checkpoint
 from trl_sipo.trainer.level_memory import LevelMemory
-from trl_sipo.trainer.preemption import PreemptionCallback, spared_workers
+from trl_sipo.trainer.preemption import PreemptionCallback
 from trl_sipo.trainer.process_group import release_process_group
 from trl_sipo.trainer.processes import from_main
 from trl_sipo.trainer.run_state import RunState
@@ -68,11 +68,11 @@ class ResumableTrainer(DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The inherited one, whose workers outlive the SIGTERM that ends the run."""
-        return spared_workers(super().get_train_dataloader())
+        return self._preemption.spare_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """The inherited one, likewise."""
-        return spared_workers(super().get_eval_dataloader(eval_dataset))
+        return self._preemption.spare_workers(super().get_eval_dataloader(eval_dataset))
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
