@@ -2,7 +2,7 @@
 """How training scales with the number of processes, and what it sends over the network.
 
     python benchmarks/scaling.py                # CPUs, gloo: a U-Net of 41 M parameters, 1 and 2 processes
-    python benchmarks/scaling.py --device cuda --processes 1 2 4 8 --unet sd15 --latent-size 64
+    python benchmarks/scaling.py --device cuda --processes 1 2 4 8 --model sd15
     python benchmarks/scaling.py --model-only   # the tables for up to 1,024 GPUs alone
 
 Three parts. Throughput: real runs under torchrun, each process with its own pairs. Bytes: what those runs give to the
@@ -28,7 +28,8 @@ from architectures import ARCHITECTURES
 from communication import STRATEGIES, Workload, sent_per_step
 from cpu_fsdp import offer_fsdp_on_cpus
 from memory import build
-from step_time import SPATIAL_MULTIPLE, UNETS, make_lora, make_pairs, make_pipeline
+from random_pipelines import PIPELINES, make_pipeline
+from step_variants import make_lora, make_pairs
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -46,8 +47,7 @@ WARM_UP = 2  # steps that are not counted
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unet", choices=UNETS, default="41M", help="default: %(default)s")
-    parser.add_argument("--latent-size", type=int, default=16, help="a side; 64 for 512 px (default: %(default)s)")
+    parser.add_argument("--model", choices=PIPELINES, default="41M", help="default: %(default)s")
     parser.add_argument("--pairs", type=int, default=4, help="per process and step (default: %(default)s)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="that are timed (default: %(default)s)")
@@ -122,9 +122,10 @@ def work(options: argparse.Namespace) -> None:
             offer_fsdp_on_cpus()
     config_class, trainer_class = method_classes("dpo")
     processes = int(os.environ["WORLD_SIZE"])
-    rows = argparse.Namespace(**{**vars(options), "pairs": options.pairs * processes * (options.steps + WARM_UP)})
+    pipeline, size = make_pipeline(PIPELINES[options.model]), PIPELINES[options.model].size
+    rows = argparse.Namespace(pairs=options.pairs * processes * (options.steps + WARM_UP), size=size)
     trainer = trainer_class(
-        make_pipeline(argparse.Namespace(**{**vars(options), "device": "cpu"})),
+        pipeline,
         args=config_class(
             str(options.output.with_suffix("")),
             max_steps=options.steps + WARM_UP,
@@ -132,12 +133,13 @@ def work(options: argparse.Namespace) -> None:
             bf16=options.device == "cuda",
             gradient_checkpointing=False,
             use_cpu=options.device == "cpu",
-            resolution=SPATIAL_MULTIPLE * options.latent_size,
+            resolution=list(size[:2]),
+            num_frames=size[2],
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
         ),
-        train_dataset=make_pairs(rows, of_images=False),
+        train_dataset=make_pairs(pipeline, rows, of_images=False),
         peft_config=make_lora() if kind == "lora" else None,
     )
     parameters = _workload(trainer.model, weight_bytes=2 if options.device == "cuda" else 4)
@@ -171,10 +173,7 @@ def launch(options: argparse.Namespace, strategy: str, kind: str, processes: int
     """One run under torchrun: its median step, and the bytes of one beside those computed."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run.json")
-        settings = {
-            name.replace("_", "-"): getattr(options, name) for name in ("unet", "latent_size", "pairs", "steps")
-        }
-        arguments = [f"--{name}={value}" for name, value in {**settings, "device": options.device}.items()]
+        arguments = [f"--{name}={getattr(options, name)}" for name in ("model", "pairs", "steps", "device")]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         environment_of_run = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-OPTIONS = ["--unet", "tiny", "--latent-size", "8", "--steps", "1", "--pairs", "1"]
+OPTIONS = ["--model", "tiny", "--steps", "1", "--pairs", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from trl_sipo.adapters import load_pipeline
 from trl_sipo.adapters.weightless import weightless_component
 from trl_sipo.cli.main import main
 from trl_sipo.errors import BackboneError, ConfigurationError
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
 
 SECRET = "hf_thisIsASecretThatNobodyMaySee"
 
@@ -138,6 +139,7 @@ def run(tmp_path_factory):
 def test_checkpoints_are_not_unpickled(name, run, bomb, tmp_path):
     checkpoint = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     torch.save({"state": bomb[0]}, checkpoint / name)
+    (checkpoint / MANIFEST_FILE).unlink()  # who puts a bomb there can mend the manifest too
     with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
         make_trainer(DPO, tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
     assert not bomb[1]()
@@ -146,6 +148,7 @@ def test_checkpoints_are_not_unpickled(name, run, bomb, tmp_path):
 def test_arguments_are_never_read_back(run, bomb, tmp_path):
     checkpoint = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     torch.save(bomb[0], checkpoint / "training_args.bin")
+    (checkpoint / MANIFEST_FILE).unlink()
     make_trainer(DPO, tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
     assert not bomb[1]()
 
@@ -213,7 +216,8 @@ def _watch(event, arguments):
         return
     if event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
         _WRITTEN.append(os.path.abspath(os.fsdecode(arguments[0])))
-    elif event in ("os.mkdir", "os.remove", "os.rmdir"):
+    # Of what is relative to an open folder, as when a tree is removed, the folder was seen.
+    elif event in ("os.mkdir", "os.remove", "os.rmdir") and arguments[-1] == -1:
         _WRITTEN.append(os.path.abspath(os.fsdecode(arguments[0])))
     elif event == "os.rename":
         _WRITTEN.extend(os.path.abspath(os.fsdecode(path)) for path in arguments[:2])

@@ -18,6 +18,7 @@ from tests.trainer.runs import (
     snapshot,
     trained_weights,
 )
+from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 EIGHT_BIT = ("adamw_bnb_8bit", "paged_adamw_8bit")
@@ -54,7 +55,8 @@ def test_an_optimiser_trains_and_resumes(optimiser, tmp_path):
     assert resumed.state.global_step == 4
     assert largest_difference(trained_weights(whole), trained_weights(resumed)) < 1e-6
     forgetful = make_trainer(SIPO, tmp_path / "forgetful", **options)
-    (tmp_path / "whole" / "checkpoint-2" / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", MANIFEST_FILE):  # without the manifest, which would miss the other
+        (tmp_path / "whole" / "checkpoint-2" / name).unlink()
     forgetful.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     has_state = optimiser != "sgd"
     assert (largest_difference(trained_weights(whole), trained_weights(forgetful)) > 1e-6) is has_state
