@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints are whole or not there, whenever their writing ends, and damaged ones are found out and named."""
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -111,7 +113,13 @@ DAMAGES = {
         "optimizer.pt is not what was written",
     ),
     "manifest": (lambda folder: _cut(folder / MANIFEST_FILE), f"{MANIFEST_FILE} cannot be read"),
-    "other_manifest": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), f"{MANIFEST_FILE} cannot be read"),
+    **{
+        f"other_manifest_{number}": (
+            lambda folder, text=text: (folder / MANIFEST_FILE).write_text(text),
+            f"{MANIFEST_FILE} cannot be read",
+        )
+        for number, text in enumerate(["[]", '{"files": null}', '{"files": {"a": 3}}', '{"files": {"a": [1]}}'])
+    },
 }
 
 
@@ -123,6 +131,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(damage, tmp_path, caplog)
     assert str(later) in caplog.text and DAMAGES[damage][1] in caplog.text
     with pytest.raises(ConfigurationError, match=DAMAGES[damage][1]):
         checkpoint_to_resume(tmp_path, str(later))
+
+
+def test_a_checkpoint_that_must_not_be_read_is_passed_over(tmp_path, monkeypatch, caplog):
+    earlier, later = _write(tmp_path, 2), _write(tmp_path, 10)
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path == later / "optimizer.pt":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert checkpoint_to_resume(tmp_path, "auto") == str(earlier)
+    assert "optimizer.pt cannot be read" in caplog.text
 
 
 def test_large_files_are_known_by_their_size(tmp_path, monkeypatch):
@@ -204,6 +226,46 @@ def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch, 
     assert str(written[0]) in caplog.text and _steps(tmp_path) == [2, 4]
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_syncs_no_folders_will_do(code, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    assert why_not_resumable(_write(tmp_path, 2)) is None
+
+
+def test_what_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
+    """As on a network disk, where a file stays as long as someone has it open."""
+    first = _write(tmp_path, 2)
+    rmtree = checkpoint_files.shutil.rmtree
+
+    def busy(folder, ignore_errors=False):
+        if not folder.name.startswith("_deleting-"):
+            rmtree(folder, ignore_errors)
+        elif not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", busy)
+    rotate(tmp_path, 1, {_write(tmp_path, 4)})
+    assert (tmp_path / f"_deleting-{first.name}").is_dir()
+    assert why_not_resumable(_write(tmp_path, 6)) is None and _steps(tmp_path) == [4, 6]
+
+
+def test_of_a_checkpoint_that_lies_elsewhere_the_link_is_removed(tmp_path):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    _write(run_dir, 2).rename(elsewhere)
+    (run_dir / "checkpoint-2").symlink_to(elsewhere)
+    rotate(run_dir, 1, {_write(run_dir, 4)})
+    _write(run_dir, 6)
+    assert _steps(run_dir) == [4, 6] and not list(run_dir.glob("_*"))
+    assert why_not_resumable(elsewhere) is None
+
+
 def test_a_model_replaces_another_as_a_whole(tmp_path):
     """At whatever moment writing ends, the folder loads as the old pipeline, as the new one, or not at all."""
     call, done = 0, False
@@ -245,4 +307,22 @@ def test_an_error_leaves_the_model_that_was_there(tmp_path):
     with pytest.raises(OSError, match="full"), written_whole(tmp_path) as folder:
         _model(folder, "new")
         raise OSError("the disk is full")
+    assert _model_of(tmp_path) == {"old"} and not list(tmp_path.glob("_*"))
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["unet", "vae", "model_index.json"])
+def test_an_error_in_the_middle_of_replacing_leaves_the_model_that_was_there(name, error, tmp_path, monkeypatch):
+    """Else there would be neither the old one nor the new one."""
+    _model(tmp_path, "old")
+    replace = Path.replace
+
+    def fail(entry, place):
+        if entry.name == name and entry.parent.name == "new":
+            raise error
+        return replace(entry, place)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(error), written_whole(tmp_path) as folder:
+        _model(folder, "new")
     assert _model_of(tmp_path) == {"old"} and not list(tmp_path.glob("_*"))

@@ -32,6 +32,8 @@ _SAVING, _DELETING = "_saving-", "_deleting-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(rf"({_SAVING}|{_DELETING})checkpoint-\d+")
 _PIPELINE_INDEX = "model_index.json"
+# What file systems say that can bring files to the disk, but not folders: those of networks and of FUSE among them.
+_NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR}
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -46,7 +48,7 @@ def begin(checkpoint: Path) -> None:
     """Make the temporary folder of a checkpoint, and remove what killed runs have left beside it."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     for folder in _folders(checkpoint.parent, _LEFTOVER):
-        shutil.rmtree(folder)
+        _remove(folder)
     temporary_folder(checkpoint).mkdir()
 
 
@@ -109,15 +111,31 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def _move_entries(source: Path, target: Path, replaced: Path) -> None:
-    entries = sorted(source.iterdir(), key=lambda entry: entry.name == _PIPELINE_INDEX)
-    if (source / _PIPELINE_INDEX).exists():
-        (target / _PIPELINE_INDEX).unlink(missing_ok=True)
-    for entry in entries:
+    try:
+        if (source / _PIPELINE_INDEX).exists() and (target / _PIPELINE_INDEX).exists():
+            (target / _PIPELINE_INDEX).rename(replaced / _PIPELINE_INDEX)
+        for entry in _index_last(source):
+            place = target / entry.name
+            if place.is_dir():
+                place.rename(replaced / entry.name)
+            entry.replace(place)
+    except BaseException:
+        _put_back(source, target, replaced)
+        raise
+    _sync(target)
+
+
+def _put_back(source: Path, target: Path, replaced: Path) -> None:
+    """Undo what was done of [`_move_entries`]."""
+    for entry in _index_last(replaced):
         place = target / entry.name
         if place.is_dir():
-            place.rename(replaced / entry.name)
+            place.rename(source / entry.name)
         entry.replace(place)
-    _sync(target)
+
+
+def _index_last(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda entry: entry.name == _PIPELINE_INDEX)
 
 
 def _take_name(checkpoint: Path) -> None:
@@ -127,14 +145,22 @@ def _take_name(checkpoint: Path) -> None:
         checkpoint.rename(replaced)
     temporary_folder(checkpoint).rename(checkpoint)
     _sync(checkpoint.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def _delete(folder: Path) -> None:
     """Under another name first: half of a checkpoint must not be taken for one."""
     doomed = folder.with_name(_DELETING + folder.name)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # what stays goes with the next checkpoint
+    _remove(doomed)  # what stays goes with the next checkpoint
+
+
+def _remove(folder: Path) -> None:
+    """As far as that is possible: of a link itself, not what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -151,7 +177,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno == errno.EINVAL):  # a file system without it for folders
+        if not (path.is_dir() and error.errno in _NOT_FOR_FOLDERS):
             raise
     finally:
         os.close(descriptor)
@@ -236,16 +262,25 @@ def _damage(folder: Path, *, checksums: bool = True) -> str | None:
         return _damage_of_unlisted(folder)
     try:
         listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = [(name, size, checksum if checksums else None) for name, (size, checksum) in listed.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST_FILE} cannot be read ({error})"
-    for name, (size, checksum) in listed.items():
-        path = folder / name
+    for name, size, checksum in files:
+        if (reason := _damage_of_file(folder / name, size, checksum)) is not None:
+            return f"its file {name} {reason}"
+    return None
+
+
+def _damage_of_file(path: Path, size: int, checksum: int | None) -> str | None:
+    try:
         if not path.is_file():
-            return f"its file {name} is missing"
+            return "is missing"
         if path.stat().st_size != size:
-            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
-        if checksums and checksum is not None and _checksum(path) != checksum:
-            return f"its file {name} is not what was written (its CRC-32 differs)"
+            return f"has {path.stat().st_size} bytes instead of {size}"
+        if checksum is not None and _checksum(path) != checksum:
+            return "is not what was written (its CRC-32 differs)"
+    except OSError as error:  # of another user, or on a disk that fails
+        return f"cannot be read ({error})"
     return None
 
 
