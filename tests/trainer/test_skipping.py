@@ -148,6 +148,52 @@ def test_the_count_is_continued(tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+class _Interrupt(TrainerCallback):
+    """Ctrl-C in the middle of the first accumulated batch, once."""
+
+    is_over = False
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if not self.is_over:
+            self.is_over = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("is_deferred", [False, True], ids=["at_once", "deferred"])
+def test_a_run_after_an_interrupted_one_begins_anew(policy, is_deferred, tmp_path):
+    """As in a notebook: neither the broken part that was left nor the counts are those of the new run."""
+    rows = {}
+    for name, callbacks in (("again", [_Interrupt()]), ("sound", [])):
+        options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "mask_redraws": 1}
+        trainer = make_trainer(
+            SIPO,
+            tmp_path / name,
+            on_nonfinite=policy,
+            max_steps=2,
+            trainer_options={"callbacks": callbacks},
+            **options,
+        )
+        trainer.recorder.is_deferred = is_deferred
+        if callbacks:
+            sound_loss = trainer.compute_pair_loss
+            if policy == "skip" or is_deferred:  # else the part raises before the interruption
+                trainer.compute_pair_loss = lambda logit, weight, keep: logit * NAN
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.compute_pair_loss = sound_loss
+        trainer.train()
+        rows[name] = [logged(trainer, key) for key in ("loss", "rewards/margins", "sipo/masked_fraction")]
+    assert rows["again"] == rows["sound"] and all(len(values) == 2 for values in rows["again"])
+
+
+def test_a_second_run_has_counts_of_its_own(tmp_path):
+    trainer, _ = _run(tmp_path, [2], max_steps=3, max_skipped_steps=1)
+    assert logged(trainer, "sipo/skipped_steps")[-1] == 1
+    trainer.train()
+    assert logged(trainer, "sipo/skipped_steps")[-1] == 0
+
+
 def test_evaluation_raises_all_the_same(tmp_path):
     evaluated = preference_pairs(4, seed=3)
     trainer = make_trainer(DPO, tmp_path, on_nonfinite="skip", trainer_options={"eval_dataset": evaluated})

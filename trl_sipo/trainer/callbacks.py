@@ -28,10 +28,17 @@ class MetricsCallback(RememberedCallback):
 
     Args:
         recorder: A [`~trl_sipo.trainer.metrics_recorder.MetricsRecorder`].
+        level_memory: A [`~trl_sipo.trainer.level_memory.LevelMemory`].
     """
 
-    def __init__(self, recorder: Any):
+    def __init__(self, recorder: Any, level_memory: Any):
         self.recorder = recorder
+        self.level_memory = level_memory
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin with a whole step, whatever an interrupted run has left; what a checkpoint holds is there already."""
+        self.recorder.begin(is_new=state.global_step == 0)
+        self.level_memory.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Fetch, if this step is logged, evaluated, saved or the last; errors that are not finite raise here."""
@@ -121,7 +128,10 @@ class DivergenceWarningCallback(RememberedCallback):
 
 def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     """The callbacks that a trainer's configuration asks for, besides `RunState`."""
-    callbacks: list[TrainerCallback] = [MetricsCallback(trainer.recorder), DivergenceWarningCallback()]
+    callbacks: list[TrainerCallback] = [
+        MetricsCallback(trainer.recorder, trainer.level_memory),
+        DivergenceWarningCallback(),
+    ]
     if trainer.args.sync_ref_model:
         callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
     if trainer.args.max_drift is not None or trainer.args.max_margin_fall is not None:

@@ -97,6 +97,10 @@ class LevelMemory:
             self._in_step.clear()
         return {"sipo/masked_levels": share}
 
+    def begin(self) -> None:
+        """Forget the micro-batches of a step in which an earlier run was interrupted."""
+        self._in_step.clear()
+
     def save(self, checkpoint: Path) -> None:
         """Write the memory into a checkpoint, if there is one."""
         if self.num_redraws:

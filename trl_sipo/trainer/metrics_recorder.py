@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 2
 # Steps in a row that a gradient scaler may leave out. It halves its scale each time: from 2**16 to below any use.
 MAX_OVERFLOWS = 40
+# The state of a recorder at the start of a run.
+NOTHING_RECORDED = {"metrics": {}, "masked_in_step": [], "empty_batches": 0, "skipped_steps": 0, "overflows": 0}
 
 
 class _Transfer:
@@ -147,6 +149,16 @@ class MetricsRecorder:
 
     # ------------------------------------------------------------------------------------------------- training
 
+    def begin(self, *, is_new: bool) -> None:
+        """Forget the step in which an earlier run of this trainer was interrupted.
+
+        Args:
+            is_new: Whether nothing was taken up from a checkpoint; then its metrics and counts are forgotten too.
+        """
+        self._pending, self._in_step, self._last, self._norms = [], [], None, {}
+        if is_new:
+            self.load_state_dict(NOTHING_RECORDED)
+
     def record_training(
         self,
         loss: torch.Tensor,
@@ -244,6 +256,7 @@ class MetricsRecorder:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what [`state_dict`] gave."""
+        self.metrics["train"].clear()
         for name, values in state["metrics"].items():
             self.metrics["train"][name] = list(values)
         self._masked_in_step = list(state["masked_in_step"])
