@@ -45,7 +45,7 @@ def material(tmp_path_factory):
     for name in ("images", "clips", "latents"):
         (folder / name).mkdir()
     preference_pairs(6).to_parquet(folder / "images" / "train.parquet")
-    videos = [str(write_video(folder / f"{i}.mp4", 9, size=(32, 32), first=3 * i)) for i in range(4)]
+    videos = [str(write_video(folder / "clips" / f"{i}.mp4", 9, size=(32, 32), first=3 * i)) for i in range(4)]
     clips = {"prompt": ["a red cat", "two dogs"], "chosen": videos[:2], "rejected": videos[2:]}
     datasets.Dataset.from_dict(clips).to_parquet(folder / "clips" / "train.parquet")
     zeros = torch.zeros(3, 4, 8, 8).tolist()
