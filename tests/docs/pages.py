@@ -14,6 +14,7 @@ PAGES = [
     ROOT / "reports" / "demo" / "README.md",
     ROOT / "reports" / "demo_video" / "README.md",
     ROOT / "README.md",
+    ROOT / "SECURITY.md",
 ]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)

@@ -57,8 +57,12 @@ class ClipSampler:
         if isinstance(self.num_frames, bool) or not isinstance(self.num_frames, int) or self.num_frames < 1:
             raise ConfigurationError(f"num_frames must be a positive integer, found {self.num_frames!r}")
         rate = self.frame_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e4):
-            raise ConfigurationError(f"frame_rate must be a positive number of frames per second, found {rate!r}")
+        if rate is not None and (
+            isinstance(rate, bool) or not isinstance(rate, int | float) or not 1e-3 <= rate < 1e4
+        ):
+            raise ConfigurationError(
+                f"frame_rate must be a positive number of frames per second, from 0.001 on, found {rate!r}"
+            )
 
         if self.longer and self.random_start:
             raise ConfigurationError("a random start is drawn for one number of frames, not for several")

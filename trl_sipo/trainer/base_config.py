@@ -16,14 +16,9 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.compilation import check_compile_backend
 from trl_sipo.trainer.safety_config import SafetyConfig
+from trl_sipo.trainer.setting_types import check_types
 
 MAX_TIMESTEP = 999
-WHOLE_NUMBERS = (
-    "num_ref_draws",
-    "num_frames", "importance_steps", "num_checked_images", "eval_noise_levels", "eval_noise_seed",
-    "sample_every_steps", "sample_num_inference_steps", "sample_seed",
-)  # fmt: skip
-OPTIONAL_NUMBERS = ("frame_rate", "timestep_shift", "embedded_guidance_scale", "sample_guidance_scale")
 
 # Besides the default, what TRL's own `__post_init__` and the command line's parser make of it.
 _NEUTRAL_VALUES: dict[str, tuple] = {
@@ -267,7 +262,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         for name in ("resolution", "timesteps"):  # one number may stand for a list of one
             if isinstance(value := getattr(self, name), int):
                 setattr(self, name, [value])
-        self._check_types()
+        check_types(self, DPOConfig, label_smoothing=float)
         self._check_beta()
         self._check_objective()
         self._check_noise()
@@ -297,20 +292,6 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
                 f"`model_init_kwargs` holds a `{tokens[0]}`, which would be written down with the other settings, by "
                 "trackers and in checkpoints. Log in instead (`hf auth login`), or set the variable HF_TOKEN."
             )
-
-    def _check_types(self) -> None:
-        """Numbers that are numbers: YAML and Python give whatever was written."""
-        for name in WHOLE_NUMBERS:
-            if not _is_whole(value := getattr(self, name)):
-                raise ConfigurationError(f"`{name}` must be a whole number, got {value!r}.")
-        for name in OPTIONAL_NUMBERS:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ConfigurationError(f"`{name}` must be a number, got {value!r}.")
-        for name in ("resolution", "timesteps"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, list | tuple) and all(map(_is_whole, value))):
-                raise ConfigurationError(f"`{name}` must be one or several whole numbers, got {value!r}.")
 
     def _check_beta(self) -> None:
         if self.beta_convention not in BETA_CONVENTIONS:
@@ -473,10 +454,6 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
                 "`tf32=True` needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and none is here. "
                 "Remove it: no result depends on it."
             )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def reject_language_model_fields(config: DPOConfig) -> None:

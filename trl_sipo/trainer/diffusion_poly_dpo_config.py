@@ -25,5 +25,5 @@ class DiffusionPolyDPOConfig(DiffusionPreferenceConfig):
     )
 
     def __post_init__(self):
-        check_alpha(self.poly_alpha, name="poly_alpha")
         super().__post_init__()
+        check_alpha(self.poly_alpha, name="poly_alpha")

@@ -51,6 +51,7 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
     poly_alpha: float = field(default=0.0, metadata={"help": "Coefficient of Poly-DPO's term, at least -1; 0 is off."})
 
     def __post_init__(self):
+        super().__post_init__()
         check_alpha(self.poly_alpha, name="poly_alpha")
         if self.objective not in SIPO_OBJECTIVES:
             raise ConfigurationError(f"Unknown `objective` {self.objective!r}; known are {list(SIPO_OBJECTIVES)}.")
@@ -69,7 +70,6 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
             raise ConfigurationError(
                 f"`weight_grad=False` has no effect with `{cause}`, whose weight carries no gradient: leave it out."
             )
-        super().__post_init__()
 
     def _check_redraws(self) -> None:
         if isinstance(self.mask_redraws, bool) or not isinstance(self.mask_redraws, int) or self.mask_redraws < 0:
