@@ -28,6 +28,7 @@ from tests.trainer.runs import (
 )
 from trl_sipo.errors import BackboneError, ConfigurationError
 from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
+from trl_sipo.trainer.checkpointing import copy_weights
 
 lora_and_full = pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 
@@ -291,3 +292,26 @@ def test_what_is_pushed_while_training_holds_the_weights(is_lora, base, tmp_path
     trainer.push_to_hub(dataset_name="someone/some-pairs")
     assert torch.equal(hub.seen[-1][0], predict(trainer.adapter.pipeline))
     assert "someone/some-pairs" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("strategy", "is_done"), [("every_save", False), ("end", True)])
+def test_the_pushed_folder_stays_while_nothing_is_pushed_from_it(strategy, is_done, tmp_path, monkeypatch):
+    """A push that is under way must not find other files; one that is left out needs none."""
+    hub = _Hub(lambda folder: None)
+    monkeypatch.setattr("transformers.trainer.hf_api", hub)
+    trainer = make_trainer(DPO, tmp_path, push_to_hub=True, save_strategy="steps", save_steps=3, hub_strategy=strategy)
+    trainer.push_in_progress = type(
+        "Push", (), {"is_done": lambda self: is_done, "wait_until_done": lambda self: None}
+    )()
+    trainer.train()
+    assert (tmp_path / "checkpoint-3").is_dir() and not hub.seen
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_what_deepspeed_saves_is_no_part_of_the_model(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    for name in ("unet/config.json", "global_step1/zero_pp_rank_0_optim_states.pt", "latest", "zero_to_fp32.py"):
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text("")
+    copy_weights(str(checkpoint), str(tmp_path / "pushed"))
+    assert [path.name for path in (tmp_path / "pushed").iterdir()] == ["unet"]

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import (
     BackboneError,
-    CheckpointError,
     ConfigurationError,
     DatasetError,
     NumericalError,
     Preempted,
+    StorageError,
 )
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
 from trl_sipo.trainer.methods import METHODS, method_classes
@@ -373,7 +373,7 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
     program = sys.argv[: len(sys.argv) - len(argv)]
     try:
         run(method, argv, defaults, program)
-    except (BackboneError, CheckpointError, ConfigurationError, DatasetError, NumericalError) as error:
+    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
         from trl_sipo.trainer.process_group import end_process
 
         print(f"{method}: {error}", file=sys.stderr)

@@ -25,7 +25,11 @@ REFERENCE_FOLDER = "reference"
 _TRAINER_STATE = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin",
     REFERENCE_FOLDER, STREAM_POSITION_FILE, RUN_STATE_FILE, LEVEL_MEMORY_FILE, MANIFEST_FILE, "README.md",
+    "global_step*", "latest", "zero_to_fp32.py",  # of DeepSpeed
+    "pytorch_model_fsdp*",
 )  # fmt: skip
+# What full disks and missing rights show themselves by: torch raises a RuntimeError.
+STORAGE_FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
 def save_weights(adapter: BackboneAdapter, model: nn.Module, directory: str) -> None:
@@ -97,7 +101,7 @@ def write_checkpoint(trainer: Any, trial: Any = None) -> Path:
     except BaseException as error:
         if trainer.args.should_save:
             checkpoint_files.discard(checkpoint)
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+        if isinstance(error, STORAGE_FAILURES):
             raise _could_not_write(checkpoint, error) from error
         raise
     if trainer.args.should_save:
@@ -160,13 +164,31 @@ def _note_best(trainer: Any, run_dir: Path) -> None:
         trainer.state.best_model_checkpoint = str(folder)
 
 
-def _could_not_write(checkpoint: Path, error: BaseException) -> CheckpointError:
-    room = shutil.disk_usage(next(folder for folder in checkpoint.parents if folder.is_dir())).free
-    last = checkpoint_files.last_complete_checkpoint(checkpoint.parent)
-    advice = "there is no earlier one" if last is None else f"the run can be resumed from {last}"
-    reason = str(error) if isinstance(error, OtherProcessError) else f"{type(error).__name__}: {error}"
+def could_not_save(folder: Path, run_dir: Path, error: BaseException) -> CheckpointError:
+    """The error of a model that could not be saved, outside of a checkpoint."""
     return CheckpointError(
-        f"The checkpoint {checkpoint} could not be written ({reason}). "
-        f"{room / 1e6:,.0f} MB are free on its disk. Nothing of it is left behind; {advice}. Make room, or lower "
-        "`save_total_limit`, and resume with `resume_from_checkpoint=True`."
+        f"The model could not be saved to {folder} ({_reason(error)}). {_room(folder)} What was there before is as it "
+        f"was; {_last_checkpoint(run_dir)}. Make room, and save the model again, here or in a run that is resumed."
     )
+
+
+def _could_not_write(checkpoint: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint {checkpoint} could not be written ({_reason(error)}). {_room(checkpoint)} Nothing of it is "
+        f"left behind; {_last_checkpoint(checkpoint.parent)}. Make room, or lower `save_total_limit`, and resume with "
+        "`resume_from_checkpoint=True`."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, OtherProcessError) else f"{type(error).__name__}: {error}"
+
+
+def _room(folder: Path) -> str:
+    disk = next(place for place in (folder, *folder.parents) if place.is_dir())
+    return f"{shutil.disk_usage(disk).free / 1e6:,.0f} MB are free on its disk."
+
+
+def _last_checkpoint(run_dir: Path) -> str:
+    last = checkpoint_files.last_complete_checkpoint(run_dir)
+    return "there is no earlier checkpoint" if last is None else f"the run can be resumed from {last}"

@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import Preempted
 from trl_sipo.trainer._trl_compat import DPOTrainer
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume, written_whole
-from trl_sipo.trainer.checkpointing import copy_weights, load_reference, load_weights, save_weights, write_checkpoint
+from trl_sipo.trainer.checkpointing import (
+    STORAGE_FAILURES,
+    copy_weights,
+    could_not_save,
+    load_reference,
+    load_weights,
+    save_weights,
+    write_checkpoint,
+)
 from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.preemption import PreemptionCallback
 from trl_sipo.trainer.process_group import release_process_group
@@ -83,8 +91,26 @@ class ResumableTrainer(DPOTrainer):
         """Finish the trackers and leave the group of processes, at the very end of a script."""
         release_process_group(self.accelerator)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it.
+
+        Other files of the folder stay. The folders of a pipeline (`unet`, `vae`) are replaced as they are.
+
+        Args:
+            output_dir: `args.output_dir` if not given.
+
+        Raises:
+            CheckpointError: It could not be written. What was there before is as it was.
+        """
+        try:
+            super().save_model(output_dir, _internal_call)
+        except STORAGE_FAILURES as error:
+            if _internal_call:  # a part of a checkpoint, whose error says more
+                raise
+            run_dir = self.args.output_dir
+            raise could_not_save(Path(output_dir or run_dir), Path(run_dir), error) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A LoRA as `pipe.load_lora_weights` reads it, or a whole pipeline as `from_pretrained` reads it."""
         with whole(self.adapter, self.unwrapped_model) as model:
             if not self.args.should_save:
                 return
@@ -147,7 +173,10 @@ class ResumableTrainer(DPOTrainer):
         load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # transformers copies files of transformers' and PEFT's names only, and would push a model without weights.
-        if self.is_world_process_zero():
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        # What is still being pushed must not change; transformers leaves this one out then.
+        if self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done():
+            # transformers copies files of transformers' and PEFT's names only: the model would be one without weights.
             copy_weights(checkpoint_folder, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
