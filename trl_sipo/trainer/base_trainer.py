@@ -168,15 +168,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.recorder = make_recorder(self, is_own_reference=ref_model is None)
-        remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
-        self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
-        check_strategy(args, self.accelerator)
-        prepare_sharding(self)
-        self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
-        compile_denoisers(self.accelerator, [self.model, getattr(self.reference, "ref_model", None)])
-        self.reference = precompute_reference(self)
-        self.ref_model = getattr(self.reference, "ref_model", None)
+        self._prepare_reference(ref_model, was_adapted)
         self.divergence_guard = DivergenceGuard(args.max_drift, args.max_margin_fall)
         self.prepare_resuming()
         for callback in [StrategyCallback(self), *watching_callbacks(self)]:
@@ -199,6 +191,19 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             disable_dropout_in_model(denoiser)
         for module in adapter.frozen_modules():
             module.to(args.device)
+
+    def _prepare_reference(self, ref_model: Any, was_adapted: bool) -> None:
+        """What the training step needs of the engine, and the reference, live or precomputed."""
+        args = self.args
+        self.recorder = make_recorder(self, is_own_reference=ref_model is None)
+        remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
+        self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
+        check_strategy(args, self.accelerator)
+        prepare_sharding(self)
+        self.reference = make_reference(self, ref_model, was_adapted, is_precomputed=args.precompute_ref_log_probs)
+        compile_denoisers(self.accelerator, [self.model, getattr(self.reference, "ref_model", None)])
+        self.reference = precompute_reference(self)
+        self.ref_model = getattr(self.reference, "ref_model", None)
 
     # ------------------------------------------------------------------------------------------------ the hooks
 
