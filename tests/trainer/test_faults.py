@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.resuming import differences, end_of
-from tests.trainer.runs import DPO, SIPO, make_trainer, predict, preference_pairs
+from tests.trainer.runs import DPO, SIPO, changed, make_trainer, predict, preference_pairs, trained_weights
 from trl_sipo.errors import CheckpointError, ConfigurationError
 from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, why_not_resumable
 from trl_sipo.trainer.run_state import RUN_STATE_FILE
@@ -174,6 +174,31 @@ def test_the_best_checkpoint_is_named_by_the_place_where_it_stays(base, tmp_path
     best = Path(trainer.state.best_model_checkpoint)
     assert best.parent == tmp_path and best.is_dir() and "_saving" not in (best / "trainer_state.json").read_text()
     assert set(_folders(tmp_path)) == {best.name, "checkpoint-3"}
+
+
+def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(base, tmp_path):
+    """A run that has nothing left to do but to load it."""
+    options = {
+        "model": base, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_drift/chosen_error", "trainer_options": {"eval_dataset": preference_pairs(4)},
+    }  # fmt: skip
+    first = make_trainer(DPO, tmp_path / "run", **options, greater_is_better=True)
+    first.train()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    second = make_trainer(DPO, tmp_path / "moved", **options, greater_is_better=True)
+    second.train(resume_from_checkpoint=True)
+    best = Path(first.state.best_model_checkpoint).name
+    assert second.state.best_model_checkpoint == str(tmp_path / "moved" / best)
+    assert not changed(trained_weights(first), trained_weights(second))
+
+
+def test_a_run_that_begins_anew_among_checkpoints_of_another_warns(base, tmp_path, caplog):
+    options = {"model": base, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(DPO, tmp_path, **options).train()
+    assert "of an earlier run" not in caplog.text
+    make_trainer(DPO, tmp_path, **{**options, "max_steps": 1}).train()
+    assert "of an earlier run, up to checkpoint-2" in caplog.text
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_earlier_one(base, tmp_path, monkeypatch):

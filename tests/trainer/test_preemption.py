@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.children import end, fork, wait_for
 from tests.trainer.resuming import differences, end_of
-from tests.trainer.runs import DPO, SIPO, make_trainer
+from tests.trainer.runs import DPO, SIPO, make_trainer, preference_pairs
 from trl_sipo.errors import Preempted
 from trl_sipo.trainer import checkpoint_files, preemption
 
@@ -54,6 +54,14 @@ def test_a_preempted_run_goes_on_where_it_was(tmp_path):
     second = make_trainer(SIPO, tmp_path / "run", model=base, **OPTIONS)
     second.train(resume_from_checkpoint=True)
     assert differences(end_of(whole), end_of(second)) == []
+
+
+def test_where_only_the_best_is_saved_too(tmp_path):
+    """transformers saves after an evaluation by its metric alone, here in every step."""
+    settings = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    data = {"trainer_options": {"eval_dataset": preference_pairs(4)}, "metric_for_best_model": "eval_loss"}
+    stop = _preempted(make_trainer(DPO, tmp_path, **{**OPTIONS, **settings, **data}), 3)
+    assert stop.step == 3 and checkpoint_files.why_not_resumable(tmp_path / "checkpoint-3") is None
 
 
 def test_more_signals_while_saving_do_no_harm(tmp_path, monkeypatch):

@@ -236,6 +236,17 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def warn_of_earlier_run(output_dir: Path) -> None:
+    """Warn of checkpoints in the folder of a run that begins anew: they will be taken for its own."""
+    if checkpoints := _numbered(output_dir):
+        logger.warning(
+            "%s holds checkpoints of an earlier run, up to %s, and this run begins anew. Resumed, it would go on from "
+            "the checkpoint of most steps, whichever run wrote it. Give another `output_dir`, or remove them.",
+            output_dir,
+            checkpoints[-1].name,
+        )
+
+
 def _finish_writing(output_dir: Path) -> None:
     """Give the name to a checkpoint that lacks nothing else: its process ended between the manifest and the name."""
     for temporary in _folders(output_dir, re.compile(_SAVING + _CHECKPOINT.pattern)):

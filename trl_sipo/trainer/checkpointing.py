@@ -94,7 +94,7 @@ def write_checkpoint(trainer: Any, trial: Any = None) -> Path:
     checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     if trial is None:
         trainer.store_flos()
-    _note_best(trainer, run_dir)
+    note_best(trainer, run_dir)
     collected = trainer.run_state.collect()
     try:
         _write(trainer, checkpoint, collected)
@@ -154,7 +154,7 @@ def _save_run(trainer: Any, collected: dict[str, Any], folder: Path) -> None:
     trainer.state.save_to_json(str(folder / STATE_FILE))
 
 
-def _note_best(trainer: Any, run_dir: Path) -> None:
+def note_best(trainer: Any, run_dir: Path) -> None:
     """Let the state name the best checkpoint by the place where it is, or will be."""
     best = trainer.state.best_global_step
     if not best:

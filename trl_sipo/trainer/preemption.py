@@ -37,7 +37,8 @@ class PreemptionCallback(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self._is_asked = False
-        self._is_stopping = False
+        self.is_stopping = False
+        """Whether the processes have agreed to save and leave."""
         self._checkpoint: str | None = None
         self._sum: _DelayedSum | None = None
         self._needs_workers = RawValue(c_bool, False)  # which the workers of data loaders see too
@@ -50,7 +51,7 @@ class PreemptionCallback(TrainerCallback):
         checkpoints cannot be resumed from.
         """
         args = self.trainer.args
-        self._is_asked, self._is_stopping, self._checkpoint = False, False, None
+        self._is_asked, self.is_stopping, self._checkpoint = False, False, None
         self._sum = _DelayedSum(self.trainer.accelerator) if args.world_size > 1 else None
         self._needs_workers.value = True
         try:
@@ -85,15 +86,15 @@ class PreemptionCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for a checkpoint when the processes have agreed."""
         if self._sum is None:
-            self._is_stopping = self._is_asked
+            self.is_stopping = self._is_asked
         else:
-            self._is_stopping |= self._sum.previous_then(self._is_asked) > 0
-        if self._is_stopping:
+            self.is_stopping |= self._sum.previous_then(self._is_asked) > 0
+        if self.is_stopping:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
         """Remember that the checkpoint is there."""
-        if self._is_stopping:
+        if self.is_stopping:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._checkpoint = os.path.join(self.trainer._get_output_dir(trial=None), folder)
 

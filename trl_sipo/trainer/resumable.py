@@ -15,13 +15,14 @@ from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import Preempted
 from trl_sipo.trainer._trl_compat import DPOTrainer
-from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume, written_whole
+from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume, warn_of_earlier_run, written_whole
 from trl_sipo.trainer.checkpointing import (
     STORAGE_FAILURES,
     copy_weights,
     could_not_save,
     load_reference,
     load_weights,
+    note_best,
     save_weights,
     write_checkpoint,
 )
@@ -67,6 +68,8 @@ class ResumableTrainer(DPOTrainer):
             Preempted: SIGTERM came. The run has saved itself, and leaves with a status of its own.
         """
         checkpoint = from_main(lambda: checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint))
+        if checkpoint is None and self.args.should_save:
+            warn_of_earlier_run(Path(self.args.output_dir))
         try:
             with self._preemption.watching():
                 return super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -140,6 +143,8 @@ class ResumableTrainer(DPOTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if resume_from_checkpoint is not None:
+            if self.state.best_model_checkpoint is None:  # not where it was: the run's folder has been moved
+                note_best(self, Path(resume_from_checkpoint).parent)
             self.level_memory.load(resume_from_checkpoint)
             if self.args.sync_ref_model:
                 load_reference(self.adapter, self.ref_model, resume_from_checkpoint)
@@ -164,6 +169,10 @@ class ResumableTrainer(DPOTrainer):
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
         self._preemption.leave_if_saved()
+
+    def _determine_best_metric(self, metrics, trial):
+        # With `save_strategy="best"` the answer decides whether the step is saved, whatever else asks for it.
+        return super()._determine_best_metric(metrics, trial) or self._preemption.is_stopping
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         """The inherited one, of all parts of the run: its mean loss, and its time."""
