@@ -38,7 +38,8 @@ _SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf"
 _DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 _NO_PICKLES = (
     "Weights are read from safetensors files alone, since others are pickles, which may run what they like. If you "
-    "trust these, `--model_init_kwargs '{\"use_safetensors\": null}'` takes them too."
+    "trust these, load the pipeline with diffusers once, `save_pretrained` it, and give that folder; a trainer takes "
+    'them as they are with `model_init_kwargs={"use_safetensors": None}`.'
 )
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
