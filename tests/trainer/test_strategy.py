@@ -83,6 +83,17 @@ def test_mixed_precision_of_the_arguments_is_in_force(tmp_path):
     assert "one process on cpu, bf16 mixed precision; 4 pairs per step\n" in trainer.describe_run()
 
 
+def test_a_precision_that_another_trainer_replaced_is_refused(tmp_path):
+    """On a GPU the first one would be computed in float16, autocast's default, and without a scaler."""
+    first = make_trainer(DPO, tmp_path / "first", bf16=True)
+    second = make_trainer(DPO, tmp_path / "second", max_steps=1)
+    with pytest.raises(ConfigurationError, match="made for 'bf16', but 'no' is in force since another one"):
+        first.train()
+    make_trainer(DPO, tmp_path / "third", bf16=True)
+    second.train()  # has no mixed precision, whatever is in force
+    assert second.state.global_step == 1
+
+
 @pytest.mark.parametrize(("config", "precision"), [({"bf16": {"enabled": True}}, "bf16"), ({}, "no")])
 def test_deepspeed_has_a_precision_of_its_own(config, precision):
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"fp16": {"enabled": "auto"}, **config})

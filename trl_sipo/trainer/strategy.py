@@ -141,13 +141,27 @@ def _check_sharding(args: Any, strategy: Strategy, environment: Mapping[str, str
 
 
 def _check_precision(args: Any, strategy: Strategy, environment: Mapping[str, str]) -> None:
-    asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    asked = _asked_precision(args)
     launcher = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     # A launcher's "no" is its default and asks for nothing.
     if asked != strategy.precision or launcher not in ("no", asked):
         raise ConfigurationError(
             f"The arguments ask for the mixed precision {asked!r} (`bf16`, `fp16`), the launcher for {launcher!r} "
             f"(`mixed_precision`), and {strategy.precision!r} is in force. Set both to the same."
+        )
+
+
+def _asked_precision(args: Any) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+
+
+def _check_precision_since(args: Any, strategy: Strategy) -> None:
+    """Accelerate keeps the precision for the whole process: that of the trainer which was made last."""
+    asked = _asked_precision(args)
+    if asked not in ("no", strategy.precision):  # one without mixed precision does not look at it
+        raise ConfigurationError(
+            f"This trainer was made for {asked!r}, but {strategy.precision!r} is in force since another one was made "
+            "in this process with another `bf16` or `fp16`. Make the one that is to be trained after it."
         )
 
 
@@ -175,6 +189,7 @@ def check_prepared(trainer: Any) -> None:
                 "it: each process would train, or hold, a model of its own. Make a new trainer, and do not prepare "
                 "its model with another Accelerator."
             )
+    _check_precision_since(trainer.args, strategy)
     _check_checkpointing(trainer.args, model)
 
 
