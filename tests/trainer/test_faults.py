@@ -176,6 +176,18 @@ def test_the_best_checkpoint_is_named_by_the_place_where_it_stays(base, tmp_path
     assert set(_folders(tmp_path)) == {best.name, "checkpoint-3"}
 
 
+@pytest.mark.parametrize("loads_best", [False, True])
+def test_the_last_checkpoint_stays_beside_the_best_one(loads_best, base, tmp_path):
+    """transformers would delete it when training ends, though the model is not saved yet."""
+    trainer = make_trainer(
+        DPO, tmp_path, model=base, max_steps=3, learning_rate=0.0, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=False,
+        load_best_model_at_end=loads_best, save_total_limit=1, trainer_options={"eval_dataset": preference_pairs(4)},
+    )  # fmt: skip
+    trainer.train()
+    assert _folders(tmp_path) == ["checkpoint-1", "checkpoint-3"] and trainer.args.save_total_limit == 1
+
+
 def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(base, tmp_path):
     """A run that has nothing left to do but to load it."""
     options = {

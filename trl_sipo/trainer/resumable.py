@@ -176,7 +176,12 @@ class ResumableTrainer(DPOTrainer):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         """The inherited one, of all parts of the run: its mean loss, and its time."""
-        return super()._finalize_training(trial, num_train_samples, self.run_state.start_time(start_time))
+        # With a limit of 1 it would leave the best checkpoint alone, and delete the last one, in place.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, self.run_state.start_time(start_time))
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
         load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)
