@@ -41,7 +41,7 @@ def _preempted(trainer, step, **options):
     return stop.value
 
 
-def test_a_preempted_run_goes_on_where_it_was(tmp_path):
+def test_a_preempted_run_goes_on_where_it_was(tmp_path, caplog):
     base = str(tmp_path / "base")
     tiny_stable_diffusion().save_pretrained(base)
     whole = make_trainer(SIPO, tmp_path / "whole", model=base, **OPTIONS)
@@ -50,6 +50,7 @@ def test_a_preempted_run_goes_on_where_it_was(tmp_path):
     stop = _preempted(first, 3)
     assert (stop.code, stop.step, stop.checkpoint) == (75, 3, str(tmp_path / "run" / "checkpoint-3"))
     assert "after step 3" in str(stop) and isinstance(stop, SystemExit)
+    assert str(stop) in caplog.text  # else a script would end without a word
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     second = make_trainer(SIPO, tmp_path / "run", model=base, **OPTIONS)
     second.train(resume_from_checkpoint=True)

@@ -112,7 +112,10 @@ class PreemptionCallback(TrainerCallback):
     def leave_if_saved(self) -> None:
         """Raise [`Preempted`] when all is done that was to be done."""
         if self._checkpoint is not None:
-            raise Preempted(self._checkpoint, self.trainer.state.global_step)
+            stop = Preempted(self._checkpoint, self.trainer.state.global_step)
+            if self.trainer.is_world_process_zero():
+                logger.warning("%s", stop)  # Python prints nothing about a SystemExit
+            raise stop
 
 
 class _DelayedSum:
