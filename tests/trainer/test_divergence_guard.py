@@ -92,6 +92,16 @@ def test_bounds_are_those_of_each_dataset():
     assert guard.best_margins == {"eval_a_rewards/margins": 1.0, "eval_b_rewards/margins": 0.2}
 
 
+def test_a_second_run_has_a_best_margin_of_its_own():
+    """As with a lower learning rate, after the first was stopped: its weights are where that one left them."""
+    guard = _started(DivergenceGuard(max_drift=None, max_margin_fall=0.5))
+    assert _evaluate(guard, 1, **{"eval_rewards/margins": 2.0})
+    assert not _evaluate(guard, 2, **{"eval_rewards/margins": 1.0})
+    assert _evaluate(_started(guard), 1, **{"eval_rewards/margins": 1.0})
+    guard.on_train_begin(None, TrainerState(global_step=2), TrainerControl())
+    assert guard.best_margins == {"eval_rewards/margins": 1.0}, "resumed: what the checkpoint holds is there already"
+
+
 def test_outside_of_a_run_it_stops_nothing():
     guard = DivergenceGuard(max_drift=0.1, max_margin_fall=None)
     assert _evaluate(guard, 0, **{"eval_drift/chosen_error": 1.0})

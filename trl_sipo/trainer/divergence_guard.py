@@ -44,8 +44,10 @@ class DivergenceGuard(RememberedCallback):
         self.best_margins = dict(state["best_margins"])
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """From here on an evaluation may stop the run."""
+        """From here on an evaluation may stop the run; a run that is not resumed has no best margin yet."""
         self._is_training, self.has_diverged = True, False
+        if state.global_step == 0:
+            self.best_margins.clear()
 
     def on_train_end(self, args, state, control, **kwargs):
         """From here on an evaluation stops nothing."""
