@@ -15,6 +15,7 @@ from tests.trainer.resuming import differences, end_of
 from tests.trainer.runs import DPO, SIPO, changed, make_trainer, predict, preference_pairs, trained_weights
 from trl_sipo.errors import CheckpointError, ConfigurationError
 from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE, why_not_resumable
+from trl_sipo.trainer.checkpointing import copy_weights
 from trl_sipo.trainer.run_state import RUN_STATE_FILE
 
 OPTIONS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
@@ -227,3 +228,17 @@ def test_a_model_that_cannot_be_saved_leaves_the_earlier_one(base, tmp_path, mon
         trainer.save_model(str(tmp_path / "model"))
     loaded = type(trainer.adapter.pipeline).from_pretrained(tmp_path / "model")
     assert torch.equal(predict(loaded), before) and not list((tmp_path / "model").glob("_*"))
+
+
+def test_a_push_for_which_there_is_no_room(tmp_path, monkeypatch):
+    """The files of the model are copied before they are pushed."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "weights").write_text("new")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="could not be saved to .*No space left"):
+        copy_weights(str(tmp_path / "checkpoint-1"), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

@@ -71,10 +71,17 @@ def load_reference(adapter: BackboneAdapter, ref_model: nn.Module, checkpoint: s
 
 
 def copy_weights(checkpoint: str, output_dir: str) -> None:
-    """Copy the model's files out of a checkpoint, so that the folder above it can be pushed as a model."""
+    """Copy the model's files out of a checkpoint, so that the folder above it can be pushed as a model.
+
+    Raises:
+        CheckpointError: They could not be written.
+    """
     ignored = shutil.ignore_patterns(*_TRAINER_STATE)
-    with checkpoint_files.written_whole(Path(output_dir)) as folder:
-        shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
+    try:
+        with checkpoint_files.written_whole(Path(output_dir)) as folder:
+            shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True)
+    except OSError as error:
+        raise could_not_save(Path(output_dir), Path(checkpoint).parent, error) from error
 
 
 def write_checkpoint(trainer: Any, trial: Any = None) -> Path:
