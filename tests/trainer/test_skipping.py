@@ -284,7 +284,7 @@ def test_a_gradient_that_overflows_at_every_scale_ends_the_run(tmp_path):
     [
         ({"on_nonfinite": "ignore"}, r"Unknown `on_nonfinite` 'ignore'; known are \['raise', 'skip'\]"),
         ({"on_nonfinite": "skip", "max_skipped_steps": -1}, "zero or more, got -1"),
-        ({"on_nonfinite": "skip", "max_skipped_steps": 2.5}, "zero or more, got 2.5"),
+        ({"on_nonfinite": "skip", "max_skipped_steps": 2.5}, "whole number, got 2.5"),
         ({"max_skipped_steps": 3}, "only acts with `on_nonfinite='skip'`"),
         ({"on_nonfinite": "skip", "optim": "adalomo"}, "contradicts `optim='adalomo'`"),
         ({"on_nonfinite": "skip", "optim": "galore_adamw_layerwise"}, "within the backward pass"),
