@@ -69,7 +69,7 @@ def test_settings_in_python_exist(block):
 
 
 def test_settings_in_running_text_exist():
-    """`DiffusionSIPOConfig(...)` in backticks, and `name=value` of a setting; variables of the shell are in capitals."""
+    """`DiffusionSIPOConfig(...)` in backticks, and `name=value` of a setting; capitals are the shell's."""
     known = {field.name for config in CONFIGS for field in fields(config)} | {"None"}
     calls = [code for code in CODE if re.match(r"Diffusion\w+Config\(", code)]
     settings = [code for code in CODE if re.match(r"\w+=", code)]
