@@ -108,3 +108,14 @@ def test_a_resumed_run_is_one_that_was_never_stopped(case, base, tmp_path):
 
     assert rest == order[-len(rest) :] and len(rest) < len(order)
     assert differences(end_of(whole), end_of(resumed)) == []
+
+
+def test_a_run_that_was_saved_after_the_evaluation_of_its_last_step(base, tmp_path):
+    """Which leaves the model in evaluation, so that the last row of the log has no metrics of training."""
+    settings = {"model": base, "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 3}
+    settings |= {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    data = {"trainer_options": {"eval_dataset": preference_pairs(3, seed=5)}}
+    whole, resumed = (make_trainer(DPO, tmp_path / name, **settings, **data) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert differences(end_of(whole), end_of(resumed)) == []

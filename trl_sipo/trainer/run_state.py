@@ -122,6 +122,7 @@ class RunState(TrainerCallback):
             "loss": asdict(loss),
             "last_step": [None if norm is None else float(norm), learning_rate],
             "epoch_has_ended": self._ended_epoch == self._epoch,
+            "is_training": trainer.model.training,  # not after an evaluation, until the next step
             "callbacks": {name: callback.state_dict() for name, callback in self._remembered().items()},
         }
 
@@ -221,7 +222,7 @@ class RunState(TrainerCallback):
         if self._catches_up:
             self._catches_up = False
             # All of which transformers does at a step, and there was none.
-            self.trainer.model.train()
+            self.trainer.model.train(self._saved.get("is_training", True))
             self.trainer._load_rng_state(self._checkpoint)
             control.should_training_stop = state.global_step >= state.max_steps
 
