@@ -179,8 +179,8 @@ def test_a_checkpoint_without_memory_is_resumed_with_a_warning(tmp_path, caplog)
     ("options", "message"),
     [
         ({"mask_redraws": -1}, "mask_redraws=-1"),
-        ({"mask_redraws": 1.5}, "mask_redraws=1.5"),
-        ({"mask_redraws": True}, "mask_redraws=True"),
+        ({"mask_redraws": 1.5}, "`mask_redraws` must be a whole number, got 1.5"),
+        ({"mask_redraws": True}, "`mask_redraws` must be a whole number, got True"),
         ({"mask_redraws": 1, "mask": False}, "mask=False"),
         ({"mask_redraws": 1, "precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
     ],

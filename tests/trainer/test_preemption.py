@@ -78,7 +78,16 @@ def test_more_signals_while_saving_do_no_harm(tmp_path, monkeypatch):
     assert checkpoint_files.why_not_resumable(tmp_path / "checkpoint-2") is None and stop.step == 2
 
 
-def test_ctrl_c_while_saving_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Also where the tests were started in the background, which makes shells ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_while_saving_leaves_no_part_of_a_checkpoint(tmp_path):
     trainer = make_trainer(DPO, tmp_path, **{**OPTIONS, "save_steps": 2})
     save = trainer._save_rng_state
 

@@ -72,8 +72,8 @@ class DiffusionSIPOConfig(DiffusionPreferenceConfig):
             )
 
     def _check_redraws(self) -> None:
-        if isinstance(self.mask_redraws, bool) or not isinstance(self.mask_redraws, int) or self.mask_redraws < 0:
-            raise ConfigurationError(f"`mask_redraws={self.mask_redraws!r}` must be a whole number, 0 or more.")
+        if self.mask_redraws < 0:
+            raise ConfigurationError(f"`mask_redraws={self.mask_redraws}` must be 0 or more.")
         if not self.mask_redraws:
             return
         if not self.mask:

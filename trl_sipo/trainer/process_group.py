@@ -9,10 +9,15 @@ from types import TracebackType
 from typing import NoReturn
 
 from accelerate import Accelerator
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 _GLOO_THREAD = "pt_gloo_runloop"
 _PATIENCE = 10.0  # seconds; a thread needs less than one, on a machine that does ten times what it can
+# Words of the errors by which a collective says that another process has gone, and the seconds by which such an error
+# is reported later, so that what is recorded first, and shown as the cause, is the error of the process that went.
+_GONE = ("gloo", "nccl", "closed by peer", "remote worker", "reset by peer")
+_AFTERMATH = 3.0
 
 
 def release_process_group(accelerator: Accelerator) -> None:
@@ -58,6 +63,8 @@ def _report_and_end(kind: type[BaseException], error: BaseException, trace: Trac
     sys.__excepthook__(kind, error, trace)
     if not isinstance(error, Exception):  # Ctrl-C, which the launcher sends to every process
         return
+    if isinstance(error, DistError) or any(word in str(error).lower() for word in _GONE):
+        time.sleep(_AFTERMATH)
     try:
         raise error  # what is recorded is the error that is being handled
     except Exception:
