@@ -189,6 +189,15 @@ def test_the_last_checkpoint_stays_beside_the_best_one(loads_best, base, tmp_pat
     assert _folders(tmp_path) == ["checkpoint-1", "checkpoint-3"] and trainer.args.save_total_limit == 1
 
 
+def test_a_run_that_was_stopped_between_saving_and_deleting_keeps_to_its_limit(base, tmp_path):
+    """It resumes from its last step, where there is nothing more to save."""
+    options = {"model": base, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(DPO, tmp_path, **options).train()
+    assert _folders(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    make_trainer(DPO, tmp_path, **options, save_total_limit=2).train(resume_from_checkpoint=True)
+    assert _folders(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(base, tmp_path):
     """A run that has nothing left to do but to load it."""
     options = {

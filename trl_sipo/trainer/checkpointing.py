@@ -111,11 +111,16 @@ def write_checkpoint(trainer: Any, trial: Any = None) -> Path:
         if isinstance(error, STORAGE_FAILURES):
             raise _could_not_write(checkpoint, error) from error
         raise
+    keep_to_limit(trainer, checkpoint)
+    return checkpoint
+
+
+def keep_to_limit(trainer: Any, newest: Path) -> None:
+    """Delete what `save_total_limit` leaves no room for; the newest checkpoint and the best stay in any case."""
     if trainer.args.should_save:
         best = trainer.state.best_model_checkpoint
-        keep = {checkpoint} if best is None else {checkpoint, Path(best)}
-        checkpoint_files.rotate(run_dir, trainer.args.save_total_limit, keep)
-    return checkpoint
+        keep = {newest} if best is None else {newest, Path(best)}
+        checkpoint_files.rotate(newest.parent, trainer.args.save_total_limit, keep)
 
 
 def _write(trainer: Any, checkpoint: Path, collected: dict[str, Any]) -> None:

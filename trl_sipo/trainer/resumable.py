@@ -15,11 +15,17 @@ from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import Preempted
 from trl_sipo.trainer._trl_compat import DPOTrainer
-from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume, warn_of_earlier_run, written_whole
+from trl_sipo.trainer.checkpoint_files import (
+    checkpoint_to_resume,
+    last_complete_checkpoint,
+    warn_of_earlier_run,
+    written_whole,
+)
 from trl_sipo.trainer.checkpointing import (
     STORAGE_FAILURES,
     copy_weights,
     could_not_save,
+    keep_to_limit,
     load_reference,
     load_weights,
     note_best,
@@ -179,9 +185,15 @@ class ResumableTrainer(DPOTrainer):
         # With a limit of 1 it would leave the best checkpoint alone, and delete the last one, in place.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            return super()._finalize_training(trial, num_train_samples, self.run_state.start_time(start_time))
+            output = super()._finalize_training(trial, num_train_samples, self.run_state.start_time(start_time))
         finally:
             self.args.save_total_limit = limit
+        # A run that was stopped after it had saved, and before it could delete, has nothing more to save.
+        if limit and self.args.should_save and not self.args.save_only_model:
+            newest = last_complete_checkpoint(Path(self._get_output_dir(trial=trial)))
+            if newest is not None:
+                keep_to_limit(self, newest)
+        return output
 
     def _load_best_model(self) -> None:
         load_weights(self.adapter, self.unwrapped_model, self.state.best_model_checkpoint)
