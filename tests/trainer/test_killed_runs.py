@@ -78,7 +78,7 @@ def _stopped(start, folder: Path, case: str, chance: random.Random, signals, num
     stops, code, unfinished = 0, None, set()
     while code != 0:
         code = _run_once(start, folder, case, chance, signals if stops < num_stops else ())
-        assert code in (0, *STOPPED), (folder / "output.txt").read_text()[-3000:]
+        assert code in (0, *STOPPED), (code, (folder / "output.txt").read_text()[-3000:])
         if code != 0:
             stops += 1
             counts[f"status {code}"] += 1
