@@ -95,4 +95,7 @@ def orders(folder: Path) -> dict[int, list[list[list[int]]]]:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    try:
+        train(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    except KeyboardInterrupt:  # Python would say so by the signal, but for bitsandbytes, with which it says 1
+        sys.exit(130)

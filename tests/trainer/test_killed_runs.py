@@ -20,7 +20,7 @@ from tests.trainer.resuming import differences
 from trl_sipo.errors import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
-# A child of this process says 130 where one of its own says -SIGINT; -SIGTERM: it came when training had ended.
+# -SIGINT and -SIGTERM: they came before training or when it had ended.
 STOPPED = (-signal.SIGKILL, -signal.SIGINT, 130, Preempted.STATUS, -signal.SIGTERM)
 
 
