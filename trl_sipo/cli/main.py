@@ -6,6 +6,8 @@ import os
 import sys
 from importlib import import_module
 
+from trl_sipo.scripts.subcommands import usage_of
+
 # Command -> (module with `run(command, argv)`, one line of help).
 COMMANDS = {
     "dpo": ("trl_sipo.scripts.train", "train with Diffusion-DPO"),
@@ -21,20 +23,9 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `trl-sipo --help`."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: trl-sipo <command> [options]",
-            "",
-            "Preference optimization for diffusion models, beside TRL.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`trl-sipo <command> --help` lists a command's options; training commands take `--config file.yaml`.",
-        ]
-    )
+    purpose = "Preference optimization for diffusion models, beside TRL."
+    hint = "`trl-sipo <command> --help` lists a command's options; training commands take `--config file.yaml`."
+    return usage_of("trl-sipo <command>", purpose, COMMANDS, hint)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-sipo data <what>`: preference data on its own, without a model. Only the command's module is imported."""
 
-from importlib import import_module
-
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.scripts.subcommands import run_named, usage_of
 
 # Command -> (module with `run(command, argv)`, one line of help).
 DATA_COMMANDS = {
@@ -13,19 +11,9 @@ DATA_COMMANDS = {
 
 def usage() -> str:
     """The text of `trl-sipo data --help`."""
-    width = max(map(len, DATA_COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in DATA_COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: trl-sipo data <what> [options]",
-            "",
-            "Preference data on its own, without a model.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`trl-sipo data <what> --help` lists a command's options.",
-        ]
+    purpose = "Preference data on its own, without a model."
+    return usage_of(
+        "trl-sipo data <what>", purpose, DATA_COMMANDS, "`trl-sipo data <what> --help` lists a command's options."
     )
 
 
@@ -35,9 +23,4 @@ def run(command: str, argv: list[str]) -> None:
     Raises:
         ConfigurationError: There is no such command.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return
-    if argv[0] not in DATA_COMMANDS:
-        raise ConfigurationError(f"Unknown command {argv[0]!r} of data; known are {', '.join(DATA_COMMANDS)}.")
-    import_module(DATA_COMMANDS[argv[0]][0]).run(f"{command} {argv[0]}", argv[1:])
+    run_named(command, argv, DATA_COMMANDS, usage(), unknown="Unknown command {} of data")
