@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trl_sipo.trainer.checkpoint_files import (
     MANIFEST_FILE,
     begin,
     checkpoint_to_resume,
+    discard,
     publish,
     rotate,
     temporary_folder,
@@ -63,16 +65,20 @@ def _mark(checkpoint: Path) -> str:
     return (checkpoint / "unet" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces_one"])
-def test_at_whatever_moment_writing_ends_there_is_a_complete_checkpoint(replaces, tmp_path):
+# Steps of the checkpoints that are there, and of the one that is written.
+MOMENTS = {"new": ([2, 4], 6), "replaces_one": ([2, 4], 4), "replaces_the_only_one": ([4], 4)}
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+def test_at_whatever_moment_writing_ends_there_is_a_complete_checkpoint(case, tmp_path):
     """Every moment between two operations on the disk: first all that was before stays, then the new one is there."""
-    step = 4 if replaces else 6
+    before, step = MOMENTS[case]
     call, found = 0, []
     while not found or found[-1] != "done":
         call += 1
         run_dir = tmp_path / str(call)
-        _write(run_dir, 2, "two")
-        _write(run_dir, 4, "four")
+        for earlier in before:
+            _write(run_dir, earlier, str(earlier))
         (run_dir / "_saving-checkpoint-9").mkdir()  # of a run that was killed
         with pytest.MonkeyPatch.context() as patch:
             _ends_at(patch, call)
@@ -83,9 +89,11 @@ def test_at_whatever_moment_writing_ends_there_is_a_complete_checkpoint(replaces
                 found.append("killed")
         # Nothing that a run, transformers or a reader would take for a checkpoint is incomplete.
         assert all(why_not_resumable(folder) is None for folder in run_dir.glob("checkpoint-*"))
+        if before == [4]:
+            _is_found_by_every_way_to_go_on(run_dir, 4)
         last = Path(checkpoint_to_resume(run_dir, True))
-        assert _mark(last) in ("four", "new")
-        assert _mark(run_dir / "checkpoint-2") == "two"
+        assert _mark(last) in ("4", "new")
+        assert _mark(run_dir / "checkpoint-2") == "2" if 2 in before else True
         if found[-1] == "done":
             assert _mark(last) == "new"
         _write(run_dir, 8)
@@ -93,11 +101,56 @@ def test_at_whatever_moment_writing_ends_there_is_a_complete_checkpoint(replaces
     assert found.count("killed") > 15
 
 
+def _is_found_by_every_way_to_go_on(run_dir: Path, step: int) -> None:
+    """In copies of the folder: resumed by its path, begun anew, and a next checkpoint written without either."""
+    ways = {
+        "path": lambda copy: checkpoint_to_resume(copy, str(copy / f"checkpoint-{step}")),
+        "anew": lambda copy: checkpoint_to_resume(copy, None),
+        "next": lambda copy: begin(copy / "checkpoint-8"),
+    }
+    for way, go_on in ways.items():
+        copy = run_dir.with_name(f"{run_dir.name}-{way}")
+        shutil.copytree(run_dir, copy)
+        go_on(copy)
+        assert why_not_resumable(copy / f"checkpoint-{step}") is None, way
+
+
 def test_a_checkpoint_that_lacks_only_its_name_gets_it(tmp_path):
     """When one of the same step is replaced, there is a moment in which neither has the name."""
     checkpoint = _write(tmp_path, 4, "new")
     checkpoint.rename(temporary_folder(checkpoint))
     assert checkpoint_to_resume(tmp_path, True) == str(checkpoint) and _mark(checkpoint) == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_the_only_checkpoint_stays_when_another_cannot_take_its_name(error, tmp_path, monkeypatch):
+    """The new one is discarded then, as after every error."""
+    checkpoint = _write(tmp_path, 4, "old")
+    rename = Path.rename
+
+    def fail(folder, target):
+        if folder == temporary_folder(checkpoint):
+            raise error
+        return rename(folder, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(error):
+        _write(tmp_path, 4, "new")
+    discard(checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"] and _mark(checkpoint) == "old"
+
+
+def test_half_of_a_checkpoint_that_was_replaced_is_never_taken(tmp_path):
+    """Removed without its manifest it would pass for one of an earlier version."""
+    checkpoint = _write(tmp_path, 4, "old")
+    with pytest.MonkeyPatch.context() as patch:
+        removed = []
+        patch.setattr(checkpoint_files, "_remove", removed.append)
+        _write(tmp_path, 4, "new")
+    assert [folder.name for folder in removed] == ["_deleting-checkpoint-4"]
+    (tmp_path / "_deleting-checkpoint-4" / MANIFEST_FILE).unlink()
+    _cut(checkpoint / "optimizer.pt")
+    assert checkpoint_to_resume(tmp_path, "auto") is None
 
 
 def _cut(path: Path) -> None:

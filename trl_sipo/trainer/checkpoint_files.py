@@ -28,9 +28,10 @@ STATE_FILE = "trainer_state.json"
 CHECKSUM_LIMIT = 64 * 2**20
 
 # transformers pushes no file whose name begins with an underscore, and takes none of these for a checkpoint.
-_SAVING, _DELETING = "_saving-", "_deleting-"
+# What is being written; what was complete and makes room for a new one of the same step; what may be half removed.
+_SAVING, _REPLACED, _DELETING = "_saving-", "_replaced-", "_deleting-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(rf"({_SAVING}|{_DELETING})checkpoint-\d+")
+_LEFTOVER = re.compile(rf"({_SAVING}|{_REPLACED}|{_DELETING})checkpoint-\d+")
 _PIPELINE_INDEX = "model_index.json"
 # What file systems say that can bring files to the disk, but not folders: those of networks and of FUSE among them.
 _NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR}
@@ -47,8 +48,12 @@ def temporary_folder(checkpoint: Path) -> Path:
 def begin(checkpoint: Path) -> None:
     """Make the temporary folder of a checkpoint, and remove what killed runs have left beside it."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    for folder in _folders(checkpoint.parent, _LEFTOVER):
-        _remove(folder)
+    recover(checkpoint.parent)
+    for folder in sorted(_folders(checkpoint.parent, _LEFTOVER)):  # `_deleting-` first, whose name another may take
+        if folder.name.startswith(_REPLACED):
+            _delete_if_possible(folder)
+        else:
+            _remove(folder)
     temporary_folder(checkpoint).mkdir()
 
 
@@ -85,10 +90,7 @@ def rotate(run_dir: Path, limit: int | None, keep: set[Path]) -> None:
     others.sort(key=lambda folder: _damage(folder, checksums=False) is None)
     for folder in others[: max(len(checkpoints) - limit, 0)]:
         logger.info("Deleting the checkpoint %s: `save_total_limit` is %d.", folder, limit)
-        try:
-            _delete(folder)
-        except OSError as error:
-            logger.warning("The checkpoint %s could not be deleted (%s): delete it yourself.", folder, error)
+        _delete_if_possible(folder)
 
 
 @contextmanager
@@ -139,18 +141,34 @@ def _index_last(folder: Path) -> list[Path]:
 
 
 def _take_name(checkpoint: Path) -> None:
-    """Rename a temporary folder that is complete; what had the name is deleted when it is not needed any more."""
-    replaced = checkpoint.with_name(_DELETING + checkpoint.name)
-    if checkpoint.exists():
-        checkpoint.rename(replaced)
-    temporary_folder(checkpoint).rename(checkpoint)
+    """Rename a temporary folder that is complete; what had the name is moved aside first, and deleted at the end.
+
+    At every moment one of the two has the name, or another by which [`recover`] finds it.
+    """
+    temporary, replaced = temporary_folder(checkpoint), checkpoint.with_name(_REPLACED + checkpoint.name)
+    try:
+        if checkpoint.exists():
+            checkpoint.rename(replaced)
+        temporary.rename(checkpoint)
+    except BaseException:  # Ctrl-C too: the new one is going to be discarded
+        if replaced.exists() and not checkpoint.exists():
+            replaced.rename(checkpoint)
+        raise
     _sync(checkpoint.parent)
-    _remove(replaced)
+    if replaced.exists():
+        _delete_if_possible(replaced)
+
+
+def _delete_if_possible(folder: Path) -> None:
+    try:
+        _delete(folder)
+    except OSError as error:
+        logger.warning("The folder %s could not be deleted (%s): delete it yourself.", folder, error)
 
 
 def _delete(folder: Path) -> None:
     """Under another name first: half of a checkpoint must not be taken for one."""
-    doomed = folder.with_name(_DELETING + folder.name)
+    doomed = folder.with_name(_DELETING + folder.name.removeprefix(_REPLACED))
     folder.rename(doomed)
     _remove(doomed)  # what stays goes with the next checkpoint
 
@@ -208,16 +226,17 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool | None) -> s
         ConfigurationError: There is no such checkpoint, or it cannot be continued from.
     """
     choice = str(wanted).lower()
+    is_path = wanted is not None and choice not in ("false", "true", "latest", "auto")
+    recover(Path(str(wanted)).parent if is_path else Path(output_dir))
     if wanted is None or choice == "false":
         return None
-    if choice not in ("true", "latest", "auto"):
+    if is_path:
         if (reason := why_not_resumable(Path(str(wanted)))) is not None:
             raise ConfigurationError(
                 f"`resume_from_checkpoint={wanted}` cannot be continued from: {reason}. Give another checkpoint, or "
                 "`True` for the last complete one in `output_dir`."
             )
         return str(wanted)
-    _finish_writing(Path(output_dir))
     last = last_complete_checkpoint(Path(output_dir))
     if last is None and choice != "auto":
         raise ConfigurationError(
@@ -247,12 +266,24 @@ def warn_of_earlier_run(output_dir: Path) -> None:
         )
 
 
-def _finish_writing(output_dir: Path) -> None:
-    """Give the name to a checkpoint that lacks nothing else: its process ended between the manifest and the name."""
-    for temporary in _folders(output_dir, re.compile(_SAVING + _CHECKPOINT.pattern)):
-        checkpoint = temporary.with_name(temporary.name.removeprefix(_SAVING))
-        if (temporary / MANIFEST_FILE).exists() and _damage(temporary) is None and _damage(checkpoint) is not None:
-            _take_name(checkpoint)
+def recover(run_dir: Path) -> None:
+    """Give the name to checkpoints that lack nothing else: their process ended while one took the place of another."""
+    for prefix in (_SAVING, _REPLACED):  # the new one rather than that which it replaces
+        for folder in _folders(run_dir, re.compile(prefix + _CHECKPOINT.pattern)):
+            checkpoint = folder.with_name(folder.name.removeprefix(prefix))
+            is_whole = prefix == _REPLACED or (folder / MANIFEST_FILE).exists()
+            if is_whole and _damage(folder) is None and _damage(checkpoint) is not None:
+                _give_name(folder, checkpoint)
+
+
+def _give_name(folder: Path, checkpoint: Path) -> None:
+    try:
+        if checkpoint.exists():
+            _delete(checkpoint)
+        folder.rename(checkpoint)
+        _sync(checkpoint.parent)
+    except OSError as error:  # not ours, or read-only
+        logger.warning("%s is complete, but cannot be renamed to %s (%s).", folder, checkpoint.name, error)
 
 
 def why_not_resumable(checkpoint: Path) -> str | None:
