@@ -6,11 +6,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.tiny_models import tiny_stable_diffusion
-from tests.trainer.runs import DPO, METHODS, SIPO, logged, lora, make_trainer, trained_weights
+from tests.trainer.runs import DPO, METHODS, SIPO, changed, logged, lora, make_trainer, trained_weights
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.start_check import start_gap
 from trl_sipo.trainer.statistics import PairErrors
 
+NAN = float("nan")
 TARGETS = ["to_q", "to_v"]
 
 
@@ -127,6 +128,31 @@ def test_each_way_to_break_it_is_told_before_the_weights_move(kind, is_deferred,
         trainer.train()
     after = trained_weights(trainer)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def _broken_before(step, trainer):
+    """The trainer's loss, which is not finite in the first steps."""
+    loss = trainer.compute_pair_loss
+    return lambda logit, **parts: loss(logit, **parts) * (NAN if trainer.state.global_step < step else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["new_lora", "full"])
+def test_the_first_step_that_is_taken_is_checked_when_those_before_it_are_left_out(kind, tmp_path):
+    trainer = _broken_run(kind, tmp_path, on_nonfinite="skip", max_steps=5)
+    before = trained_weights(trainer)
+    trainer.compute_pair_loss = _broken_before(2, trainer)
+    with pytest.raises(ConfigurationError, match="^Step 3: .*predict the same before the first update"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and not changed(before, trained_weights(trainer))
+
+
+def test_a_sound_run_whose_first_step_is_left_out_goes_on(tmp_path):
+    trainer = make_trainer(DPO, tmp_path, on_nonfinite="skip", max_steps=3)
+    trainer.compute_pair_loss = _broken_before(1, trainer)
+    trainer.train()
+    assert logged(trainer, "sipo/skipped_steps") == [1, 1, 1] and not trainer.recorder.start_check.is_due
+    trainer.train()  # its weights have moved: it is not checked, whatever is left out
+    assert logged(trainer, "sipo/skipped_steps") == [1, 1, 1]
 
 
 def test_stored_errors_of_something_else(tmp_path):

@@ -117,7 +117,7 @@ class MetricsRecorder:
     Args:
         accelerator: Gathers.
         metrics: Lists of values by name, under "train" and "eval"; the log takes their means.
-        start_check: Looks at the first step.
+        start_check: Looks at the first step that is taken.
         reproduce: Writes what a step was given; returns where.
         max_skipped_steps: Optimiser steps that may be left out in a run; `None`: the first one that is not finite
             raises.
@@ -156,6 +156,7 @@ class MetricsRecorder:
             is_new: Whether nothing was taken up from a checkpoint; then its metrics and counts are forgotten too.
         """
         self._pending, self._in_step, self._last, self._norms = [], [], None, {}
+        self.start_check.begin()
         if is_new:
             self.load_state_dict(NOTHING_RECORDED)
 
@@ -328,12 +329,14 @@ class MetricsRecorder:
         """Whether the step that ends is left out. It waits for the device: the optimiser cannot go on without it."""
         recorded, self._pending = self._pending, []
         faults = [self._fault(part) for part in recorded] + [self._gradient_fault(recorded[-1])]
-        self.start_check.end()
         fault = next(filter(None, faults), None)
         if fault is None:
+            self.start_check.end()
             for part in recorded:
                 self._append(part)
             return False
+        self.start_check.postpone()
+        self._last = None  # no step has ended
         self._skipped_steps += 1
         folder, limit = self.reproduce(fault), self.max_skipped_steps
         assert limit is not None

@@ -38,7 +38,7 @@ def start_gap(errors: PairErrors) -> torch.Tensor:
 
 
 class StartCheck:
-    """Checks the first optimiser step of a run; afterwards, in a resumed run, and with a `ref_model` it does nothing.
+    """Checks the first optimiser step that a run takes; afterwards, resumed, and with a `ref_model` it does nothing.
 
     Args:
         trainer: A diffusion preference trainer.
@@ -48,11 +48,21 @@ class StartCheck:
     def __init__(self, trainer: Any, *, is_own_reference: bool):
         self.trainer = trainer
         self._is_over = not (is_own_reference and trainer.args.check_reference)
+        self._left_out = 0
 
     @property
     def is_due(self) -> bool:
         """Whether no weight was changed yet."""
-        return not self._is_over and self.trainer.state.global_step == 0
+        return not self._is_over and self.trainer.state.global_step == self._left_out
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._left_out = 0
+
+    def postpone(self) -> None:
+        """The step is left out, though it counts: the weights stay as they are."""
+        if self.is_due:
+            self._left_out += 1
 
     def end(self) -> None:
         """The weights change now, and with them policy and reference part."""
