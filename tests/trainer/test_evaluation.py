@@ -159,6 +159,18 @@ def test_rows_can_be_given_to_evaluate_and_predict(held_out, tmp_path):
     assert _numbers(trainer.evaluate(held_out)) == given
 
 
+def test_no_pair_is_dropped_where_training_drops_incomplete_batches(held_out, tmp_path):
+    results = []
+    for is_dropped in (False, True):
+        options = {"eval_dataset": held_out}
+        trainer = make_trainer(DPO, tmp_path, trainer_options=options, dataloader_drop_last=is_dropped, max_steps=1)
+        trainer.train()
+        results.append(_numbers(trainer.evaluate()))
+        assert trainer.predict(held_out).predictions.shape == (7, 2)
+        assert trainer.args.dataloader_drop_last == is_dropped
+    assert results[0] == results[1]
+
+
 def test_a_stream_can_be_evaluated(held_out, tmp_path):
     stream = held_out.to_iterable_dataset()
     trainer = make_trainer(DPO, tmp_path, trainer_options={"eval_dataset": stream}, max_steps=1)

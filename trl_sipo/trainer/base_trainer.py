@@ -60,6 +60,7 @@ from trl_sipo.trainer.encoding import (
     pair_numbers,
 )
 from trl_sipo.trainer.engine import settle_arguments
+from trl_sipo.trainer.evaluated_pairs import no_pair_dropped
 from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
@@ -465,9 +466,15 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         """Rows that are handed to `evaluate` or `predict` become tensors; what is prepared passes through."""
         return as_tensors(check_dataset(dataset, args, dataset_name), self.adapter, args, self.size, dataset_name)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The data loader of `evaluate`, of all pairs, whatever training drops."""
+        with no_pair_dropped(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
     def get_test_dataloader(self, test_dataset):
-        """The data loader of `predict`, which takes rows as `evaluate` does."""
-        return super().get_test_dataloader(self._prepare_dataset(test_dataset, None, self.args, "test"))
+        """The data loader of `predict`, which takes rows as `evaluate` does, and all of them."""
+        with no_pair_dropped(self.args):
+            return super().get_test_dataloader(self._prepare_dataset(test_dataset, None, self.args, "test"))
 
     def _get_train_sampler(self, train_dataset=None):
         return bucket_sampler(self.train_dataset, self.args) or super()._get_train_sampler(train_dataset)
