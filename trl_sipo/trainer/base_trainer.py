@@ -419,6 +419,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         # Several processes read a stream through shares of it.
         self._evaluated = id(getattr(dataloader.dataset, "dataset", dataloader.dataset))
         self._metrics["eval"].clear()
+        self.gather_function = self.recorder.gather_counted  # what `compute_metrics` and `predict` get
         device = self.args.device
         # Evaluation leaves the random state as it found it: training goes on as if nothing had happened.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), policy_left_unprepared(self):

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -146,6 +147,7 @@ class MetricsRecorder:
         self._overflows = 0
         self._masked_in_step: list[bool] = []
         self._evaluated_pairs: set[int] = set()
+        self._is_counted: list[bool] = []
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -360,10 +362,24 @@ class MetricsRecorder:
         if not self.metrics["eval"]:  # another evaluation
             self._evaluated_pairs.clear()
         # accelerate takes the pairs that fill up the last batch away again, but not those of a stream.
-        new = {pair: row for pair, row in zip(pairs, values, strict=True) if pair not in self._evaluated_pairs}
-        self._evaluated_pairs.update(new)
-        for name, column in zip(statistics, zip(*new.values(), strict=True), strict=bool(new)):
+        self._is_counted = []
+        for pair in pairs:
+            self._is_counted.append(pair not in self._evaluated_pairs)
+            self._evaluated_pairs.add(pair)
+        new = list(compress(values, self._is_counted))
+        for name, column in zip(statistics, zip(*new, strict=True), strict=bool(new)):
             self.metrics["eval"][name].extend(column)
+
+    def gather_counted(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes, of the pairs that the last [`record_evaluation`] counted.
+
+        Args:
+            values: (batch, ...), one row per pair.
+        """
+        gathered = self.accelerator.gather_for_metrics(values)
+        if all(self._is_counted) or len(gathered) != len(self._is_counted):  # the loss of a batch has no rows of pairs
+            return gathered
+        return gathered[torch.tensor(self._is_counted, device=gathered.device)]
 
     def check_evaluation(self, broken: torch.Tensor, batch: StepBatch) -> None:
         """Raise [`NumericalError`], on all processes, when something is not finite on one.
