@@ -28,6 +28,23 @@ def fail_in_callback(output: str) -> None:
     make_trainer(DPO, output, max_steps=100, trainer_options={"callbacks": [FailingCallback()]}).train()
 
 
+class LeavingCallback(TrainerCallback):
+    """Ends the program in the middle of training, as a script of the user's own does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the second of many steps."""
+        if IS_FAILING and state.global_step == 2:
+            print("time of failure", time.time(), file=sys.stderr)
+            sys.exit(7)
+
+
+def leave_with_a_thread(output: str) -> None:
+    """A `sys.exit` that Python does not carry out before a thread has ended."""
+    if IS_FAILING:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    make_trainer(DPO, output, max_steps=100, trainer_options={"callbacks": [LeavingCallback()]}).train()
+
+
 def fail_before_training(output: str) -> None:
     """Data that only one process finds wrong, while the other goes on to the first collective."""
     pairs = preference_pairs(8)
@@ -58,6 +75,7 @@ FAILURES = {
     "before": fail_before_training,
     "thread": fail_with_a_thread,
     "memory": fail_out_of_memory,
+    "exit": leave_with_a_thread,
 }
 
 if __name__ == "__main__":

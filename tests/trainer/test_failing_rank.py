@@ -34,3 +34,14 @@ def test_one_failing_process_ends_all(failure, tmp_path):
     # torchrun ends with a summary, which names the error as the cause, and not what the others saw of it.
     summary = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1" in summary and re.search(FAILURES[failure].split(": ")[0], summary)
+
+
+@pytest.mark.slow
+def test_one_process_that_leaves_ends_all(tmp_path):
+    """With the status that it chose, whatever threads it has."""
+    done = torchrun(SCRIPT, tmp_path, "exit", timeout=200)
+    ended = time.time()
+    assert done.returncode != 0
+    left = float(re.search(r"time of failure ([\d.]+)", done.stderr)[1])
+    assert ended - left < 60, "the others waited"
+    assert re.search(r"rank      : 1 .*\n *exitcode  : 7 ", done.stderr), done.stderr[-5000:]

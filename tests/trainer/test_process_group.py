@@ -71,3 +71,56 @@ def test_an_error_in_one_of_several_processes_ends_it(monkeypatch, capsys):
         sys.excepthook(type(error), error, None)
     assert ended == [1], "Ctrl-C reaches every process, and each ends by itself"
     assert "Process 1 of 2 failed: ValueError: no such pair" in capsys.readouterr().err
+
+
+def _hooked(monkeypatch, hook):
+    """Errors reported by `hook`, the user's own, and what the process ended with."""
+    ended = []
+    for name, value in launched(1, 2, 29500).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(process_group, "end_process", ended.append)
+    monkeypatch.setattr(sys, "excepthook", hook)
+    for _ in range(2):  # as two trainers in one program do
+        process_group.end_at_once_on_errors(2)
+    return ended
+
+
+def test_the_hook_of_the_user_reports_too(monkeypatch, capsys):
+    reported = []
+    ended = _hooked(monkeypatch, lambda kind, error, trace: reported.append(error))
+    error = ValueError("no such pair")
+    sys.excepthook(ValueError, error, None)
+    assert reported == [error] and ended == [1]
+    said = capsys.readouterr().err
+    assert "Process 1 of 2 failed: ValueError: no such pair" in said and said.count("no such pair") == 1
+
+
+def test_a_hook_that_fails_keeps_no_process_alive(monkeypatch, capsys):
+    def hook(kind, error, trace):
+        raise KeyError("of the hook")
+
+    ended = _hooked(monkeypatch, hook)
+    sys.excepthook(ValueError, ValueError("no such pair"), None)
+    assert ended == [1] and "of the hook" in capsys.readouterr().err
+
+
+_LEAVES = """
+import sys, threading, time
+from trl_sipo.trainer import process_group
+
+process_group._FAREWELL = 0.1
+process_group.end_in_time(SystemExit(0), 2)
+process_group.end_in_time(SystemExit(7), 1)
+process_group.end_in_time(SystemExit(7), 2)
+time.sleep(0.5)
+print("goes on", flush=True)
+threading.Thread(target=time.sleep, args=(100,)).start()
+sys.exit(7)
+"""
+
+
+def test_a_process_that_leaves_does_not_wait_for_its_threads():
+    environment = {**os.environ, **launched(1, 2, 29500)}
+    done = subprocess.run([sys.executable, "-c", _LEAVES], env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 7 and done.stdout == "goes on\n", done.stderr

@@ -3,7 +3,10 @@
 
 import os
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -18,6 +21,11 @@ _PATIENCE = 10.0  # seconds; a thread needs less than one, on a machine that doe
 # is reported later, so that what is recorded first, and shown as the cause, is the error of the process that went.
 _GONE = ("gloo", "nccl", "closed by peer", "remote worker", "reset by peer")
 _AFTERMATH = 3.0
+# Seconds in which a process that leaves by a SystemExit may end as Python ends it.
+_FAREWELL = 10.0
+
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+"""As `sys.excepthook`."""
 
 
 def release_process_group(accelerator: Accelerator) -> None:
@@ -55,12 +63,29 @@ def end_at_once_on_errors(processes: int) -> None:
     Args:
         processes: How many the run has; where it is one, nothing is changed.
     """
-    if processes > 1:
-        sys.excepthook = _report_and_end
+    if processes > 1 and not isinstance(sys.excepthook, _ReportAndEnd):
+        sys.excepthook = _ReportAndEnd(sys.excepthook)
 
 
-def _report_and_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.__excepthook__(kind, error, trace)
+class _ReportAndEnd:
+    """The hook for errors that nobody handles: the one that was there reports, and the process ends.
+
+    Args:
+        report: Python's own hook, or the user's.
+    """
+
+    def __init__(self, report: ExceptHook):
+        self.report = report
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            self.report(kind, error, trace)
+        except BaseException:  # of the user's hook, which must not keep the process alive
+            traceback.print_exc()
+        _end_after(kind, error)
+
+
+def _end_after(kind: type[BaseException], error: BaseException) -> None:
     if not isinstance(error, Exception):  # Ctrl-C, which the launcher sends to every process
         return
     if isinstance(error, DistError) or any(word in str(error).lower() for word in _GONE):
@@ -72,6 +97,29 @@ def _report_and_end(kind: type[BaseException], error: BaseException, trace: Trac
     rank, processes = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
     print(f"Process {rank} of {processes} failed: {kind.__name__}: {error}", file=sys.stderr)
     end_process(1)
+
+
+def end_in_time(leaving: SystemExit, processes: int) -> None:
+    """Let a SystemExit end this process within seconds, so that the launcher ends the others.
+
+    No hook of Python's is told of it. Whoever handles it may go on; only when the main thread has ended, and what
+    Python waits for then (threads, what is registered for the end of a program) takes too long, the process ends
+    without it.
+
+    Args:
+        leaving: One of this process alone, as by `sys.exit` in a callback.
+        processes: How many the run has; where it is one, and for a status of 0, nothing is done.
+    """
+    status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    if processes == 1 or status == 0:
+        return
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(_FAREWELL)
+        end_process(status)
+
+    threading.Thread(target=end, name="end_in_time", daemon=True).start()
 
 
 def end_process(status: int) -> NoReturn:

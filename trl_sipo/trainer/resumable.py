@@ -34,7 +34,7 @@ from trl_sipo.trainer.checkpointing import (
 )
 from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.preemption import PreemptionCallback
-from trl_sipo.trainer.process_group import release_process_group
+from trl_sipo.trainer.process_group import end_in_time, release_process_group
 from trl_sipo.trainer.processes import from_main
 from trl_sipo.trainer.run_state import RunState
 from trl_sipo.trainer.sharding import whole
@@ -81,6 +81,9 @@ class ResumableTrainer(DPOTrainer):
                 return super().train(checkpoint, trial, ignore_keys_for_eval)
         except Preempted:
             self.end()  # else a thread of the process group may abort a process that leaves
+            raise
+        except SystemExit as leaving:
+            end_in_time(leaving, self.args.world_size)
             raise
 
     def get_train_dataloader(self) -> DataLoader:
