@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset, List, Video
+from datasets import Dataset, IterableDataset, LargeList, List
 
 from trl_sipo.errors import ConfigurationError, DatasetError
 
@@ -247,9 +247,16 @@ def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Data
         DatasetError: the dataset has a transform (`set_transform`), whose results cannot be foreseen from its columns.
     """
     refuse_custom_transform(dataset)
-    dataset = dataset.select_columns(list(fmt.columns)).with_format(None)
-    for column in (fmt.first, fmt.second):
-        feature = (dataset.features or {}).get(column)
+    return without_decoding(dataset.select_columns(list(fmt.columns)).with_format(None))
+
+
+def without_decoding(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows, in which no column is decoded by `datasets`.
+
+    It opens whatever file a table names, and fetches addresses, also of columns that hold no media of ours: who wrote
+    the table says what its columns are.
+    """
+    for column, feature in (dataset.features or {}).items():
         stored = _undecoded_feature(feature)
         if stored != feature:
             dataset = dataset.cast_column(column, stored)
@@ -257,12 +264,12 @@ def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Data
 
 
 def _undecoded_feature(feature: Any) -> Any:
-    """The same media, or list of frames, as they are stored."""
-    if isinstance(feature, List):
-        return List(_undecoded_feature(feature.feature), length=feature.length)
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
-    return Video(decode=False) if isinstance(feature, Video) else feature
+    """The same media, of whatever kind, or list of frames, as they are stored."""
+    if isinstance(feature, dict):
+        return {name: _undecoded_feature(part) for name, part in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_undecoded_feature(feature.feature))
+    return replace(feature, decode=False) if getattr(feature, "decode", None) is True else feature
 
 
 def refuse_custom_transform(dataset: Dataset | IterableDataset) -> None:
@@ -339,11 +346,11 @@ def _numbers(table: pa.Table, column: str) -> np.ndarray:
     kind = values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or kind == pa.null()):
         raise DatasetError(_label_message(values[0].as_py(), column, "row 0"))
-    return values.cast(pa.float64()).to_numpy()
+    return values.cast(pa.float64(), safe=False).to_numpy()  # whole numbers that it rounds are no labels anyway
 
 
 def _label_message(value: Any, column: str, where: str) -> str:
     return (
         f"{where}, column {column!r}: a label is the share of votes for the first image, a number in [0, 1] (0.5 is a "
-        f"tie), found {value!r}. Rename the column if it means something else."
+        f"tie), found {value!r:.80}. Rename the column if it means something else."
     )

@@ -9,16 +9,18 @@ system, not of the table: they are followed, and said.
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, IterableDataset, List, Value, Video
+from datasets import Dataset, IterableDataset, LargeList, List, Value
 
-from trl_sipo.data.formats import FORMATS
+from trl_sipo.data.formats import FORMATS, without_decoding
 from trl_sipo.data.preference_dataset import first_row
 from trl_sipo.data.readers import READERS
 from trl_sipo.data.stored import is_address, looks_like_text, quoted_path
@@ -27,6 +29,7 @@ from trl_sipo.errors import DatasetError
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_A_TIME = 1000
+_PLACES = ("bytes", "path")  # of an object that is an image or a video; a text in the first would be opened too
 
 
 def media_folders(
@@ -55,10 +58,11 @@ def with_absolute_paths(dataset: Dataset | IterableDataset, folders: list[Path])
     Raises:
         DatasetError: a path leads out of the folders; names the row. Of a stream, when that row is read.
     """
+    dataset = without_decoding(dataset)  # which would open files, and fetch addresses, before anyone has looked
+    is_stream = isinstance(dataset, IterableDataset)
     columns = _path_columns(dataset)
     roots = (*map(str, folders), *_caches())
     if columns:
-        is_stream = isinstance(dataset, IterableDataset)
 
         def absolute(*values: list[Any]) -> dict[str, list[Any]]:
             *columns_of_paths, numbers = values
@@ -77,7 +81,7 @@ def with_absolute_paths(dataset: Dataset | IterableDataset, folders: list[Path])
         dataset = dataset.map(absolute, **options)
         if isinstance(dataset, Dataset):  # apart from the map, which `datasets` remembers
             warn_of_links(_flat(dataset.with_format(None)[column] for column in columns), roots)
-    if isinstance(dataset, Dataset):
+    if isinstance(dataset, Dataset):  # of a stream, the map has looked at them
         _check_structs(dataset, roots)
     return dataset
 
@@ -131,18 +135,28 @@ def _is_below(path: str, roots: Iterable[str]) -> bool:
     return ".." not in path.split(os.sep) and _is_inside(path, roots)
 
 
-def _flat(columns: Iterable[Iterable[Any]]) -> Iterator[str]:
-    for column in columns:
-        for value in column:
-            paths = value if isinstance(value, list) else [value]
-            yield from (path for path in paths if isinstance(path, str) and os.path.isabs(path) and "\0" not in path)
+def _flat(values: Iterable[Any]) -> Iterator[str]:
+    """The absolute paths in columns of cells, lists of frames and objects."""
+    for value in values:
+        if isinstance(value, str):
+            if os.path.isabs(value) and "\0" not in value:
+                yield value
+        elif isinstance(value, Mapping):
+            yield from _flat(value.get(name) for name in _PLACES)
+        elif isinstance(value, Iterable) and not isinstance(value, bytes):
+            yield from _flat(value)
 
 
 def _path_columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Columns of arms that hold strings, or lists of them; or may hold them, where types are not known."""
+    """Columns of arms that hold paths; or may hold them, where types are not known.
+
+    Of a stream, those of media too, whose bytes are read row by row in any case.
+    """
     if dataset.features is None:  # a stream whose types are not known before it is read
         return [column for column in first_row(dataset) if column in _arms()]  # the first cell may be null
-    return [column for column in dataset.features if column in _arms() and _holds_paths(dataset.features[column])]
+    is_stream = isinstance(dataset, IterableDataset)
+    arms = {column: feature for column, feature in dataset.features.items() if column in _arms()}
+    return [column for column, feature in arms.items() if _holds_paths(feature) or (is_stream and _is_media(feature))]
 
 
 def _arms() -> set[str]:
@@ -154,6 +168,11 @@ def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) 
     """A path, or a list of those of frames, relative to one of the folders; what is absolute, or no path, stays."""
     if isinstance(path, list):
         return [_absolute(frame, folders, roots, where) for frame in path]
+    if isinstance(path, Mapping):  # an image or a video: its bytes, to which the path is but a name, or its path
+        if isinstance(path.get("bytes"), bytes):
+            return path
+        found = {name: _absolute(part, folders, roots, where) for name, part in path.items() if name in _PLACES}
+        return {**path, **found} if any(part is not None for part in found.values()) else None
     if not isinstance(path, str) or is_address(path) or "\0" in path:
         return path
     if looks_like_text(path) and not any(os.path.exists(folder / path) for folder in folders):
@@ -168,18 +187,42 @@ def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) 
 def _check_structs(dataset: Dataset, roots: Sequence[str]) -> None:
     """Look at the paths of images and videos that are stored with a place for their bytes, which is empty."""
     columns = [column for column in dataset.features if column in _arms()]
-    for column in (name for name in columns if isinstance(dataset.features[name], Image | Video)):
+    for column in (name for name in columns if _is_media(dataset.features[name])):
         rows = dataset.select_columns([column]).with_format("arrow")
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             values = rows[start : start + _ROWS_AT_A_TIME][column].combine_chunks()
-            missing = pc.is_null(pc.struct_field(values, "bytes")).to_pylist()
-            paths = pc.struct_field(values, "path").to_pylist() if any(missing) else []
-            for row, (is_missing, path) in enumerate(zip(missing, paths, strict=False), start):
-                if is_missing and path is not None and not is_address(path):
-                    path = checked_path(os.path.abspath(path), roots, f"row {row}, column {column!r}")
+            for row, path in _paths_without_bytes(values):
+                if not is_address(path):
+                    path = checked_path(os.path.abspath(path), roots, f"row {start + row}, column {column!r}")
                     warn_of_links([path], roots)
 
 
+def _paths_without_bytes(values: pa.Array) -> Iterator[tuple[int, str]]:
+    """Of a column of media, or of lists of them: the paths beside which there are no bytes, with their positions."""
+    positions = np.arange(len(values))
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        positions = positions[pc.list_parent_indices(values).to_numpy()]
+        values = pc.list_flatten(values)
+    missing = pc.is_null(pc.struct_field(values, "bytes"))
+    paths = pc.struct_field(values, "path").filter(missing).to_pylist()
+    for position, path in zip(positions[missing.to_numpy(zero_copy_only=False)].tolist(), paths, strict=True):
+        if path is not None:
+            yield position, path
+
+
+def _innermost(feature: Any) -> Any:
+    """What lists of lists hold."""
+    return _innermost(feature.feature) if isinstance(feature, List | LargeList) else feature
+
+
+def _is_media(feature: Any) -> bool:
+    """Whether `datasets` stores it with a place for bytes and one for a path, or lists of such."""
+    return hasattr(_innermost(feature), "decode")
+
+
 def _holds_paths(feature: Any) -> bool:
-    feature = feature.feature if isinstance(feature, List) else feature
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    """Whether it is of texts, or of objects that have one for a path, or lists of such."""
+    feature = _innermost(feature)
+    if isinstance(feature, dict):
+        return any(_holds_paths(feature[name]) for name in _PLACES if name in feature)
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")

@@ -124,6 +124,11 @@ def _status(path: str, where: str) -> os.stat_result | None:
 
 def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path:
     text = os.fspath(value)
+    if isinstance(text, str) and is_address(text):  # also where there is such a file: nobody looked where it leads
+        raise DatasetError(
+            f"{where}: {quoted_path(text)} is an address, and nothing is downloaded here. Fetch the {kind}s first, "
+            "and give the paths of their files."
+        )
     status = _status(text, where)
     if status is not None:
         if stat.S_ISREG(status.st_mode) and status.st_size == 0:
@@ -131,11 +136,6 @@ def _existing_path(value: str | os.PathLike[str], kind: str, where: str) -> Path
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # to open a pipe is to wait for it
             raise DatasetError(f"{where}: {quoted_path(text)} is a pipe or a device, and no file")
         return Path(text)
-    if isinstance(text, str) and is_address(text):
-        raise DatasetError(
-            f"{where}: {quoted_path(text)} is an address, and nothing is downloaded here. Fetch the {kind}s first, "
-            "and give the paths of their files."
-        )
     if isinstance(text, str) and looks_like_text(text):
         raise DatasetError(
             f"{where}: expected {EXPECTED[kind]}, found the text {quoted(text)}. Preference data of language models "

@@ -197,9 +197,12 @@ def _stored_media(rows: Dataset, column: str) -> tuple[np.ndarray, pa.ChunkedArr
     values = table[column]
     if pa.types.is_struct(values.type) and {"bytes", "path"} <= {child.name for child in values.type}:
         stored, paths = pc.struct_field(values, "bytes"), pc.struct_field(values, "path")
-    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        stored = None if pa.types.is_null(stored.type) else stored
+        if not (stored is None or _is_bytes(stored.type)) or not _is_text(paths.type):
+            return None
+    elif _is_text(values.type) and not pa.types.is_null(values.type):
         stored, paths = None, values
-    elif pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
+    elif _is_bytes(values.type):
         stored, paths = values, pa.chunked_array([pa.nulls(len(values), pa.string())])
     else:
         return None
@@ -207,6 +210,14 @@ def _stored_media(rows: Dataset, column: str) -> tuple[np.ndarray, pa.ChunkedArr
     if stored is not None:
         num_bytes = pc.fill_null(pc.binary_length(stored).cast(pa.int64()), -1).to_numpy()
     return num_bytes[positions], paths.take(pa.array(positions)).combine_chunks()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _path_problem(path: str | None, kind: str) -> str | None:
