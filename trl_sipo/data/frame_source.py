@@ -3,7 +3,6 @@
 
 import functools
 import io
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,15 @@ import numpy as np
 import PIL.Image
 
 from trl_sipo.data.images import open_image
+from trl_sipo.data.json_text import parse_json
 from trl_sipo.data.stored import FRAME_SUFFIXES, IMAGE_INSTEAD
 from trl_sipo.errors import DatasetError
 
 MAX_DENOMINATOR = 100_000  # of a rate: frames per second as a fraction, so that times compare exactly
 
 _RATE_FILE = "metadata.json"
+_RATE = re.compile(r"\d{1,9}(\.\d{1,9})?(/\d{1,9})?")
+_SLOWEST, _FASTEST = 1e-3, 1e4
 
 
 @dataclass(frozen=True)
@@ -187,17 +189,23 @@ def _even_timeline(num_frames: int, rate: Fraction, name: str) -> Timeline:
 
 def _natural_order(text: str) -> list[tuple[int, str]]:
     """Sorts "2.png" before "10.png"."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", text)]
+    # Between digits of ASCII there may be others, such as a superscript, which `int` does not take.
+    parts = re.split(r"([0-9]+)", text)
+    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
 
 
 def _folder_rate(file: Path, name: str) -> Fraction | None:
     if not file.is_file():
         return None
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))["fps"]
+        stated = parse_json(file.read_text(encoding="utf-8"), f"{name}: {file.name}")["fps"]
+        if isinstance(stated, str) and not _RATE.fullmatch(stated):  # "1e999999999" would take all memory
+            raise ValueError(f"{stated:.20}")
         rate = Fraction(stated).limit_denominator(MAX_DENOMINATOR)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise DatasetError(f"{name}: {file.name} must be an object with the number 'fps' ({error!r})") from error
-    if rate <= 0:
-        raise DatasetError(f"{name}: 'fps' of {file.name} must be positive, found {stated!r}")
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise DatasetError(f"{name}: 'fps' of {file.name} must be a number ({error!r:.80})") from error
+    if not _SLOWEST <= rate < _FASTEST:
+        raise DatasetError(
+            f"{name}: 'fps' of {file.name} must be positive, from {_SLOWEST:g} to {_FASTEST:g}, found {stated!r:.20}"
+        )
     return rate

@@ -153,10 +153,12 @@ class VideoFile:
         try:
             # An absolute path, since "concat:..." would be an address to FFmpeg.
             file = io.BytesIO(self._file) if isinstance(self._file, bytes) else str(self._file.absolute())
-            with av.open(file, options=dict(_OPTIONS)) as container:
+            with av.open(file, options=dict(_OPTIONS), metadata_errors="replace") as container:
                 stream = container.streams.best("video")
                 if stream is None:
                     raise DatasetError(f"{self.name} has no video, only {[s.type for s in container.streams]}")
+                if stream.codec_context is None:
+                    raise DatasetError(f"{self.name} is of a codec that FFmpeg does not know; convert it to MP4")
                 check_pixels(stream.width, stream.height, self.name)
                 stream.codec_context.thread_count = 1  # the workers of the data loader are what runs in parallel
                 yield container, stream
