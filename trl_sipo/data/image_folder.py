@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from trl_sipo.data.json_text import parse_json
+from trl_sipo.data.json_text import check_header, parse_json
 from trl_sipo.data.stored import ANIMATION_SUFFIXES, FRAME_SUFFIXES, VIDEO_SUFFIXES
 from trl_sipo.errors import DatasetError
 
@@ -99,7 +99,9 @@ def _json_rows(text: str, file: Path) -> list[Any]:
 
 
 def _csv_rows(text: str) -> list[dict[str, Any]]:
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    check_header(table.fieldnames or ())
+    rows = list(table)
     if any(None in row or None in row.values() for row in rows):
         raise csv.Error("a row has more or fewer cells than the header")
     for row in rows:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of others: a key that stands twice is refused, and so is nesting that parsers die of."""
+"""Tables of others as text: a name that stands twice is refused, and so is nesting that parsers die of."""
 
+import csv
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from trl_sipo.errors import DatasetError
 
 DEEPEST = 100  # lists and objects within one another; latents of clips take four
 _LONGEST_LINE = 256 << 20  # bytes: as much as a record may have before it is taken for none
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+# To the end where it has none: else each quotation mark after the first would be tried, up to the end again.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 _OPENING, _CLOSING = b"[{", b"]}"
 _NO_BRACKETS = bytes(set(range(256)) - set(_OPENING + _CLOSING))
 
@@ -26,6 +30,19 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+def check_header(columns: Sequence[str]) -> None:
+    """Raise DatasetError when two columns of a CSV are of one name, of which one would be dropped without a word."""
+    twice = next((name for name, count in Counter(columns).items() if count > 1), None)
+    if twice is not None:
+        raise DatasetError(f"the column {twice!r:.80} stands twice")
+
+
+def check_csv_header(path: Path) -> None:
+    """As [`check_header`], of a file; pandas would call the second column by another name."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        check_header(next(csv.reader(file), ()))
+
+
 def parse_json(text: str, where: str) -> Any:
     """A JSON value.
 
@@ -36,7 +53,7 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise DatasetError(f"{where}: {too_deep()}") from error
-    except (json.JSONDecodeError, DatasetError) as error:
+    except (ValueError, DatasetError) as error:  # of more digits than Python takes, it is no JSONDecodeError
         raise DatasetError(f"{where} cannot be read: {error}") from error
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, Val
 from trl_sipo.data.cache.dataset import CachedPairs, find_cache
 from trl_sipo.data.formats import FORMATS
 from trl_sipo.data.image_folder import find_image_folders, read_image_folder
-from trl_sipo.data.json_text import check_json_lines
+from trl_sipo.data.json_text import check_csv_header, check_json_lines
 from trl_sipo.data.media_paths import media_folders, with_absolute_paths
 from trl_sipo.data.preference_dataset import stream_columns
 from trl_sipo.data.readers import read_source
@@ -63,6 +63,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
             **dict.fromkeys((fmt.label for fmt in FORMATS.values() if fmt.label is not None), _label_cell),
         },
     },
+}
+# What is looked for in files before they are read.
+_CHECKS: dict[str, Callable[[Path], None]] = {
+    ".jsonl": check_json_lines,
+    ".json": check_json_lines,
+    ".csv": check_csv_header,
 }
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {
@@ -198,7 +204,7 @@ def dataset_from_columns(columns: Mapping[str, Sequence[Any]]) -> Dataset:
         raise DatasetError(f"columns must exist and be of equal length, found {lengths}")
     try:
         return Dataset.from_dict(dict(columns))
-    except (TypeError, ValueError, OSError) as error:  # pyarrow's errors are ValueError and TypeError
+    except (TypeError, ValueError, OverflowError, OSError) as error:  # pyarrow's errors are ValueError and TypeError
         raise DatasetError(f"the columns {list(columns)} cannot be read as a table: {error}") from error
 
 
@@ -255,7 +261,7 @@ def _saved_splits(
 ) -> dict[str, _Loader]:
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of what its tables of contents hold, `datasets` checks nothing
         raise DatasetError(f"the saved dataset {str(path)!r} cannot be read: {error}") from error
     # Relative paths were seen from the folder in which the program ran that saved them: this one, as it may be.
     folders = media_folders(path.resolve(), media_folder=media_folder)
@@ -323,9 +329,9 @@ def _load_files(
         paths = [str(file) for file in group]
         patterns = [glob.escape(path) for path in paths] if suffix in _TAKE_PATTERNS and not is_list else paths
         try:
-            if suffix in (".json", ".jsonl") and not is_list:
-                for file in group:
-                    check_json_lines(file)
+            check_text = None if is_list else _CHECKS.get(suffix)
+            for file in group if check_text is not None else ():
+                check_text(file)
             part = read(patterns, **_OPTIONS.get(suffix, {}))
             _check_cells(part, paths)
             parts.append(with_absolute_paths(part, media_folders(folder, group, media_folder)))
