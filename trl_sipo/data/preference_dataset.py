@@ -290,7 +290,7 @@ def _stored_bytes(value: Any) -> bytes:
         is_clip = not isinstance(value, list | tuple) and np.asarray(value).dtype.kind in "iu"
         try:
             return np.asarray(value, dtype=None if is_clip else np.float32).tobytes()
-        except (TypeError, ValueError):  # no regular array of numbers, which is said where it is read
+        except (TypeError, ValueError, OverflowError):  # no regular array of numbers, which is said where it is read
             return repr(value).encode("utf-8", "surrogatepass")
     return str(value).encode("utf-8", "surrogatepass")
 
@@ -298,7 +298,7 @@ def _stored_bytes(value: Any) -> bytes:
 def _latent_array(value: Any, where: str) -> torch.Tensor:
     try:
         array = np.array(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{where} are no regular array of numbers ({error})") from error
     if array.ndim == 0 or array.size == 0 or not np.isfinite(array).all():
         raise DatasetError(f"{where} are empty, or hold values that are not finite (shape {array.shape})")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def _stored_parts(value: Any) -> Iterator[bytes]:
 
 def _text(value: Any) -> bytes:
     """Numbers as floats: what is 1 in one chunk of a table may be 1.0 in another."""
-    value = float(value) if isinstance(value, int | float) else value
+    is_float = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    value = float(value) if is_float else value
     return (value if isinstance(value, str) else repr(value)).encode("utf-8", "surrogatepass")
 
 
@@ -77,10 +79,12 @@ def listed_rows(file: str | os.PathLike[str]) -> dict[int, str | None]:
         try:
             listed = json.loads(line)
             row, key = listed["row"], listed.get("key")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DatasetError(f'{file}, line {number}: expected {{"row": number, ...}}, found {line:.80}') from error
         if not isinstance(row, int) or isinstance(row, bool) or row < 0:
-            raise DatasetError(f"{file}, line {number}: a row is a number from 0, found {row!r}")
+            raise DatasetError(f"{file}, line {number}: a row is a number from 0, found {row!r:.80}")
+        if not isinstance(key, str | None):
+            raise DatasetError(f"{file}, line {number}: a key is a text, found {key!r:.80}")
         rows[row] = key
     return rows
 

@@ -137,8 +137,9 @@ def is_of_videos(value: Any) -> bool:
     """Whether a cell holds rather a video than an image; a GIF or WebP file may be either, and counts as an image."""
     value = stored_value(value)
     if isinstance(value, str | os.PathLike):
-        path = Path(value)
-        return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or (path.is_file() and is_video(path))
+        # Not by the methods of paths, which raise errors on those that are too long.
+        is_named_so = Path(value).suffix.lower() in VIDEO_SUFFIXES
+        return os.path.isdir(value) or is_named_so or (os.path.isfile(value) and is_video(Path(value)))
     if isinstance(value, bytes):
         return is_video(value)
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4)

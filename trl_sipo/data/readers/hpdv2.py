@@ -36,6 +36,7 @@ def _ordered_pairs(prompt: str, paths: list[str], ranks: list[float]) -> list[di
 
 
 def _check_lengths(paths: list[str] | None, numbers: list[float] | None, name: str) -> None:
-    are_numbers = numbers is not None and all(isinstance(number, int | float) for number in numbers)
-    if paths is None or not are_numbers or len(paths) != len(numbers):
-        raise DatasetError(f"{len(paths or ())} images, but {name!r} is {numbers}: one number per image is needed")
+    are_numbers = isinstance(numbers, list) and all(isinstance(number, int | float) for number in numbers)
+    paths = paths if isinstance(paths, list) else []
+    if not are_numbers or len(paths) != len(numbers):
+        raise DatasetError(f"{len(paths)} images, but {name!r} is {numbers!r:.80}: one number per image is needed")

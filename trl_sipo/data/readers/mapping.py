@@ -32,12 +32,20 @@ def expanded(
         pairs = []
         for position, number in enumerate(numbers):
             try:
-                pairs.extend(pairs_of({column: batch[column][position] for column in batch}))
+                pairs.extend(map(_checked, pairs_of({column: batch[column][position] for column in batch})))
             except DatasetError as error:
                 raise DatasetError(f"record {number}: {error}") from error
         return {column: [pair[column] for pair in pairs] for column in PAIR_FEATURES}
 
     return dataset.map(expand, batched=True, with_indices=True, remove_columns=columns, features=PAIR_FEATURES)
+
+
+def _checked(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair whose arms are paths, or null, which is refused with its row."""
+    for arm in ("chosen", "rejected"):
+        if not isinstance(pair[arm], str | None):
+            raise DatasetError(f"expected a path, found {type(pair[arm]).__name__} {pair[arm]!r:.80}")
+    return pair
 
 
 def with_number(

@@ -30,14 +30,14 @@ def read_video_dpo_folder(folder: Path) -> dict[str, list[Any]]:
     for number, pair in enumerate(pairs):
         try:
             prompt = pair["frame_caption"]
-            arms = [_entry(videos, pair[arm])["basic"]["clip_path"] for arm in ("video1", "video2")]
+            arms = [folder / _entry(videos, pair[arm])["basic"]["clip_path"] for arm in ("video1", "video2")]
         except (KeyError, IndexError, TypeError) as error:
             raise DatasetError(
                 f"{folder / _PAIRS}, pair {number}: {type(error).__name__}: {error} in {pair!r:.120}"
             ) from error
         columns["prompt"].append(prompt[0] if isinstance(prompt, list) and prompt else prompt)
         for column, path in zip(("chosen", "rejected"), arms, strict=True):
-            columns[column].append(str(folder / path))
+            columns[column].append(str(path))
     if any("score" in pair for pair in pairs):
         columns["score"] = [pair.get("score") for pair in pairs]
     return columns
