@@ -183,13 +183,29 @@ def write_broken(folder: Path, shard: int, broken: Sequence[BrokenPair]) -> None
 
 
 def read_broken(folder: Path) -> list[BrokenPair]:
-    """All pairs that the files of a cache lack, in order; of a file that is missing, none is known."""
+    """All pairs that the files of a cache lack, in order; of a file that is missing, none is known.
+
+    Raises:
+        DatasetError: a list of them cannot be read.
+    """
     found = []
     for path in (folder / latents_file(0)).parent.glob(f"[!.]*{broken_file(0).suffixes[0]}.jsonl"):
         if path.with_name(path.name.replace(".bad_rows.jsonl", ".safetensors")).is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            found += [BrokenPair(**json.loads(line)) for line in lines]
+            found += _read_list(path)
     return sorted(found)
+
+
+def _read_list(path: Path) -> list[BrokenPair]:
+    """What [`write_broken`] wrote; another may have."""
+    try:
+        if not path.is_file():  # to open a pipe is to wait for it
+            raise ValueError("it is no file")
+        pairs = [BrokenPair(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(tuple(map(type, pair)) == (int, int, str, str) for pair in pairs):
+            raise TypeError("a pair has something else for its number, row, key or reason")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DatasetError(f"{str(path)!r} is no list of bad rows of a cache: {error}") from error
+    return pairs
 
 
 def forget_doubtful(folder: Path, shards: Iterable[int]) -> None:

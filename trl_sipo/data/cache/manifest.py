@@ -156,8 +156,14 @@ def _checked(manifest: Manifest) -> Manifest:
     for name in (manifest.dtype, manifest.text_dtype, manifest.vae_dtype):
         if name not in _DTYPES:
             raise ValueError(f"{name!r} is none of {', '.join(_DTYPES)}")
-    if not isinstance(manifest.split, str) or type(manifest.num_broken) is not int:
-        raise TypeError("`split` must be a name, and `num_broken` a number")
+    if any(len(size) != 2 for size in (manifest.size, *(manifest.buckets or ()))):
+        raise ValueError("a size is a height and a width")
+    texts = (manifest.split, manifest.model, manifest.pipeline_class, manifest.data, manifest.preprocessing)
+    optional = (manifest.revision, manifest.variant, manifest.encoders)
+    if not all(isinstance(text, str) for text in (*texts, *(text for text in optional if text is not None))):
+        raise TypeError("what must be a text is none")
+    if type(manifest.num_broken) is not int:
+        raise TypeError("`num_broken` must be a number")
     return manifest
 
 

@@ -30,6 +30,7 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _MAX_OPEN_FILES = 256
+_MOST_ROWS = 2**48  # in one direction: a shape without numbers may say anything
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
 
@@ -104,6 +105,8 @@ def _stored(entry: Mapping[str, Any], begin: int, size: int) -> _Stored:
         raise ValueError(f"the header has {shape} and {first, last} for a shape and offsets")
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the header has {last - first} bytes for {shape} numbers of {dtype}")
+    if max(shape, default=0) > _MOST_ROWS:
+        raise ValueError(f"the header has the shape {shape}")
     if begin + last > size:
         raise ValueError(f"it ends after {size} of {begin + last} bytes")
     return _Stored(dtype, shape, begin + first, last - first)
