@@ -2,6 +2,7 @@
 """Damage to the folder that `trl-sipo encode` wrote. A case changes the folder."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.hostile.cases import Case
 
 _LATENTS, _TEXT = Path("latents", "00000.safetensors"), Path("text", "00000.safetensors")
+_NULL = Path("text", "null.safetensors")
 
 
 def _tensors(file: Path, change: Any) -> Any:
@@ -27,14 +29,14 @@ def _tensors(file: Path, change: Any) -> Any:
     return damage
 
 
-def _header(change: Any) -> Any:
-    """Change the header of the latents, as bytes."""
+def _header(change: Any, file: Path = _LATENTS) -> Any:
+    """Change the header of a file, as bytes."""
 
     def damage(folder: Path) -> None:
-        content = (folder / _LATENTS).read_bytes()
+        content = (folder / file).read_bytes()
         length = struct.unpack("<Q", content[:8])[0]
         header = change(content[8 : 8 + length])
-        (folder / _LATENTS).write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+        (folder / file).write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
 
     return damage
 
@@ -45,6 +47,12 @@ def _larger(header: bytes) -> bytes:
     for entry in entries.values():
         entry["shape"][0] += 1
     return json.dumps(entries).encode()
+
+
+def _uncountable(header: bytes) -> bytes:
+    """No numbers, in a shape beyond 64 bits."""
+    name = next(iter(json.loads(header)))
+    return json.dumps({name: {"dtype": "F32", "shape": [2**70, 0], "data_offsets": [0, 0]}}).encode()
 
 
 def _cut(folder: Path) -> None:
@@ -86,6 +94,13 @@ def _write(file: str, content: bytes) -> Any:
     return lambda folder: (folder / file).write_bytes(content)
 
 
+def _pipe(folder: Path) -> None:
+    os.mkfifo(folder / "latents" / "00000.bad_rows.jsonl")
+
+
+_BAD_ROWS = "latents/00000.bad_rows.jsonl"
+_ROWS_OF_WORDS = b'{"pair": "first", "row": 0, "key": "0", "reason": ""}'
+
 CACHES = [
     Case("NaN among latents", _tensors(_LATENTS, _first("chosen", torch.nan)), "holds numbers that are not finite"),
     Case(
@@ -115,5 +130,12 @@ CACHES = [
     Case("a manifest with a name of PyTorch that is no dtype", _manifest(dtype="load"), "is no manifest of a cache"),
     Case("a manifest with numbers that cannot be", _manifest(prompts_per_shard=0), "is no manifest of a cache"),
     Case("a manifest with a setting that is not known", _manifest(command="rm"), "is no manifest of a cache"),
+    Case("a manifest with a size of one side", _manifest(size=[16]), "is no manifest of a cache"),
+    Case("a manifest with a number for its encoders", _manifest(encoders=5), "is no manifest of a cache"),
+    Case("a list of bad rows that is no JSON", _write(_BAD_ROWS, b"\x80\x04"), "is no list of bad rows"),
+    Case("a list of bad rows of other things", _write(_BAD_ROWS, b'{"command": "rm"}'), "is no list of bad rows"),
+    Case("a list of bad rows of words", _write(_BAD_ROWS, _ROWS_OF_WORDS), "is no list of bad rows"),
+    Case("a named pipe for a list of bad rows", _pipe, "is no list of bad rows"),
+    Case("a shape with more rows than numbers can count", _header(_uncountable, _NULL), "is damaged ("),
     Case("a manifest that is no JSON", _write("cache.json", b"\x80\x04"), "is no manifest of a cache"),
 ]

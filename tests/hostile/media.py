@@ -197,6 +197,31 @@ def _turned_video(folder: Path) -> str:
     return write_frames(folder / "hostile.mp4", frames, rotation={"degrees": 90}).name
 
 
+def _changed(old: bytes, new: bytes) -> Any:
+    """A video with some bytes exchanged."""
+
+    def write(folder: Path) -> str:
+        content = write_video(folder / "hostile.mp4", 8).read_bytes()
+        assert old in content
+        (folder / "hostile.mp4").write_bytes(content.replace(old, new))
+        return "hostile.mp4"
+
+    return write
+
+
+def _frames(metadata: str = '{"fps": 24}', prefix: str = "") -> Any:
+    """A folder of frames."""
+
+    def write(folder: Path) -> str:
+        (folder / "hostile").mkdir()
+        for number in range(8):
+            _ANY.save(folder / "hostile" / f"{prefix}{number}.png")
+        (folder / "hostile" / "metadata.json").write_text(metadata)
+        return "hostile"
+
+    return write
+
+
 _HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nsecret.ts\n#EXT-X-ENDLIST\n"
 
 VIDEOS = [
@@ -222,6 +247,12 @@ VIDEOS = [
     Case("an image", _file(encoded(_ANY)), "is an image, where a video is expected"),
     Case("a folder without frames", _folder, "is a folder without frames"),
     Case("a named pipe, which would be waited for", _pipe, "is a pipe or a device, and no file"),
+    Case("a codec that nobody knows", _changed(b"avc1", b"zzzz"), "of a codec that FFmpeg does not know"),
+    Case("a rate of frames of 10 million digits", _frames('{"fps": "1e9999999"}'), "'fps' of metadata.json"),
+    Case("a rate of frames of 1/0", _frames('{"fps": "1/0"}'), "'fps' of metadata.json"),
+    Case("a rate of frames that is 100,000 lists deep", _frames("[" * 100_000), "metadata.json"),
+    Case("a title that is no UTF-8", _changed(b"Lavf", b"\xff\xfevf"), taken="its frames"),
+    Case("frames with `²` in their names", _frames(prefix="²"), taken="its frames"),
     Case("a video that its metadata says to turn", _turned_video, taken="turned upright"),
     Case(
         "an animated WebP", lambda folder: write_animation(folder / "hostile.webp", [42] * 8).name, taken="its frames"

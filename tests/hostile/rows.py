@@ -46,6 +46,7 @@ LABELS = [
     Case("-1", _cell(-1.0), "a number in [0, 1]"),
     Case("infinity", _cell(float("inf")), "a number in [0, 1]"),
     Case("a word", _cell("first"), "a number in [0, 1]"),
+    Case("a whole number of 400 digits", _cell(10**400), "a number in [0, 1]"),
     Case("NaN", _cell(float("nan")), taken="dropped and counted, as a row that nobody has judged"),
     Case("null", _cell(None), taken="dropped and counted, as a row that nobody has judged"),
 ]
@@ -54,6 +55,7 @@ LATENTS = [
     Case("NaN", _cell(_nested(float("nan"))), "hold values that are not finite"),
     Case("infinity", _cell(_nested(float("inf"))), "hold values that are not finite"),
     Case("beyond float32", _cell(_nested(1e300)), "hold values that are not finite"),
+    Case("a whole number of 400 digits", _cell(_nested(10**400)), "are no regular array of numbers"),
     Case("rows of unequal length", _cell(_nested()), "are no regular array of numbers"),
     Case("words", _cell([[["a", "b"], ["c", "d"]]]), "are no regular array of numbers"),
     Case("none", _cell([]), "are empty"),

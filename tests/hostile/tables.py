@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,6 +17,7 @@ from tests.hostile.media import good_image
 
 ROW = {"prompt": "a cat", "chosen": "good.png", "rejected": "other.png"}
 _DEEP = "[" * 100_000 + "]" * 100_000
+_LONG = "x" * 5000 + ".png"
 _TWICE = '{"prompt": "a cat", "chosen": "good.png", "rejected": "other.png", "chosen": "third.png"}'
 
 
@@ -47,6 +49,24 @@ def _path(path: str) -> Any:
     return write
 
 
+def _object(form: str) -> Any:
+    """A table whose arms are objects, in which `{path}` is that of a picture elsewhere."""
+
+    def write(folder: Path) -> Path:
+        path = str(folder.parent.resolve() / good_image(folder.parent, "secret.png"))
+        arm = form.replace("{path}", path)
+        return _table("train.jsonl", f'{{"prompt": "a cat", "chosen": {arm}, "rejected": {arm}}}')(folder)
+
+    return write
+
+
+def _address_that_is_there(folder: Path) -> Path:
+    """A path that passes for an address, and leads out through a folder that is there."""
+    (folder / "a:").mkdir()
+    good_image(folder.parent, "secret.png")
+    return _table("train.jsonl", _lines({**ROW, "chosen": "a://../../secret.png"}))(folder)
+
+
 def _behind_a_link(folder: Path) -> Path:
     (folder.parent / "elsewhere" / "below").mkdir(parents=True)
     good_image(folder.parent / "elsewhere", "secret.png")
@@ -54,25 +74,46 @@ def _behind_a_link(folder: Path) -> Path:
     return _table("train.jsonl", _lines(ROW, {**ROW, "chosen": "link/../secret.png"}))(folder)
 
 
-def _struct(folder: Path) -> Path:
-    """As `datasets` stores an image: a place for bytes, which is empty, and a path."""
-    secret = good_image(folder.parent, "secret.png")
-    image = {"bytes": None, "path": str(folder.parent / secret)}
-    table = pa.table({"prompt": ["a cat"], "chosen": [image], "rejected": [image]})
-    kind = {name: {"_type": "Image"} for name in ("chosen", "rejected")}
-    features = {"prompt": {"dtype": "string", "_type": "Value"}, **kind}
-    pq.write_table(
-        table.cast(_typed_struct(table.schema)).replace_schema_metadata(
-            {"huggingface": json.dumps({"info": {"features": features}})}
-        ),
-        folder / "train.parquet",
-    )
-    return folder / "train.parquet"
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
-def _typed_struct(schema: pa.Schema) -> pa.Schema:
-    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    return pa.schema([(field.name, field.type if field.name == "prompt" else image) for field in schema])
+def _typed(columns: dict[str, tuple[pa.DataType, Any, dict[str, Any]]]) -> Any:
+    """A Parquet file of one row, which says to `datasets` what its columns are; `{path}` is a picture elsewhere."""
+
+    def write(folder: Path) -> Path:
+        secret = str(folder.parent / good_image(folder.parent, "secret.png"))
+        arrays = {name: pa.array([_named(value, secret)], kind) for name, (kind, value, _) in columns.items()}
+        features = {name: feature for name, (*_, feature) in columns.items()}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(pa.table(arrays).replace_schema_metadata(metadata), folder / "train.parquet")
+        return folder / "train.parquet"
+
+    return write
+
+
+def _named(value: Any, path: str) -> Any:
+    if isinstance(value, list):
+        return [_named(part, path) for part in value]
+    return {**value, "path": value["path"].format(path=path)} if isinstance(value, dict) else value
+
+
+def _beside_images(write: Any) -> Any:
+    """Such a file beside the picture that it names."""
+    return lambda folder: (good_image(folder), write(folder))[1]
+
+
+_FETCHED = {"bytes": None, "path": "http://127.0.0.1:9/a.png"}
+_SECRET = {"bytes": None, "path": "{path}"}
+_TEXT = (pa.string(), "a cat", {"dtype": "string", "_type": "Value"})
+_GOOD = (pa.string(), "good.png", {"dtype": "string", "_type": "Value"})
+_AN_IMAGE = (_IMAGE, _SECRET, {"_type": "Image"})
+_AN_ADDRESS = (_IMAGE, _FETCHED, {"_type": "Image"})
+_FRAMES = (pa.list_(_IMAGE), [_SECRET] * 3, {"feature": {"_type": "Image"}, "_type": "List"})
+
+
+def _arms_of(arm: Any, **others: Any) -> Any:
+    """Such a file with both arms of one kind."""
+    return _typed({"prompt": _TEXT, "chosen": arm, "rejected": arm, **others})
 
 
 def _parquet(columns: dict[str, Any], keep: float = 1.0) -> Any:
@@ -90,15 +131,37 @@ def _no_text() -> pa.Array:
     return pa.array([b"\xff\xfe cat"]).view(pa.string())
 
 
-def _folder(*lines: str) -> Any:
+def _folder(*lines: str, name: str = "metadata.jsonl") -> Any:
     """Folders `chosen`, `rejected` and their metadata."""
 
     def write(folder: Path) -> Path:
         for arm in ("chosen", "rejected"):
             (folder / arm).mkdir()
             good_image(folder / arm)
-        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        (folder / name).write_text("\n".join(lines))
         return folder
+
+    return write
+
+
+def _video_dpo(path: Any) -> Any:
+    """The two tables of VideoDPO, of which one names a clip so."""
+
+    def write(folder: Path) -> Path:
+        (folder / "metadata.json").write_text(json.dumps([{"basic": {"clip_path": path}}]))
+        (folder / "pair.json").write_text(json.dumps([{"frame_caption": "a cat", "video1": 0, "video2": 0}]))
+        return folder
+
+    return write
+
+
+def _saved(state: str) -> Any:
+    """A folder of `save_to_disk` with this state."""
+
+    def write(folder: Path) -> Path:
+        datasets.Dataset.from_list([ROW]).save_to_disk(folder / "saved")
+        (folder / "saved" / "state.json").write_text(state)
+        return folder / "saved"
 
     return write
 
@@ -129,7 +192,34 @@ TABLES = [
     Case("a path with `..` that leads out of the table's folder", _path("../secret.png"), _OUT),
     Case("an absolute path to elsewhere", _path("{elsewhere}/secret.png"), _OUT),
     Case("`..` behind a link that leads elsewhere", _behind_a_link, _OUT),
-    Case("such a path in a Parquet file, beside empty bytes", _struct, _OUT),
+    Case("such a path in a Parquet file, beside empty bytes", _arms_of(_AN_IMAGE), _OUT),
+    Case("such a path in an object", _object('{"path": "{path}"}'), _OUT),
+    Case("such a path in an object, in the place of bytes", _object('{"bytes": "{path}", "path": null}'), _OUT),
+    Case("such paths in lists of images", _arms_of(_FRAMES), _OUT),
+    Case("such a path that passes for an address", _address_that_is_there, "is an address, and nothing is downloaded"),
+    Case(
+        "prompts that are said to be images at an address",
+        _arms_of(_GOOD, prompt=_AN_ADDRESS),
+        "expected a string or a conversation",
+    ),
+    Case(
+        "images at an address, in a column that nobody asked for",
+        _beside_images(_arms_of(_GOOD, more=_AN_ADDRESS)),
+        taken="read: what is not needed is not opened",
+    ),
+    Case(
+        "such images beside the columns of HPDv3",
+        _beside_images(_typed({"prompt": _TEXT, "path1": _GOOD, "path2": _GOOD, "more": _AN_ADDRESS})),
+        taken="read: what is not needed is not opened",
+    ),
+    Case("a path longer than any can be", _table("train.jsonl", _lines({**ROW, "chosen": _LONG})), "there is no file"),
+    Case(
+        "an object with a path, beside bytes that are null",
+        _table("train.jsonl", _lines({**ROW, "chosen": {"bytes": None, "path": "good.png"}})),
+        taken="read",
+    ),
+    Case("an object with a number for bytes", _object('{"bytes": 5, "path": null}'), "expected an image"),
+    Case("an object with a number for a path", _object('{"bytes": null, "path": 0}'), "expected an image"),
     Case("a path with `..` that stays inside", _path("../data/good.png"), taken="read"),
     Case("a line of JSON of 10 MB", _table("train.jsonl", _lines({**ROW, "note": "x" * 10_000_000})), taken="read"),
     Case(
@@ -137,6 +227,12 @@ TABLES = [
         _table("train.jsonl", _DEEP_LINE),
         "lie more than 100 deep within one another",
     ),
+    Case(
+        "a line of JSON with 100,000 escaped quotation marks",
+        _table("train.jsonl", "[" * 101 + '\\"' * 100_000),
+        "lie more than 100 deep within one another",
+    ),
+    Case("a label of 19 digits", _table("train.jsonl", _lines({**ROW, "label": 2**60 + 1})), "a number in [0, 1]"),
     Case("a JSON list so deep", _table("train.json", f"[{_DEEP_LINE}]"), "lie more than 100 deep within one another"),
     Case("a key that stands twice in a line of JSON", _table("train.jsonl", _TWICE), "was specified twice"),
     Case("a key that stands twice in a JSON list", _table("train.json", f"[{_TWICE}]"), "'chosen' stands twice"),
@@ -165,6 +261,11 @@ TABLES = [
         "a CSV with a quotation mark that never ends",
         _table("train.csv", 'prompt,chosen,rejected\n"a,b,c\n'),
         "EOF inside string",
+    ),
+    Case(
+        "a CSV with two columns of one name",
+        _table("train.csv", "prompt,chosen,rejected,chosen\na,good.png,other.png,third.png\n"),
+        "'chosen' stands twice",
     ),
     Case("no bytes", _table("train.jsonl", b""), "holds no rows"),
     Case("Parquet that is cut off", _parquet({"prompt": ["a cat"], **_ARMS}, keep=0.6), "cannot read"),
@@ -199,6 +300,36 @@ TABLES = [
         _folder('{"id": "good", "prompt": ' + _DEEP + "}"),
         "lie more than 100 deep within one another",
     ),
+    Case(
+        "metadata with a number of 5,000 digits",
+        _folder('{"id": ' + "1" * 5000 + ', "prompt": "a"}'),
+        "integer string conversion",
+    ),
+    Case(
+        "metadata with a label of 30 digits",
+        _folder('{"id": "good", "prompt": "a", "label": ' + "1" * 30 + "}"),
+        "cannot be read as a table",
+    ),
+    Case(
+        "metadata (CSV) with two columns of one name",
+        _folder("id,prompt,prompt", "good,a,b", name="metadata.csv"),
+        "'prompt' stands twice",
+    ),
+    Case(
+        "HPDv2 with a number for ranks",
+        _table("train.jsonl", _lines({"prompt": "a cat", "image_path": ["good.png", "other.png"], "rank": 5})),
+        "one number per image is needed",
+    ),
+    Case(
+        "HPDv3 with an object for a path",
+        _table(
+            "train.jsonl", _lines({"prompt": "a cat", "path1": {"path": "good.png"}, "path2": {"path": "good.png"}})
+        ),
+        "expected a path",
+    ),
+    Case("VideoDPO with a number for a path", _video_dpo(5), "pair 0: TypeError"),
+    Case("a saved dataset whose state is a list", _saved("[]"), "cannot be read"),
+    Case("a saved dataset whose state is 100,000 lists deep", _saved(_DEEP), "cannot be read"),
     Case("a tar shard with a symbolic link", _member("1.jpg_0.jpg", tarfile.SYMTYPE), "is a link"),
     Case("a tar shard with a hard link", _member("1.jpg_0.jpg", tarfile.LNKTYPE), "is a link"),
     Case("a tar shard with a device", _member("1.jpg_0.jpg", tarfile.CHRTYPE), "is a device or pipe"),
