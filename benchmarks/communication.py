@@ -45,10 +45,16 @@ def sent_per_step(strategy: str, work: Workload, processes: int) -> dict[str, fl
     gathered = {name: share * size for name, size in _gathered(strategy, work).items()}
     if strategy == "DDP":
         return {"gradients": 2 * share * 4 * work.trained}
-    gradients = {"gradients": share * work.gradient_bytes * work.trained}
-    if strategy == "ZeRO-2":
-        return {**gradients, "weights after the step": share * work.weight_bytes * work.trained}
-    return {**gathered, **gradients}
+    gradients = share * work.gradient_bytes * work.trained
+    if strategy == "FSDP2":
+        return {**gathered, "gradients": gradients}
+    # DeepSpeed adds up in every micro-batch, since a process keeps no gradients but its own part.
+    gradients *= work.accumulation
+    if strategy == "ZeRO-3":
+        return {**gathered, "gradients": gradients}
+    # ZeRO-2 gives all of them to every process, which drops the parts of the others: its default is one all-reduce
+    # (`use_multi_rank_bucket_allreduce`).
+    return {"gradients": 2 * gradients, "weights after the step": share * work.weight_bytes * work.trained}
 
 
 def _gathered(strategy: str, work: Workload) -> dict[str, float]:
