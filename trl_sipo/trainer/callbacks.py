@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from trl_sipo.trainer import json_checks as checks
 from trl_sipo.trainer._trl_compat import SyncRefModelCallback
+from trl_sipo.trainer.metrics_recorder import RECORDED
 from trl_sipo.trainer.run_state import RememberedCallback
 from trl_sipo.trainer.sample_grids import SampleGridCallback
 
@@ -54,6 +56,10 @@ class MetricsCallback(RememberedCallback):
         self.recorder.flush()
         return self.recorder.state_dict()
 
+    def check_state(self, state: Any, name: str) -> str | None:
+        """The recorder's."""
+        return RECORDED(state, name)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with it."""
         self.recorder.load_state_dict(state)
@@ -74,6 +80,11 @@ class DivergenceWarningCallback(RememberedCallback):
     def state_dict(self) -> dict[str, Any]:
         """The last logs; not what was warned of, which whoever reads the log of a resumed run has not seen."""
         return {"drift": list(self._drift), "masked_logs": self._masked_logs}
+
+    def check_state(self, state: Any, name: str) -> str | None:
+        """A few logs, and how many were masked."""
+        drift = checks.items(checks.number(is_finite=False), high=DRIFT_WINDOW)
+        return checks.record({"drift": drift, "masked_logs": checks.count()})(state, name)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with them."""

@@ -255,6 +255,21 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def earlier_complete_checkpoint(checkpoint: Path) -> Path | None:
+    """The checkpoint of most steps, beside this one and of fewer steps, that a run can continue from."""
+    step = step_of(checkpoint)
+    for folder in reversed(_numbered(checkpoint.parent)):
+        is_earlier = folder.name != checkpoint.name and (step is None or _step(folder) < step)
+        if is_earlier and why_not_resumable(folder) is None:
+            return folder
+    return None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that the name of a checkpoint says; `None`: it has another name."""
+    return _step(checkpoint) if _CHECKPOINT.fullmatch(checkpoint.name) else None
+
+
 def warn_of_earlier_run(output_dir: Path) -> None:
     """Warn of checkpoints in the folder of a run that begins anew: they will be taken for its own."""
     if checkpoints := _numbered(output_dir):
@@ -337,7 +352,11 @@ def _damage_of_unlisted(folder: Path) -> str | None:
 
 def _numbered(run_dir: Path) -> list[Path]:
     """The folders `checkpoint-<step>`, of the fewest steps first."""
-    return sorted(_folders(run_dir, _CHECKPOINT), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+    return sorted(_folders(run_dir, _CHECKPOINT), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
 
 
 def _folders(parent: Path, name: re.Pattern[str]) -> list[Path]:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from trl_sipo.trainer import json_checks as checks
 from trl_sipo.trainer.run_state import RememberedCallback
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ class DivergenceGuard(RememberedCallback):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"best_margins": dict(self.best_margins)}
+
+    def check_state(self, state: Any, name: str) -> str | None:
+        """A margin for each metric."""
+        return checks.record({"best_margins": checks.table(checks.number())})(state, name)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what [`state_dict`] gave."""

@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
+from trl_sipo.trainer import json_checks as checks
+from trl_sipo.trainer.checkpoint_reading import read_json
 
 logger = logging.getLogger(__name__)
 
 # Parts of the schedule: of 20 timesteps each in a schedule of 1000, the stride of a sampler of 50 steps.
 NUM_PARTS = 50
 LEVEL_MEMORY_FILE = "level_memory.json"
+_WEIGHTS = checks.items(checks.number(0.0, torch.finfo(torch.float32).max), NUM_PARTS, NUM_PARTS)
 
 SampleLevels = Callable[[list[torch.Generator]], NoiseLevel]
 """One generator per pair -> levels (batch,)."""
@@ -107,12 +110,16 @@ class LevelMemory:
             (checkpoint / LEVEL_MEMORY_FILE).write_text(json.dumps(self.weight.tolist()), encoding="utf-8")
 
     def load(self, checkpoint: str) -> None:
-        """Go on with the memory of a checkpoint; with none, and a warning, when it has none."""
+        """Go on with the memory of a checkpoint; with none, and a warning, when it has none.
+
+        Raises:
+            ConfigurationError: It is damaged.
+        """
         file = Path(checkpoint, LEVEL_MEMORY_FILE)
         if not self.num_redraws:
             return
         if file.is_file():
-            self.weight = torch.tensor(json.loads(file.read_text(encoding="utf-8")), device=self.weight.device)
+            self.weight = torch.tensor(read_json(file, _WEIGHTS), device=self.weight.device)
             return
         logger.warning(
             "The checkpoint %s was written without `mask_redraws`: which noise levels are masked is learned anew.",

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer import json_checks as checks
 from trl_sipo.trainer.nonfinite import (
     broken_pairs,
     gradient_message,
@@ -32,7 +33,16 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 2
 # Steps in a row that a gradient scaler may leave out. It halves its scale each time: from 2**16 to below any use.
 MAX_OVERFLOWS = 40
-# The state of a recorder at the start of a run.
+# What the state of a recorder must be, and what it is at the start of a run.
+RECORDED = checks.record(
+    {
+        "metrics": checks.table(checks.items(checks.number(is_finite=False))),  # of skipped steps alone, NaN
+        "masked_in_step": checks.items(checks.flag()),
+        "empty_batches": checks.count(),
+        "skipped_steps": checks.count(),
+        "overflows": checks.count(),
+    }
+)
 NOTHING_RECORDED = {"metrics": {}, "masked_in_step": [], "empty_batches": 0, "skipped_steps": 0, "overflows": 0}
 
 

@@ -21,6 +21,7 @@ from trl_sipo.trainer.checkpoint_files import (
     warn_of_earlier_run,
     written_whole,
 )
+from trl_sipo.trainer.checkpoint_reading import check_training_state, taking_up
 from trl_sipo.trainer.checkpointing import (
     STORAGE_FAILURES,
     copy_weights,
@@ -73,7 +74,7 @@ class ResumableTrainer(DPOTrainer):
             CheckpointError: A checkpoint could not be written.
             Preempted: SIGTERM came. The run has saved itself, and leaves with a status of its own.
         """
-        checkpoint = from_main(lambda: checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint))
+        checkpoint = from_main(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         if checkpoint is None and self.args.should_save:
             warn_of_earlier_run(Path(self.args.output_dir))
         try:
@@ -85,6 +86,12 @@ class ResumableTrainer(DPOTrainer):
         except SystemExit as leaving:
             end_in_time(leaving, self.args.world_size)
             raise
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        checkpoint = checkpoint_to_resume(self.args.output_dir, wanted)
+        if checkpoint is not None:
+            check_training_state(Path(checkpoint))
+        return checkpoint
 
     def get_train_dataloader(self) -> DataLoader:
         """The inherited one, whose workers outlive the SIGTERM that ends the run."""
@@ -138,6 +145,14 @@ class ResumableTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_weights(self.adapter, self.unwrapped_model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with taking_up(checkpoint, "optimizer.pt and scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with taking_up(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
 
     @property
     def reads_stream(self) -> bool:

@@ -17,6 +17,9 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from trl_sipo.trainer import json_checks as checks
+from trl_sipo.trainer.checkpoint_reading import read_json
+
 logger = logging.getLogger(__name__)
 
 RUN_STATE_FILE = "run_state.json"
@@ -36,11 +39,18 @@ class StreamPosition:
     steps: int
 
 
-def load_stream_position(checkpoint: str) -> StreamPosition | None:
-    """The position that a checkpoint holds; warns, and gives `None`, when it has none."""
-    file = Path(checkpoint, STREAM_POSITION_FILE)
+def load_stream_position(checkpoint: str, global_step: int) -> StreamPosition | None:
+    """The position that a checkpoint holds; warns, and gives `None`, when it has none.
+
+    Args:
+        global_step: Optimiser steps of the checkpoint, of which every pass takes at least one.
+
+    Raises:
+        ConfigurationError: It is damaged.
+    """
+    file, steps = Path(checkpoint, STREAM_POSITION_FILE), checks.count(global_step)
     if file.is_file():
-        return StreamPosition(**json.loads(file.read_text(encoding="utf-8")))
+        return StreamPosition(**read_json(file, checks.record({"epoch": steps, "steps": steps})))
     logger.warning(
         "The checkpoint %s does not say where it was in the stream: rows are skipped as in a first pass, so the order "
         "of the data and the noise differ from those of a run that was never interrupted.",
@@ -67,6 +77,32 @@ class LoggedLoss:
     seconds: float
 
 
+def _run_state(global_step: int, remembered: dict[str, checks.Check]) -> checks.Check:
+    """What `run_state.json` must hold: of so many steps, and with the states of these callbacks where it has them."""
+    steps = checks.count(global_step)
+    loss = checks.record(
+        {
+            "since_log": checks.items(checks.number(), 1),
+            "total": checks.number(),
+            "last_logged_step": steps,
+            "first_step": steps,
+            "seconds": checks.number(0, checks.LARGEST_COUNT),
+        }
+    )
+    # The gradient of a step that a scaler left out is not finite.
+    norm, learning_rate = checks.number(is_finite=False), checks.number(0, torch.finfo(torch.float32).max)
+
+    return checks.record(
+        {
+            "loss": loss,
+            "last_step": checks.row(checks.optional(norm), checks.optional(learning_rate)),
+            "epoch_has_ended": checks.flag(),
+            "callbacks": checks.table(checks.table(checks.anything()), remembered),
+        },
+        {"is_training": checks.flag()},  # earlier versions did not say
+    )
+
+
 class RememberedCallback(TrainerCallback, ABC):
     """A callback whose state goes into every checkpoint, and is taken up by a run that is resumed from it."""
 
@@ -77,6 +113,10 @@ class RememberedCallback(TrainerCallback, ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what [`state_dict`] gave."""
+
+    def check_state(self, state: Any, name: str) -> str | None:
+        """What is wrong with a state that was read from a checkpoint, as a [`~trl_sipo.trainer.json_checks.Check`]."""
+        return checks.table(checks.anything())(state, name)
 
 
 class RunState(TrainerCallback):
@@ -154,9 +194,11 @@ class RunState(TrainerCallback):
             steps_in_epoch: Optimiser steps of an epoch; of a stream, of the run.
             num_epochs: Of the run.
         """
-        self._checkpoint, self._saved = checkpoint, {} if checkpoint is None else _load(checkpoint)
+        self._checkpoint, self._saved = checkpoint, {} if checkpoint is None else self._load(checkpoint)
         is_resumed_stream = checkpoint is not None and self.trainer.reads_stream
-        self._position = load_stream_position(checkpoint) if is_resumed_stream else None
+        self._position = None
+        if is_resumed_stream:
+            self._position = load_stream_position(checkpoint, self.trainer.state.global_step)
         if checkpoint is not None:
             start = self._resumed_start(start, steps_in_epoch, num_epochs)
         self._first_epoch = start[0]
@@ -178,6 +220,18 @@ class RunState(TrainerCallback):
         if position:
             return epoch, 0 if args.ignore_data_skip else position.steps * args.gradient_accumulation_steps
         return start
+
+    def _load(self, checkpoint: str) -> dict[str, Any]:
+        file = Path(checkpoint, RUN_STATE_FILE)
+        if file.is_file():
+            remembered = {name: callback.check_state for name, callback in self._remembered().items()}
+            return read_json(file, _run_state(self.trainer.state.global_step, remembered))
+        logger.warning(
+            "The checkpoint %s, of an earlier version, does not hold what was not logged yet when it was written: the "
+            "next log averages over fewer steps than it says.",
+            checkpoint,
+        )
+        return {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up what the checkpoint holds, or begin anew."""
@@ -225,15 +279,3 @@ class RunState(TrainerCallback):
             self.trainer.model.train(self._saved.get("is_training", True))
             self.trainer._load_rng_state(self._checkpoint)
             control.should_training_stop = state.global_step >= state.max_steps
-
-
-def _load(checkpoint: str) -> dict[str, Any]:
-    file = Path(checkpoint, RUN_STATE_FILE)
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    logger.warning(
-        "The checkpoint %s, of an earlier version, does not hold what was not logged yet when it was written: the "
-        "next log averages over fewer steps than it says.",
-        checkpoint,
-    )
-    return {}
