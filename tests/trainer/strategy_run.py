@@ -2,6 +2,7 @@
 """What `test_strategy.py` runs in every process of a group."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,7 @@ def ask_for_fsdp_on_cpus(output: Path) -> None:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     with pytest.raises(ConfigurationError, match="FSDP was asked for, but DDP on 2 processes"):
         make_trainer(DPO, output)
+
+
+if __name__ == "__main__":  # under a launcher
+    make_trainer(DPO, sys.argv[1])

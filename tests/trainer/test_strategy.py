@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategy in force is said at the start, and is the one that was asked for, or the run ends."""
 
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +13,11 @@ from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.trainer import strategy_run
-from tests.trainer.processes import run_ranks
+from tests.trainer.processes import ROOT, run_ranks
 from tests.trainer.runs import DPO, make_trainer
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer import strategy
+from trl_sipo.trainer.launcher import environment_before_launch
 from trl_sipo.trainer.strategy import Strategy, check_prepared, check_strategy, launched_processes, strategy_in_force
 
 # What a launcher leaves in the environment, and what is said where Accelerate runs one process in float32.
@@ -24,10 +29,6 @@ REFUSED = {
         "8 copies of the run.*`WORLD_SIZE=1`",
     ),
     "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2"}, "2 copies of the run"),
-    "accelerate launch --cpu": (
-        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-        "told of several processes and started one",
-    ),
     "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, "FSDP was asked for, but one process on cpu"),
     "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed was asked for, but one process on cpu"),
     "precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "the launcher for 'bf16'"),
@@ -68,7 +69,66 @@ def test_one_process_that_was_asked_for_is_taken(launcher, trainer):
     check_strategy(trainer.args, trainer.accelerator, TAKEN[launcher])
 
 
-@pytest.mark.parametrize("launcher", ["accelerate launch --cpu", "precision"])
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+OTHER_ADDRESS = {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "29511"}
+# What is exported before `accelerate launch`, the processes that it is told of, and whether it is refused.
+LAUNCHES = {
+    "two": ({}, 2, True),
+    "two where an address is left over": (OTHER_ADDRESS, 2, True),
+    "two where a port is left over": ({"MASTER_PORT": "29511"}, 2, True),
+    "one": ({}, 1, False),
+    "one where an address is left over": (ADDRESS, 1, False),
+    "one on a platform": (OTHER_ADDRESS, 1, False),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_an_address_that_the_launcher_wrote_asks_for_several(launch, trainer):
+    before, processes, is_refused = LAUNCHES[launch]
+    environment = {"ACCELERATE_MIXED_PRECISION": "no", **before, **(ADDRESS if processes > 1 else {})}
+    with pytest.raises(ConfigurationError, match="told of several") if is_refused else nullcontext():
+        check_strategy(trainer.args, trainer.accelerator, environment, lambda: before)
+
+
+@pytest.mark.parametrize("environment", [ADDRESS, {"ACCELERATE_MIXED_PRECISION": "no", **ADDRESS}])
+def test_an_address_that_no_launcher_wrote_asks_for_nothing(environment, tmp_path, monkeypatch):
+    """As in plain Python, where it is left over, or where the program sets it."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert environment_before_launch() is None
+    make_trainer(DPO, tmp_path)
+
+
+_SEES = (
+    "from trl_sipo.trainer.launcher import environment_before_launch as before; print((before() or {}).get('MARK'))"
+)
+# `accelerate launch` starts one process so: with its own environment and what it adds.
+_LAUNCHES = "import os, subprocess, sys; subprocess.run({}, env=os.environ | {{'ACCELERATE_DYNAMO_MODE': 'default'}})"
+
+
+@pytest.mark.parametrize("between", [[], ["sh", "-c", '"$@"; true', "sh"]], ids=["child", "through_a_shell"])
+def test_the_environment_of_the_launcher_is_found(between, monkeypatch):
+    monkeypatch.setenv("MARK", "of the launcher")
+    child = [*between, sys.executable, "-c", _SEES]
+    for command, seen in ((["-c", _LAUNCHES.format(child)], "of the launcher"), (["-c", _SEES], "None")):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.stdout.strip() == seen, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_accelerate_launch_itself(launch, tmp_path):
+    before, processes, is_refused = LAUNCHES[launch]
+    environment = {name: value for name, value in os.environ.items() if name not in ADDRESS}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    script = ["-m", "tests.trainer.strategy_run", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *script], env=environment | before, capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
+    assert (done.returncode != 0) == is_refused == ("told of several processes and started one" in done.stderr)
+
+
+@pytest.mark.parametrize("launcher", ["precision"])
 def test_the_trainer_looks_at_its_environment(launcher, tmp_path, monkeypatch):
     environment, message = REFUSED[launcher]
     for name, value in environment.items():

@@ -9,7 +9,7 @@ is made, and from the wrapped model itself before the first step.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.trainer.launcher import environment_before_launch
 
 # By which launchers tell a process how many there are: torchrun and `accelerate launch`, the MPIs, `srun`.
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -86,16 +87,23 @@ def _precision_of(accelerator: Accelerator) -> str:
     return next((name for name, enabled in is_on.items() if enabled is True), "no")
 
 
-def check_strategy(args: Any, accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
+def check_strategy(
+    args: Any,
+    accelerator: Accelerator,
+    environment: Mapping[str, str] = os.environ,
+    before_launch: Callable[[], Mapping[str, str] | None] = environment_before_launch,
+) -> None:
     """Raise [`ConfigurationError`] unless Accelerate does what the launcher and the arguments asked for.
 
     Args:
         args: The trainer's configuration.
         accelerator: The trainer's.
         environment: Of this process, as the launcher left it.
+        before_launch: Gives that of `accelerate launch`, where it is the launcher.
     """
     strategy = strategy_in_force(accelerator)
     _check_processes(strategy, environment)
+    _check_started(strategy, environment, before_launch)
     _check_sharding(args, strategy, environment)
     _check_precision(args, strategy, environment)
 
@@ -115,11 +123,20 @@ def _check_processes(strategy: Strategy, environment: Mapping[str, str]) -> None
             f"The launcher says that there are {launched} processes, but this one knows of {strategy.processes}: "
             f"{launched} copies of the run would train without meeting. {_HOW_TO_LAUNCH} {_HOW_TO_BE_ALONE}"
         )
-    # Left by `accelerate launch` where it was told of several processes and has no launcher for them. A platform that
-    # gives every job an address also gives it a `WORLD_SIZE`.
-    left = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
-    asked_for_several = left <= environment.keys() and not environment.keys() & {"LOCAL_RANK", "WORLD_SIZE"}
-    if asked_for_several and strategy.processes == 1:
+
+
+def _check_started(
+    strategy: Strategy,
+    environment: Mapping[str, str],
+    before_launch: Callable[[], Mapping[str, str] | None],
+) -> None:
+    # Written by `accelerate launch` where it was told of several processes and has no launcher for them. What was
+    # exported before is no request.
+    address = ("MASTER_ADDR", "MASTER_PORT")
+    if strategy.processes > 1 or environment.keys() & {"LOCAL_RANK", "WORLD_SIZE"} or address[0] not in environment:
+        return
+    before = before_launch()
+    if before is not None and any(environment.get(name) != before.get(name) for name in address):
         raise ConfigurationError(
             "`accelerate launch` was told of several processes and started one: on CPUs it does not start more. "
             f"{_HOW_TO_LAUNCH} {_HOW_TO_BE_ALONE}"
