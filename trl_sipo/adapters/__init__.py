@@ -86,11 +86,11 @@ def load_pipeline(
     # Parts that it was saved without, such as Stable Diffusion 3's T5: diffusers wants to be told of some of them.
     given: dict[str, Any] = {part: None for part, origin in index.items() if origin == [None, None]}
     for part in weightless:
-        if part not in init_kwargs and (origin := index.get(part) or [None, None])[0] is not None:
+        if part not in init_kwargs and (origin := _origin(name, index, part)) is not None:
             given[part] = weightless_component(name, part, origin, hub_kwargs)
     try:
         return loader.from_pretrained(name, **{"use_safetensors": True, **given, **init_kwargs})
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of files that are broken or cut off the libraries raise errors of any kind
         message = f"The pipeline {name!r} is there but does not load: {error}"
         if "safetensors" in message and "use_safetensors" not in init_kwargs:
             message += f" {_NO_PICKLES}"
@@ -104,7 +104,20 @@ def denoiser_names(name_or_path: str | os.PathLike[str], revision: str | None = 
         BackboneError: as [`load_pipeline`].
     """
     index = _read_index(os.path.expanduser(name_or_path), {} if revision is None else {"revision": revision})
-    return [name for name in _DENOISER_NAMES if (index.get(name) or [None])[0] is not None]
+    name = os.fspath(name_or_path)
+    return [part for part in _DENOISER_NAMES if _origin(name, index, part) is not None]
+
+
+def _origin(name: str, index: dict[str, Any], part: str) -> list[str] | None:
+    """Library and class of a component, as `model_index.json` has them; `None`: the pipeline has none."""
+    origin = index.get(part)
+    if origin is None or origin == [None, None]:
+        return None
+    if isinstance(origin, list) and len(origin) == 2 and all(isinstance(word, str) for word in origin):
+        return origin
+    raise BackboneError(
+        f"The model_index.json of {name!r} has {origin!r:.80} for the {part}, which is no library and class."
+    )
 
 
 def _read_index(name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +127,11 @@ def _read_index(name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     _check_location(name)
     try:
         index = cast(Any, diffusers.DiffusionPipeline).load_config(name, **hub_kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(_unreachable(name, error)) from error
     class_name = index.get("_class_name") if isinstance(index, dict) else None
-    if class_name not in ADAPTERS:
-        raise BackboneError(f"{name!r} is a {class_name}, which no adapter knows. Known classes: {_known()}.")
+    if not isinstance(class_name, str) or class_name not in ADAPTERS:  # a list names code that comes with the model
+        raise BackboneError(f"{name!r} is a {class_name!s:.80}, which no adapter knows. Known classes: {_known()}.")
     return index
 
 

@@ -249,9 +249,9 @@ def _parse_lora_file(path: Path, denoiser_name: str) -> tuple[dict[str, Tensor],
         raise BackboneError(f"There is no LoRA to load: {path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            metadata = dict(json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}")))
             weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise BackboneError(f"{path} cannot be read as a LoRA file: {error}") from error
     config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if not config:

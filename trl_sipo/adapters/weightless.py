@@ -48,7 +48,9 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
         raise BackboneError(
             f"The {part} of {name!r} is of the library {library!r}; known are {', '.join(_LIBRARIES)}."
         )
-    component_class = getattr(importlib.import_module(library), class_name)
+    component_class: Any = getattr(importlib.import_module(library), class_name, None)
+    if not (isinstance(component_class, type) and issubclass(component_class, nn.Module)):
+        raise BackboneError(f"The {part} of {name!r} is a {class_name!r:.80}, which is no model of {library}.")
     try:
         if library == "diffusers":
             config = component_class.load_config(name, subfolder=part, **hub_kwargs)
@@ -56,7 +58,7 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
             config = component_class.config_class.from_pretrained(name, subfolder=part, **hub_kwargs)
         with torch.device("meta"):
             module = component_class.from_config(config) if library == "diffusers" else component_class(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numbers where texts should be, and the like: the libraries raise errors of any kind
         raise BackboneError(f"The configuration of {part} of {name!r} cannot be read: {error}") from error
     return module.requires_grad_(False).eval()
 

@@ -122,10 +122,11 @@ def load_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
         if not hasattr(pipeline, "load_lora_weights"):  # diffusers gives this pipeline's denoiser alone the methods
             model.transformer.load_lora_adapter(str(folder), use_safetensors=True)
         else:
-            model.load_lora_weights(str(folder), weight_name=LORA_FILES[0])
+            model.load_lora_weights(str(folder), weight_name=LORA_FILES[0], use_safetensors=True)
         if (folder / LORA_FILES[1]).is_file():
-            model.load_lora_weights(str(folder), weight_name=LORA_FILES[1], load_into_transformer_2=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+            options = {"load_into_transformer_2": True, "use_safetensors": True}
+            model.load_lora_weights(str(folder), weight_name=LORA_FILES[1], **options)
+    except Exception as error:  # of a file that is broken, or of other layers, the libraries raise errors of any kind
         raise BackboneError(f"The LoRA of {str(folder)!r} does not load into this pipeline: {error}") from error
     # diffusers passes over the LoRA of another kind of denoiser with a warning.
     if not any(getattr(module, "peft_config", None) for module in model.components.values()):
