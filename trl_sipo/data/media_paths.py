@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset, LargeList, List, Value
+from datasets import Dataset, Image, IterableDataset, LargeList, List, Value, Video
 
 from trl_sipo.data.formats import FORMATS, without_decoding
 from trl_sipo.data.preference_dataset import first_row
@@ -58,6 +58,7 @@ def with_absolute_paths(dataset: Dataset | IterableDataset, folders: list[Path])
     Raises:
         DatasetError: a path leads out of the folders; names the row. Of a stream, when that row is read.
     """
+    features = dataset.features or {}
     dataset = without_decoding(dataset)  # which would open files, and fetch addresses, before anyone has looked
     is_stream = isinstance(dataset, IterableDataset)
     columns = _path_columns(dataset)
@@ -82,7 +83,11 @@ def with_absolute_paths(dataset: Dataset | IterableDataset, folders: list[Path])
         if isinstance(dataset, Dataset):  # apart from the map, which `datasets` remembers
             warn_of_links(_flat(dataset.with_format(None)[column] for column in columns), roots)
     if isinstance(dataset, Dataset):  # of a stream, the map has looked at them
-        _check_structs(dataset, roots)
+        fetched = _check_structs(dataset, roots)
+        arms = {column for fmt in FORMATS.values() for column in (fmt.first, fmt.second)}
+        for column in arms & features.keys() - fetched:  # whoever looks at rows finds images in them, as before
+            if isinstance(features[column], Image | Video):
+                dataset = dataset.cast_column(column, features[column])
     return dataset
 
 
@@ -184,17 +189,25 @@ def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) 
     return checked_path(str(found), roots, where)
 
 
-def _check_structs(dataset: Dataset, roots: Sequence[str]) -> None:
-    """Look at the paths of images and videos that are stored with a place for their bytes, which is empty."""
+def _check_structs(dataset: Dataset, roots: Sequence[str]) -> set[str]:
+    """Look at the paths of images and videos that are stored with a place for their bytes, which is empty.
+
+    Returns:
+        The columns that name addresses, which are refused when they are opened.
+    """
+    fetched = set()
     columns = [column for column in dataset.features if column in _arms()]
     for column in (name for name in columns if _is_media(dataset.features[name])):
         rows = dataset.select_columns([column]).with_format("arrow")
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             values = rows[start : start + _ROWS_AT_A_TIME][column].combine_chunks()
             for row, path in _paths_without_bytes(values):
-                if not is_address(path):
-                    path = checked_path(os.path.abspath(path), roots, f"row {start + row}, column {column!r}")
-                    warn_of_links([path], roots)
+                if is_address(path):
+                    fetched.add(column)
+                    continue
+                path = checked_path(os.path.abspath(path), roots, f"row {start + row}, column {column!r}")
+                warn_of_links([path], roots)
+    return fetched
 
 
 def _paths_without_bytes(values: pa.Array) -> Iterator[tuple[int, str]]:
