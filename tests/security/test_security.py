@@ -23,6 +23,8 @@ from trl_sipo.adapters.lora import LORA_FILE_NAME, read_lora_file
 from trl_sipo.adapters.weightless import ENCODER_NAMES, weightless_component
 from trl_sipo.cli.main import main
 from trl_sipo.errors import BackboneError, ConfigurationError
+from trl_sipo.printing import printable
+from trl_sipo.scripts.train import continuing_command
 from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
 
 SECRET = "hf_thisIsASecretThatNobodyMaySee"
@@ -232,6 +234,82 @@ def test_a_token_for_loading_is_refused_and_not_repeated(tmp_path):
             make_config(DPO, tmp_path, model_init_kwargs=options)
         assert SECRET not in str(found.value)
     assert make_config(DPO, tmp_path, model_init_kwargs={"token": True}).model_init_kwargs == {"token": True}
+
+
+def test_secrets_are_refused_at_any_depth(tmp_path):
+    for options in ({"vae": {"token": SECRET}}, {"variant": SECRET}, {"proxies": {"https": "http://me:secret@host"}}):
+        with pytest.raises(ConfigurationError, match="HF_TOKEN") as found:
+            make_config(DPO, tmp_path, model_init_kwargs=options)
+        assert SECRET not in str(found.value) and "me:secret" not in str(found.value)
+    with pytest.raises(ConfigurationError, match="must be a dict"):
+        make_config(DPO, tmp_path, model_init_kwargs=[SECRET])
+    assert make_config(DPO, tmp_path, model_init_kwargs={"proxies": {"https": "http://host"}}).model_init_kwargs
+
+
+NAMED = ["--model_name_or_path", "some/model", "--dataset_name", "nowhere.csv"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--hub_tokn", SECRET, *NAMED],
+        [f"--hf_token={SECRET}", *NAMED],
+        [*NAMED[:-1], f"{SECRET}.csv"],
+        [*NAMED[:-1], "https://me:secret@host/pairs.csv"],
+        ["--config", "tokens.yaml"],
+    ],
+    ids=["mistyped", "set", "in a name", "in an address", "in a file"],
+)
+def test_errors_show_no_tokens(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens.yaml").write_text(f"hub_tokn: {SECRET}\n")
+    assert main(["dpo", *argv]) == 2
+    printed = capsys.readouterr().err
+    assert "***" in printed and SECRET not in printed and "me:secret" not in printed
+
+
+def test_variables_with_tokens_are_left_out_of_errors(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "of-no-form-that-is-known")
+    assert printable("key of-no-form-that-is-known!") == "key ***!"
+
+
+def test_the_command_that_continues_shows_no_token():
+    """It is printed when a run is stopped, where logs are kept."""
+    for option in (["--hub_token", SECRET], [f"--hub_token={SECRET}"], ["--hub-token", "of no known form"]):
+        command = continuing_command(["trl-sipo", "dpo", *option, "--seed", "1"])
+        assert SECRET not in command and "known" not in command
+        assert "***" in command and command.endswith("--seed 1 --resume_from_checkpoint true")
+
+
+def test_errors_do_not_steer_the_terminal(tmp_path, capsys):
+    """Whoever sends a folder names the files in it."""
+    (tmp_path / "a\x1b[31m\u202e\rb.csv").write_text("prompt,chosen,rejected\na,b,c,d\n")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert r"a\x1b[31m\u202e\rb.csv" in printed and not set("\x1b\u202e") & set(printed)
+
+
+CONFIGURATIONS = {
+    "no UTF-8": (b"a: \xe9\n", "not valid YAML"),
+    "a thousand lists deep": (b"a: " + b"[" * 5000, "not valid YAML"),
+    "a number of 5,000 digits": (b"seed: " + b"1" * 5000, "not valid YAML"),
+    "references to references": (
+        b"a0: &a0 [x]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 9)),
+        "more than 100000 values",
+    ),
+    "a function": (b"a: !!python/object/apply:os.mkdir [gone_off]", "not valid YAML"),
+    "a number for a name": (b"model_name_or_path: 5\ndataset_name: '5'", "must be a text"),
+    "a list of options": (b"model_init_kwargs: [a]\nmodel_name_or_path: a/b\ndataset_name: c", "must be a dict"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_hostile_configuration_is_refused(content, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert main(["dpo", "--config", "run.yaml"]) == 2
+    assert message in capsys.readouterr().err and os.listdir(tmp_path) == ["run.yaml"]
 
 
 def test_commands_show_no_tokens(model, tmp_path, monkeypatch, capfd):

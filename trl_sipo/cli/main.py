@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 
+from trl_sipo.printing import printable
 from trl_sipo.scripts.subcommands import usage_of
 
 # Command -> (module with `run(command, argv)`, one line of help).
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
     except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
-        print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
+        print(f"trl-sipo {argv[0]}: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # its text, if any, says how to go on
         print(f"\ntrl-sipo {argv[0]}: interrupted. {error}".rstrip(), file=sys.stderr)

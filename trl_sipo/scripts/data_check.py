@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_sipo.errors import ConfigurationError, DatasetError
+from trl_sipo.printing import printable
 
 if TYPE_CHECKING:
     from trl_sipo.data.checking.check import DataCheck
@@ -110,4 +111,4 @@ def _tell_of_bad_rows(found: "DataCheck", arguments: argparse.Namespace) -> None
     advice = f"Mend them, or leave them out: --skip_rows {file}"
     if arguments.strict:
         raise DatasetError(f"{text} {advice}")
-    print(f"{text}\n{advice}")
+    print(printable(f"{text}\n{advice}"))

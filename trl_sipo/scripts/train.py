@@ -4,6 +4,7 @@
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
 
+import itertools
 import os
 import shlex
 import sys
@@ -19,11 +20,14 @@ from trl_sipo.errors import (
     Preempted,
     StorageError,
 )
+from trl_sipo.printing import printable, words_without_secrets
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
 from trl_sipo.trainer.methods import METHODS, method_classes
 
 if TYPE_CHECKING:
     from trl import TrlParser
+
+_MOST_SETTINGS = 100_000  # values in a configuration file, with what its references stand for
 
 
 @dataclass
@@ -140,14 +144,19 @@ def parse(
         data_args, training_args, model_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
-    if not data_args.dataset_name:
-        raise ConfigurationError("`dataset_name` is required: a hub id or a local path of preference pairs.")
-    if not model_args.model_name_or_path:
-        raise ConfigurationError("`model_name_or_path` is required: a hub id or a local path of a diffusers pipeline.")
+    _check_name("dataset_name", data_args.dataset_name, "preference pairs")
+    _check_name("model_name_or_path", model_args.model_name_or_path, "a diffusers pipeline")
     _check_lora_arguments(model_args)
     _check_quantization(model_args)
     _check_trackers(training_args.report_to)
     return data_args, training_args, model_args
+
+
+def _check_name(name: str, value: Any, what: str) -> None:
+    if not value:
+        raise ConfigurationError(f"`{name}` is required: a hub id or a local path of {what}.")
+    if not isinstance(value, str):  # as YAML reads 1984
+        raise ConfigurationError(f"`{name}` must be a text, got {value!r:.80}: put it in quotation marks.")
 
 
 def _check_config_file(path: str | None = None) -> None:
@@ -156,12 +165,24 @@ def _check_config_file(path: str | None = None) -> None:
     if path is None:
         raise ConfigurationError("`--config` needs the path of a YAML file.")
     try:
-        with open(path) as file:
-            yaml.safe_load(file)
+        with open(path, encoding="utf-8") as file:
+            _check_size(yaml.safe_load(file))
     except OSError as error:
         raise ConfigurationError(f"The configuration file {path!r} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"The configuration file {path!r} is not valid YAML: {error}") from error
+
+
+def _check_size(content: Any) -> None:
+    """Raise ValueError when references to references (`*name`) stand for more than a file of settings can hold."""
+    values = [content]
+    for count in itertools.count():
+        if not values:
+            return
+        if count > _MOST_SETTINGS:
+            raise ValueError(f"it holds more than {_MOST_SETTINGS} values")
+        value = values.pop()
+        values.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def _check_lora_arguments(model_args: ModelArguments) -> None:
@@ -355,14 +376,14 @@ def run(
 
 
 def continuing_command(words: list[str], launcher: str = "") -> str:
-    """The same command with `--resume_from_checkpoint true`, as it is typed."""
+    """The same command with `--resume_from_checkpoint true`, as it is typed, but for its tokens: logs are kept."""
     kept, rest = [], iter(words)
     for word in rest:
         if word == "--resume_from_checkpoint":
             next(rest, None)  # its value
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
-    return launcher + shlex.join([*kept, "--resume_from_checkpoint", "true"])
+    return launcher + shlex.join(words_without_secrets([*kept, "--resume_from_checkpoint", "true"]))
 
 
 def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None = None) -> None:
@@ -376,7 +397,7 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
     except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
         from trl_sipo.trainer.process_group import end_process
 
-        print(f"{method}: {error}", file=sys.stderr)
+        print(f"{method}: {printable(error)}", file=sys.stderr)
         end_process(2)
 
 

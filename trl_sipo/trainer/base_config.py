@@ -13,6 +13,7 @@ from trl_sipo.core.objectives._preference_nll import check_label_smoothing
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.printing import without_secrets
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.compilation import check_compile_backend
 from trl_sipo.trainer.safety_config import SafetyConfig
@@ -286,11 +287,15 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         return {**self.__dict__, "hub_token": None}
 
     def _check_secrets(self) -> None:
-        tokens = [name for name, value in (self.model_init_kwargs or {}).items() if "token" in name and value]
-        if any(isinstance(self.model_init_kwargs[name], str) for name in tokens):
+        options = self.model_init_kwargs or {}
+        if not isinstance(options, dict):
+            raise ConfigurationError(f"`model_init_kwargs` must be a dict, got {type(options).__name__}.")
+        secret = _secret_in(options)
+        if secret is not None:
             raise ConfigurationError(
-                f"`model_init_kwargs` holds a `{tokens[0]}`, which would be written down with the other settings, by "
-                "trackers and in checkpoints. Log in instead (`hf auth login`), or set the variable HF_TOKEN."
+                f"`model_init_kwargs` holds a secret (`{secret}`), which would be written down with the other settings, "
+                "by trackers and in checkpoints. Log in instead (`hf auth login`), or set the variable HF_TOKEN (of a "
+                "proxy: HTTPS_PROXY)."
             )
 
     def _check_beta(self) -> None:
@@ -454,6 +459,17 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
                 "`tf32=True` needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and none is here. "
                 "Remove it: no result depends on it."
             )
+
+
+def _secret_in(options: dict[str, Any]) -> str | None:
+    """The name of an option, at any depth, that is a token or holds one, or a password within an address."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            if (found := _secret_in(value)) is not None:
+                return found
+        elif isinstance(value, str) and value and ("token" in str(name) or without_secrets(value) != value):
+            return str(name)
+    return None
 
 
 def reject_language_model_fields(config: DPOConfig) -> None:

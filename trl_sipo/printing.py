@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command prints of an error: text of others may hold what steers a terminal, and a user's may hold a token."""
+
+import os
+import re
+
+_HIDDEN = "***"
+_TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_PASSWORDS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # of an address: https://name:password@host
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_TOKEN_OPTION = re.compile(r"--[\w-]*(token|api[_-]key|password)")
+
+
+def printable(text: object) -> str:
+    """A text for the terminal: control characters escaped, tokens and passwords left out."""
+    return "".join(_shown(character) for character in without_secrets(str(text)))
+
+
+def without_secrets(text: str) -> str:
+    """The same text without tokens of the hub, what variables hold for tokens, and passwords within addresses."""
+    for name in _VARIABLES:
+        value = os.environ.get(name)
+        text = text.replace(value, _HIDDEN) if value else text
+    return _PASSWORDS.sub(_HIDDEN, _TOKENS.sub(_HIDDEN, text))
+
+
+def words_without_secrets(words: list[str]) -> list[str]:
+    """The words of a command, in which what follows `--hub_token` and the like is left out."""
+    shown, is_token = [], False
+    for word in words:
+        name, is_set, _ = word.partition("=")
+        is_named = _TOKEN_OPTION.fullmatch(name) is not None
+        shown.append(_HIDDEN if is_token else f"{name}={_HIDDEN}" if is_named and is_set else without_secrets(word))
+        is_token = is_named and not is_set
+    return shown
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() or character in "\n\t" else repr(character)[1:-1]
