@@ -181,7 +181,7 @@ def _load(
         return _take_split(_single(lambda: dataset_from_columns(name_or_path), split, streaming), split, "the columns")
     text = os.path.expanduser(os.fspath(name_or_path))
     path = Path(text)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike the method, false of a path that is too long
         if _looks_like_path(text):
             raise DatasetError(f"there is no file or folder {text!r} (working directory: {os.getcwd()})")
         dataset = _load_from_hub(text, name, split, streaming)

@@ -122,7 +122,7 @@ class Manifest:
 
 def is_cache(folder: str | os.PathLike[str]) -> bool:
     """Whether this is a folder that `trl-sipo encode` has begun."""
-    return Path(folder, MANIFEST).is_file()
+    return os.path.isfile(Path(folder, MANIFEST))  # unlike the method, false of a path that is too long
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
