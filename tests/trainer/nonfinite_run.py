@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.trainer.runs import SIPO, logged, make_trainer, preference_pairs
 from trl_sipo.errors import NumericalError
+from trl_sipo.trainer.reproduction import load_reproduction
 
 BROKEN_STEP = 2
 
@@ -77,4 +79,22 @@ def fail(output: str, link: str) -> None:
     names = sorted(path.name for path in Path(output, "_nonfinite").glob("*.json"))
     processes = (1,) if link == "policy" else (0, 1)
     assert names == [f"step-00000{BROKEN_STEP}-process-{process}-part-0.json" for process in processes]
+    trainer.end()
+
+
+def fail_on_a_slow_disk(output: str) -> None:
+    """None raises, which lets the launcher end the others, before all have written what broke."""
+    trainer = _trainer(output)
+    _break_error(trainer)
+    if os.environ["RANK"] == "1":
+        write = trainer.recorder.reproduce._write
+
+        def slowly(*args):
+            time.sleep(1.0)
+            write(*args)
+
+        trainer.recorder.reproduce._write = slowly
+    with pytest.raises(NumericalError):
+        trainer.train()
+    load_reproduction(Path(output, "_nonfinite", f"step-00000{BROKEN_STEP}-process-1-part-0.json"))
     trainer.end()

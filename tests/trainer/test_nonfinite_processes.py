@@ -11,3 +11,7 @@ from tests.trainer.processes import run_ranks
 @pytest.mark.parametrize("what", ["skip", "fail"])
 def test_both_processes_agree(what, link, tmp_path):
     run_ranks(getattr(nonfinite_run, what), str(tmp_path / "run"), link, directory=tmp_path, timeout=120)
+
+
+def test_no_process_ends_before_what_broke_is_written(tmp_path):
+    run_ranks(nonfinite_run.fail_on_a_slow_disk, str(tmp_path / "run"), directory=tmp_path, timeout=120)

@@ -163,11 +163,19 @@ class ReproductionWriter:
     def __call__(self, fault: Fault) -> str | None:
         """Write the micro-batches of this process; where they lie, `None` if enough lie there already.
 
-        A disk that is full, or read-only, is no reason to hide the fault: it is logged, and nothing is written.
+        All processes must call it. None returns before all have written: the error that follows ends one of them first,
+        and then the launcher ends the others.
         """
         if self._written == MAX_STEPS:
             return None
         self._written += 1
+        try:
+            return self._write_all(fault)
+        finally:
+            self.trainer.accelerator.wait_for_everyone()
+
+    def _write_all(self, fault: Fault) -> str | None:
+        """A disk that is full, or read-only, is no reason to hide the fault: it is logged, and nothing is written."""
         stem = f"step-{fault.step:06d}" if fault.step else "evaluation"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
