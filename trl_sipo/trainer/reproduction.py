@@ -163,8 +163,8 @@ class ReproductionWriter:
     def __call__(self, fault: Fault) -> str | None:
         """Write the micro-batches of this process; where they lie, `None` if enough lie there already.
 
-        All processes must call it. None returns before all have written: the error that follows ends one of them first,
-        and then the launcher ends the others.
+        All processes must call it. None returns before all have written: the error that follows ends one of them
+        first, and then the launcher ends the others.
         """
         if self._written == MAX_STEPS:
             return None
