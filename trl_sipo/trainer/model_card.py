@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card written beside every checkpoint."""
 
+import json
 import os
 from importlib.metadata import version
 from importlib.resources import files
@@ -98,7 +99,7 @@ def save_model_card(
         is_lora=is_lora,
         is_video=is_video,
         lora_loading_code="\n".join(lora_loading_code).format(path=model_name),
-        prompt=prompt or "a photo of a cat",
+        prompt=json.dumps(prompt or "a photo of a cat", ensure_ascii=False),  # within code, which it must not end
         sample_grid=sample_grid,
         trackio_url=get_trackio_space_url(),
         comet_url=get_comet_experiment_url(),
