@@ -155,13 +155,14 @@ def _video_dpo(path: Any) -> Any:
     return write
 
 
-def _saved(state: str) -> Any:
-    """A folder of `save_to_disk` with this state."""
+def _saved(state: str | dict[str, Any]) -> Any:
+    """A folder of `save_to_disk` with this state, or with these changes of it."""
 
     def write(folder: Path) -> Path:
-        datasets.Dataset.from_list([ROW]).save_to_disk(folder / "saved")
-        (folder / "saved" / "state.json").write_text(state)
-        return folder / "saved"
+        datasets.Dataset.from_list([{**ROW, "rejected": ROW["chosen"]}]).save_to_disk(folder / "saved")
+        path = folder / "saved" / "state.json"
+        path.write_text(state if isinstance(state, str) else json.dumps({**json.loads(path.read_text()), **state}))
+        return path.parent
 
     return write
 
@@ -328,6 +329,11 @@ TABLES = [
         "expected a path",
     ),
     Case("VideoDPO with a number for a path", _video_dpo(5), "pair 0: TypeError"),
+    Case(
+        "a saved dataset with a transform",
+        _beside_images(_saved({"_format_type": "custom", "_format_kwargs": {"transform": "os.system"}})),
+        taken="read: a format that was saved is not used",
+    ),
     Case("a saved dataset whose state is a list", _saved("[]"), "cannot be read"),
     Case("a saved dataset whose state is 100,000 lists deep", _saved(_DEEP), "cannot be read"),
     Case("a tar shard with a symbolic link", _member("1.jpg_0.jpg", tarfile.SYMTYPE), "is a link"),

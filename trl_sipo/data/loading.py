@@ -268,7 +268,7 @@ def _saved_splits(
     folders += [Path.cwd()] * (media_folder is None)
 
     def read(part: Dataset) -> Dataset | IterableDataset:
-        return with_absolute_paths(part, folders)
+        return with_absolute_paths(part.with_format(None), folders)  # the format is saved too, and may be any
 
     if isinstance(saved, DatasetDict):
         return {str(name): _maybe_streamed(lambda part=part: read(part), streaming) for name, part in saved.items()}
