@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SECURITY.md promises: no code of others, no secrets written down, nothing written elsewhere."""
 
+import ast
 import json
 import os
 import pickle
@@ -389,6 +390,21 @@ def test_files_are_written_where_they_were_asked_for(model, tmp_path, monkeypatc
     assert not [path for path in strange if not path.startswith(temporary) and "__pycache__" not in path]
     assert not list((tmp_path / "work").iterdir()) and not list((tmp_path / "home").iterdir())
     assert sorted(path.name for path in pairs.parent.iterdir()) == ["pairs.parquet"]
+
+
+def test_a_prompt_does_not_end_the_code_of_a_card(tmp_path):
+    """Sample prompts may come from anywhere, and a card is read, and copied from, by others."""
+    prompt = 'a "cat"\n```\n<script>alert(1)</script>"); import os'
+    trainer = make_trainer(DPO, tmp_path, sample_prompts=[prompt], sample_every_steps=1)
+    trainer.create_model_card()
+    code = (tmp_path / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```\n")[0]
+    call = next(node for node in ast.walk(ast.parse(code)) if getattr(getattr(node, "func", None), "id", "") == "pipe")
+    assert ast.literal_eval(call.args[0]) == prompt
+
+
+def test_a_path_that_is_too_long_is_no_path(capsys):
+    assert main(["data", "check", "a" * 5000 + ".csv"]) == 2
+    assert "there is no file or folder" in capsys.readouterr().err
 
 
 def test_the_policy_is_found():

@@ -293,8 +293,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         secret = _secret_in(options)
         if secret is not None:
             raise ConfigurationError(
-                f"`model_init_kwargs` holds a secret (`{secret}`), which would be written down with the other settings, "
-                "by trackers and in checkpoints. Log in instead (`hf auth login`), or set the variable HF_TOKEN (of a "
+                f"`model_init_kwargs` holds a secret (`{secret}`), which would be written down with others, by "
+                "trackers and in checkpoints. Log in instead (`hf auth login`), or set the variable HF_TOKEN (of a "
                 "proxy: HTTPS_PROXY)."
             )
 
