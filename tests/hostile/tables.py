@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,14 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, says: int = 0, key: str = 
     return write
 
 
+def _piped(folder: Path) -> Path:
+    saved = _saved({})(folder)
+    file = next(saved.glob("*.arrow"))
+    file.unlink()
+    os.mkfifo(file)
+    return saved
+
+
 _ARMS = {"chosen": ["good.png"], "rejected": ["other.png"]}
 _OUT = "leads out of"
 _DEEP_LINE = json.dumps(ROW)[:-1] + ', "more": ' + _DEEP + "}"
@@ -334,6 +343,7 @@ TABLES = [
         _beside_images(_saved({"_format_type": "custom", "_format_kwargs": {"transform": "os.system"}})),
         taken="read: a format that was saved is not used",
     ),
+    Case("a saved dataset with a named pipe", _piped, "is no file"),
     Case("a saved dataset whose state is a list", _saved("[]"), "cannot be read"),
     Case("a saved dataset whose state is 100,000 lists deep", _saved(_DEEP), "cannot be read"),
     Case("a tar shard with a symbolic link", _member("1.jpg_0.jpg", tarfile.SYMTYPE), "is a link"),

@@ -259,6 +259,9 @@ def _local_splits(
 def _saved_splits(
     path: Path, split: str, streaming: bool, media_folder: str | os.PathLike[str] | None
 ) -> dict[str, _Loader]:
+    for file in path.rglob("*"):
+        if not (file.is_file() or file.is_dir()):  # to open a pipe is to wait for it
+            raise DatasetError(f"the saved dataset {str(path)!r} cannot be read: {str(file)!r} is no file")
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # of what its tables of contents hold, `datasets` checks nothing
