@@ -194,6 +194,37 @@ def _piped(folder: Path) -> Path:
     return saved
 
 
+def _arrow_file(name: str) -> Any:
+    """A saved dataset whose rows are said to be in this file, which is there, or in the pipe `{pipe}`."""
+
+    def write(folder: Path) -> Path:
+        saved = _saved({})(folder)
+        moved = next(saved.glob("*.arrow")).rename(folder.parent / "secret.arrow")
+        if "{pipe}" in name:
+            os.mkfifo(folder.parent / "pipe")
+        named = name.format(elsewhere=folder.parent.resolve(), pipe=folder.parent.resolve() / "pipe")
+        state = json.loads((saved / "state.json").read_text())
+        (saved / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": named}]}))
+        assert moved.is_file()
+        return saved
+
+    return write
+
+
+def _saved_splits(name: str) -> Any:
+    """A saved dataset of splits, one of which is said to be this folder."""
+
+    def write(folder: Path) -> Path:
+        _saved({})(folder.parent)
+        rows = datasets.Dataset.from_list([{**ROW, "rejected": ROW["chosen"]}])
+        datasets.DatasetDict(train=rows).save_to_disk(folder / "splits")
+        named = name.format(elsewhere=folder.parent.resolve())
+        (folder / "splits" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", named]}))
+        return folder / "splits"
+
+    return write
+
+
 _ARMS = {"chosen": ["good.png"], "rejected": ["other.png"]}
 _OUT = "leads out of"
 _DEEP_LINE = json.dumps(ROW)[:-1] + ', "more": ' + _DEEP + "}"
@@ -344,6 +375,12 @@ TABLES = [
         taken="read: a format that was saved is not used",
     ),
     Case("a saved dataset with a named pipe", _piped, "is no file"),
+    Case("a saved dataset whose rows are in `../../secret.arrow`", _arrow_file("../../secret.arrow"), _OUT),
+    Case("a saved dataset whose rows are in a file elsewhere", _arrow_file("{elsewhere}/secret.arrow"), _OUT),
+    Case("a saved dataset whose rows are in a named pipe elsewhere", _arrow_file("{pipe}"), _OUT),
+    Case("a saved dataset with a split in `../../saved`", _saved_splits("../../saved"), _OUT),
+    Case("a saved dataset with a split in a folder elsewhere", _saved_splits("{elsewhere}/saved"), _OUT),
+    Case("a saved dataset with a split in `..`", _saved_splits(".."), _OUT),
     Case("a saved dataset whose state is a list", _saved("[]"), "cannot be read"),
     Case("a saved dataset whose state is 100,000 lists deep", _saved(_DEEP), "cannot be read"),
     Case("a tar shard with a symbolic link", _member("1.jpg_0.jpg", tarfile.SYMTYPE), "is a link"),

@@ -2,6 +2,7 @@
 """Preference data from wherever it is: the hub, a saved dataset, tables of rows, folders of images, or plain lists."""
 
 import glob
+import json
 import logging
 import os
 import re
@@ -71,6 +72,7 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
     ".csv": check_csv_header,
 }
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SAVE_ANEW = "load it where it was made, and write it anew by `save_to_disk`"
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -259,11 +261,11 @@ def _local_splits(
 def _saved_splits(
     path: Path, split: str, streaming: bool, media_folder: str | os.PathLike[str] | None
 ) -> dict[str, _Loader]:
-    for file in path.rglob("*"):
-        if not (file.is_file() or file.is_dir()):  # to open a pipe is to wait for it
-            raise DatasetError(f"the saved dataset {str(path)!r} cannot be read: {str(file)!r} is no file")
     try:
+        _check_saved_files(path)
         saved = datasets.load_from_disk(str(path))
+    except DatasetError:
+        raise
     except Exception as error:  # of what its tables of contents hold, `datasets` checks nothing
         raise DatasetError(f"the saved dataset {str(path)!r} cannot be read: {error}") from error
     # Relative paths were seen from the folder in which the program ran that saved them: this one, as it may be.
@@ -276,6 +278,25 @@ def _saved_splits(
     if isinstance(saved, DatasetDict):
         return {str(name): _maybe_streamed(lambda part=part: read(part), streaming) for name, part in saved.items()}
     return _single(lambda: read(saved), split, streaming)
+
+
+def _check_saved_files(folder: Path) -> None:
+    """Raise DatasetError where the tables of contents of a saved dataset name what is no file or folder within it."""
+    parts = [folder]
+    for split in _names_in(folder / "dataset_dict.json", lambda contents: contents["splits"]):
+        parts.append(folder / split)
+    for part in parts:
+        for name in _names_in(part / "state.json", lambda state: [file["filename"] for file in state["_data_files"]]):
+            if not (part / name).is_file():  # to open a pipe is to wait for it
+                raise DatasetError(f"the saved dataset {str(part)!r} names {name!r}, which is no file: {_SAVE_ANEW}")
+
+
+def _names_in(contents: Path, names_of: Callable[[Any], list[str]]) -> list[str]:
+    names = names_of(json.loads(contents.read_text(encoding="utf-8"))) if contents.is_file() else []
+    for name in names:
+        if name in ("", "..") or Path(name).name != name:
+            raise DatasetError(f"{str(contents)!r} names {name!r:.200}, which leads out of its folder: {_SAVE_ANEW}")
+    return names
 
 
 def _data_files(folder: Path) -> dict[str, list[Path]]:
