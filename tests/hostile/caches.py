@@ -79,6 +79,42 @@ def _index(column: str, value: int) -> Any:
     return damage
 
 
+def _later_shard(change: Any) -> Any:
+    """Move the second pair to a file of its own, and change the tensors there."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / _LATENTS)
+        change(tensors)
+        save_file(tensors, folder / "latents" / "00001.safetensors")
+        table = pq.read_table(folder / "index.parquet")
+        place = table.column_names.index("shard")
+        pq.write_table(table.set_column(place, "shard", [np.array([0, 1], np.int32)]), folder / "index.parquet")
+
+    return damage
+
+
+def _cropped(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["rejected"] = tensors["rejected"][..., :1].contiguous()
+
+
+def _with_labels(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["label"] = torch.ones(len(tensors["chosen"]))
+
+
+def _in_double_precision(name: str) -> Any:
+    return lambda tensors: tensors.update({name: tensors[name].double()})
+
+
+def _narrow(tensors: dict[str, torch.Tensor]) -> None:
+    """Embeddings of half the width and twice the length."""
+    shapes = tensors["prompt_embeds.shapes"]
+    tensors["prompt_embeds.shapes"] = shapes * torch.tensor([2, 1]) // torch.tensor([1, 2])
+
+
+def _flat(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["prompt_embeds.shapes"] = tensors["prompt_embeds.shapes"].prod(1, keepdim=True)
+
+
 def _first(name: str, value: Any) -> Any:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[0] = value
@@ -100,6 +136,8 @@ def _pipe(folder: Path) -> None:
 
 _BAD_ROWS = "latents/00000.bad_rows.jsonl"
 _ROWS_OF_WORDS = b'{"pair": "first", "row": 0, "key": "0", "reason": ""}'
+_PRECISION = "is of torch.float64, and the manifest says bfloat16"
+_OTHER, _NULLS = "unlike those of 00000", "than that of the empty prompt"
 
 CACHES = [
     Case("NaN among latents", _tensors(_LATENTS, _first("chosen", torch.nan)), "holds numbers that are not finite"),
@@ -109,6 +147,21 @@ CACHES = [
         "holds numbers that are not finite",
     ),
     Case("latents that are integers", _tensors(_LATENTS, _as_integers), "its 'chosen' is of torch.int16"),
+    Case(
+        "latents of another precision than the manifest's",
+        _tensors(_LATENTS, _in_double_precision("chosen")),
+        _PRECISION,
+    ),
+    Case("latents of another shape in a later file", _later_shard(_cropped), _OTHER),
+    Case("latents of another precision in a later file", _later_shard(_in_double_precision("rejected")), _PRECISION),
+    Case("labels in a later file alone", _later_shard(_with_labels), _OTHER),
+    Case("embeddings of another width than the empty prompt's", _tensors(_TEXT, _narrow), _NULLS),
+    Case("embeddings without a width", _tensors(_TEXT, _flat), _NULLS),
+    Case(
+        "embeddings of another precision than the empty prompt's",
+        _tensors(_TEXT, _in_double_precision("prompt_embeds")),
+        _NULLS,
+    ),
     Case("one arm alone", _tensors(_LATENTS, lambda tensors: tensors.pop("rejected")), "it has no 'rejected'"),
     Case("a file that is cut off", _cut, "it ends after"),
     Case(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trl_sipo.data.cache.broken import BAD_ROWS, is_settled, read_broken
-from trl_sipo.data.cache.manifest import file_samples, is_cache, read_manifest
+from trl_sipo.data.cache.manifest import NUMBERS, Manifest, file_samples, is_cache, read_manifest
 from trl_sipo.data.cache.plan import NULL_FILE, PROMPT, latents_file, read_index, text_file
 from trl_sipo.data.cache.shards import OpenFiles, TensorFile
 from trl_sipo.errors import DatasetError
@@ -62,7 +62,11 @@ class CachedPairs(torch.utils.data.Dataset):
                 self.folder / BAD_ROWS,
             )
         self._files = OpenFiles()
-        self._conditioning_names = self._files[self.folder / NULL_FILE].names
+        buckets, firsts = np.unique(self.index.bucket, return_index=True)
+        self._first_shards = dict(zip(buckets.tolist(), self.index.shard[firsts].tolist(), strict=True))
+        self._checked: set[tuple[int, int]] = set()  # bucket and shard
+        null = self._files[self.folder / NULL_FILE]
+        self._null_layout = {name: (null.dtype(name), null.shape(name)) for name in null.names}
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -70,10 +74,9 @@ class CachedPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        file = self._files[self.folder / latents_file(int(self.index.shard[index]))]
+        file = self._latents_of(index)
         place = int(self.index.row[index])
-        names = dict.fromkeys(("chosen", "rejected", *file.names))
-        stored = {name: file.row(name, place) for name in names}
+        stored = {name: file.row(name, place) for name in file.names}
         _check_finite(stored, file, place)
         text, row = self._text_of(int(self.index.prompt[index]))
         item: dict[str, Any] = {"prompt": _prompt_of(text, row)}
@@ -81,9 +84,19 @@ class CachedPairs(torch.utils.data.Dataset):
             item[f"{arm}_latents"] = stored.pop(arm).float()
         for name, value in stored.items():
             item[name] = value.float() if value.ndim else float(value)
-        conditioning = {name: text.ragged_row(name, row) for name in self._conditioning_names}
+        conditioning = {name: text.ragged_row(name, row) for name in self._null_layout}
+        _check_embeddings(conditioning, self._null_layout, text, row)
         _check_finite(conditioning, text, row)
         return {**item, "conditioning": conditioning, "pair_index": index}
+
+    def _latents_of(self, index: int) -> TensorFile:
+        """The file that holds a pair's latents: as the manifest says, and like the first one of the same shapes."""
+        bucket, shard = int(self.index.bucket[index]), int(self.index.shard[index])
+        file = self._files[self.folder / latents_file(shard)]
+        if (bucket, shard) not in self._checked:
+            _check_latents(file, self._files[self.folder / latents_file(self._first_shards[bucket])], self.manifest)
+            self._checked.add((bucket, shard))
+        return file
 
     def _text_of(self, prompt: int) -> tuple[TensorFile, int]:
         """The file that holds a prompt, and its place there."""
@@ -93,12 +106,11 @@ class CachedPairs(torch.utils.data.Dataset):
     def null_conditioning(self) -> dict[str, torch.Tensor]:
         """What an unconditional sample is given in place of a prompt."""
         file = self._files[self.folder / NULL_FILE]
-        return {name: file.tensor(name) for name in self._conditioning_names}
+        return {name: file.tensor(name) for name in self._null_layout}
 
     def latent_shapes(self) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Of the chosen and the rejected arm, without the batch dimension, in all batches there can be."""
-        firsts = np.unique(self.index.bucket, return_index=True)[1]
-        files = [self._files[self.folder / latents_file(int(self.index.shard[first]))] for first in firsts]
+        files = [self._files[self.folder / latents_file(shard)] for shard in self._first_shards.values()]
         return {(file.shape("chosen")[1:], file.shape("rejected")[1:]) for file in files}
 
     @property
@@ -136,11 +148,43 @@ class CachedPairs(torch.utils.data.Dataset):
         self._epoch[0] = epoch
 
 
+def _check_latents(file: TensorFile, first: TensorFile, manifest: Manifest) -> None:
+    """Raise DatasetError unless rows of a file make a batch with those of the first one, as the manifest has them."""
+    posterior = ("chosen_std", "rejected_std") if manifest.posterior_std else ()
+    for name in ("chosen", "rejected", *posterior):
+        if file.dtype(name) != getattr(torch, manifest.dtype):
+            raise file.damaged(f"its {name!r} is of {file.dtype(name)}, and the manifest says {manifest.dtype}")
+    for name in file.names:
+        if name not in ("chosen", "rejected", *posterior, *NUMBERS):
+            raise file.damaged(f"it has {name!r:.80}, as no such cache has")
+        if name in NUMBERS and len(file.shape(name)) != 1:
+            raise file.damaged(f"its {name!r} has the shape {file.shape(name)}, and not one number for each pair")
+    rows, others = (
+        {name: (part.shape(name)[1:], part.dtype(name)) for name in sorted(part.names)} for part in (file, first)
+    )
+    if rows != others:
+        raise file.damaged(f"its rows are {rows}, unlike those of {first.path.name}, {others}")
+
+
+def _check_embeddings(
+    rows: dict[str, torch.Tensor],
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    file: TensorFile,
+    row: int,
+) -> None:
+    """Raise DatasetError unless a prompt's tensors are like those of the empty prompt, but for their lengths."""
+    for name, (dtype, shape) in layout.items():
+        found = tuple(rows[name].shape)
+        if rows[name].dtype != dtype or len(found) != len(shape) or found[1:] != shape[1:]:
+            raise file.damaged(
+                f"row {row} of its {name!r} has another shape or dtype than that of the empty prompt: {found} of "
+                f"{rows[name].dtype}, and {shape} of {dtype}"
+            )
+
+
 def _check_finite(tensors: dict[str, torch.Tensor], file: TensorFile, row: int) -> None:
     """What `trl-sipo encode` wrote was finite: numbers that are not were written by something else, or damaged."""
     for name, tensor in tensors.items():
-        if name in ("chosen", "rejected") and not tensor.is_floating_point():
-            raise file.damaged(f"its {name!r} is of {tensor.dtype}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise file.damaged(f"row {row} of its {name!r} holds numbers that are not finite")
 

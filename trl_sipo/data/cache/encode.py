@@ -27,7 +27,7 @@ from trl_sipo.data.cache.broken import (
     settle_broken,
     write_broken,
 )
-from trl_sipo.data.cache.manifest import MANIFEST, Manifest, check_same, is_cache, read_manifest
+from trl_sipo.data.cache.manifest import MANIFEST, NUMBERS, Manifest, check_same, is_cache, read_manifest
 from trl_sipo.data.cache.plan import (
     INDEX,
     NULL_FILE,
@@ -48,7 +48,6 @@ from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 TEXT_BATCH_SIZE = 16
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-_NUMBERS = ("frame_rate", "label")
 
 
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ def _count(tolerance: Tolerance, attempted: Attempted, shard: int, folder: Path)
 
 def _encode_batch(adapter: BackboneAdapter, batch: dict[str, Any], manifest: Manifest) -> dict[str, torch.Tensor]:
     dtype = torch_dtype(manifest.dtype)
-    encoded = {name: batch[name] for name in _NUMBERS if name in batch}
+    encoded = {name: batch[name] for name in NUMBERS if name in batch}
     for arm in ("chosen", "rejected"):
         pixels = batch[f"{arm}_pixels"]
         if manifest.posterior_std:

@@ -24,6 +24,7 @@ from trl_sipo.errors import ConfigurationError, DatasetError
 
 MANIFEST = "cache.json"
 FORMAT = 1
+NUMBERS = ("frame_rate", "label")  # what there may be beside the latents of each pair
 # How media become tensors. Another word here for another way, so that caches of the two are told apart.
 PREPROCESSING = "first frames; cover, crop at the centre; Lanczos; [-1, 1]"
 

@@ -165,6 +165,9 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor."""
         entry = self._entry(name)
