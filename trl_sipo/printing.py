@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command prints of an error: text of others may hold what steers a terminal, and a user's may hold a token."""
 
+import argparse
 import os
 import re
+from typing import NoReturn
 
 _HIDDEN = "***"
 _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PASSWORDS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # of an address: https://name:password@host
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _TOKEN_OPTION = re.compile(r"--[\w-]*(token|api[_-]key|password)")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One that repeats no token that was given for something else, as its errors repeat what they refuse."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, and end the process with 2."""
+        super().error(printable(message))
 
 
 def printable(text: object) -> str:

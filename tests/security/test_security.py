@@ -269,6 +269,14 @@ def test_errors_show_no_tokens(argv, tmp_path, monkeypatch, capsys):
     assert "***" in printed and SECRET not in printed and "me:secret" not in printed
 
 
+@pytest.mark.parametrize("command", ["dpo --max_steps", "encode --height", "data check --num_workers", "demo --steps"])
+def test_options_that_take_no_token_do_not_repeat_it(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), SECRET, *(["--output", "cache"] if "encode" in command else [])])
+    printed = capsys.readouterr().err
+    assert command.split()[-1] in printed and SECRET not in printed
+
+
 def test_variables_with_tokens_are_left_out_of_errors(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "of-no-form-that-is-known")
     assert printable("key of-no-form-that-is-known!") == "key ***!"
@@ -300,6 +308,8 @@ CONFIGURATIONS = {
         "more than 100000 values",
     ),
     "a function": (b"a: !!python/object/apply:os.mkdir [gone_off]", "not valid YAML"),
+    "a key twice": (b"seed: 1\nbeta: 2\nseed: 3\n", "the key 'seed' stands twice, in lines 1 and 3"),
+    "a key twice in a group": (b"model_init_kwargs: {a: 1, 'a': 2}\n", "the key 'a' stands twice, in lines 1 and 1"),
     "a number for a name": (b"model_name_or_path: 5\ndataset_name: '5'", "must be a text"),
     "a list of options": (b"model_init_kwargs: [a]\nmodel_name_or_path: a/b\ndataset_name: c", "must be a dict"),
 }

@@ -21,8 +21,8 @@ CASES = {
     "full, accumulated": ("dpo_cm", "full", BETA, {"per_device_train_batch_size": 2, **ACCUMULATED, **BETA}),
     "precomputed reference": ("dpo", "new_lora", {**BANK, **BETA}, {**BANK, **BETA}),
 }
-# The same pairs in calls of the same size are the same numbers. Calls of eight and of four are rounded differently; the
-# gradients of the two arms of a pair all but cancel and their roundings do not: as a share of the gradient's norm.
+# The same pairs in calls of the same size are the same numbers. Calls of eight and of four are rounded differently;
+# the gradients of the two arms of a pair all but cancel and their roundings do not: as a share of the gradient's norm.
 ROUNDING = {"lora": 1e-6}
 OTHER_KERNELS = 2e-4
 # Blocks are compiled inside the wrapper that exchanges the gradients; the one process is not compiled.

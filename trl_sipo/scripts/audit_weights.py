@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+from trl_sipo.printing import ArgumentParser
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,7 +31,7 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safete
 
 def make_parser(prog: str = "trl-sipo audit weights") -> argparse.ArgumentParser:
     """The options; those that a training command has too have its names and defaults."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description="Print the importance weight at every noise level, and the region that SIPO would mask.",
         allow_abbrev=False,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_sipo.errors import ConfigurationError, DatasetError
-from trl_sipo.printing import printable
+from trl_sipo.printing import ArgumentParser, printable
 
 if TYPE_CHECKING:
     from trl_sipo.data.checking.check import DataCheck
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def make_parser(prog: str = "trl-sipo data check") -> argparse.ArgumentParser:
     """The options; those that a training command has too have its names."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description="Look at every row of preference data, and write what was found: a page, numbers, lists of rows.",
         allow_abbrev=False,

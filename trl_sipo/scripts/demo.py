@@ -8,11 +8,12 @@ from importlib import import_module
 from pathlib import Path
 
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.printing import ArgumentParser
 
 
 def make_parser(prog: str = "trl-sipo demo") -> argparse.ArgumentParser:
     """The command's options; what is not given comes from `trl_sipo.demo.settings`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description="Train a tiny Stable Diffusion with Diffusion-DPO, DPO-C&M, SIPO and Poly-DPO, and compare them. "
         "With --video: a tiny Wan, with Diffusion-DPO and SIPO.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError
+from trl_sipo.printing import ArgumentParser
 
 if TYPE_CHECKING:
     from trl_sipo.adapters.base import BackboneAdapter
@@ -25,7 +26,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 def make_parser(prog: str = "trl-sipo encode") -> argparse.ArgumentParser:
     """The options; those that a training command has too have its names."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description="Encode pairs once, into a cache that training commands take as `dataset_name`. Run it again to "
         "go on after an interruption; under torchrun, processes share the work.",

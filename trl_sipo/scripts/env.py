@@ -5,6 +5,8 @@ import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from trl_sipo.printing import ArgumentParser
+
 PACKAGES = (
     "trl-sipo", "trl", "transformers", "diffusers", "accelerate", "peft", "datasets", "torch", "bitsandbytes", "numpy",
 )  # fmt: skip
@@ -23,7 +25,7 @@ def environment() -> dict[str, str]:
 
 def make_parser(prog: str = "trl-sipo env") -> argparse.ArgumentParser:
     """The command's parser; it has no options."""
-    return argparse.ArgumentParser(prog=prog, description="Print versions and devices, for a bug report.")
+    return ArgumentParser(prog=prog, description="Print versions and devices, for a bug report.")
 
 
 def run(command: str, argv: list[str]) -> None:

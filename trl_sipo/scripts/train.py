@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from trl_sipo.errors import (
     BackboneError,
     ConfigurationError,
@@ -20,7 +22,7 @@ from trl_sipo.errors import (
     Preempted,
     StorageError,
 )
-from trl_sipo.printing import printable, words_without_secrets
+from trl_sipo.printing import ArgumentParser, printable, words_without_secrets
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
 from trl_sipo.trainer.methods import METHODS, method_classes
 
@@ -122,9 +124,12 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
     """TRL's parser over data, training and model arguments of `method`, a key of `METHODS`."""
     from trl import TrlParser
 
+    class Parser(ArgumentParser, TrlParser):
+        """TRL's, whose errors show no tokens."""
+
     # Without abbreviations: a mistyped option must not be taken for a longer one.
     arguments = (DataArguments, method_classes(method)[0], ModelArguments)
-    return TrlParser(arguments, prog=prog or f"trl-sipo {method}", allow_abbrev=False)
+    return Parser(arguments, prog=prog or f"trl-sipo {method}", allow_abbrev=False)
 
 
 def parse(
@@ -160,17 +165,31 @@ def _check_name(name: str, value: Any, what: str) -> None:
 
 
 def _check_config_file(path: str | None = None) -> None:
-    import yaml
-
     if path is None:
         raise ConfigurationError("`--config` needs the path of a YAML file.")
     try:
         with open(path, encoding="utf-8") as file:
-            _check_size(yaml.safe_load(file))
+            _check_size(_SafeLoaderOfUniqueKeys(file).get_single_data())
     except OSError as error:
         raise ConfigurationError(f"The configuration file {path!r} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"The configuration file {path!r} is not valid YAML: {error}") from error
+
+
+class _SafeLoaderOfUniqueKeys(yaml.SafeLoader):
+    """YAML's own, which of two values under one key would drop the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Raise ValueError when a key stands twice; on the text as it is, before `<<` adds keys of other places."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise ValueError(f"the key {key.value!r:.80} stands twice, in lines {lines[name]} and {line}")
+                lines[name] = line
+        return node
 
 
 def _check_size(content: Any) -> None:
