@@ -12,7 +12,13 @@ import torch
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import SIPO, make_trainer, preference_pairs
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
+from trl_sipo.trainer.checkpoint_files import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_to_resume,
+    last_complete_checkpoint,
+    why_not_resumable,
+)
 from trl_sipo.trainer.checkpoint_reading import check_training_state
 
 OPTIONS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "mask_redraws": 1, "max_margin_fall": 1.0}
@@ -93,6 +99,38 @@ def test_a_damaged_state_is_named_with_the_checkpoint_before_it(damage, name, co
     assert f"resume_from_checkpoint={copy.with_name('checkpoint-1')}" in said
     assert "weights_only" not in said, "no advice to switch the check off"
     assert ("mkdir" in said) == ("bomb" in damage) and not (tmp_path / "gone_off").exists()
+
+
+JSON_FILES = (STATE_FILE, "run_state.json", "stream_position.json", "level_memory.json")
+
+
+@pytest.mark.parametrize("name", [*TENSORS, *JSON_FILES, MANIFEST_FILE, "adapter.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name, copy):
+    """Nor one that a link leads to."""
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy.parent / "pipe")
+    (copy / name).symlink_to(copy.parent / "pipe")
+    with pytest.raises(ConfigurationError, match=f"its {name} is no file"):
+        checkpoint_to_resume(copy.parent, str(copy))
+    assert last_complete_checkpoint(copy.parent) == copy.with_name("checkpoint-3")
+
+
+def test_a_link_to_a_folder_is_no_part_of_a_checkpoint(copy, tmp_path):
+    """What lies there may be anything, and is not looked through. Files are links in the caches of the hub."""
+    (copy / "vae").symlink_to(tmp_path)
+    assert "its folder vae is a link" in why_not_resumable(copy)
+
+
+def test_what_a_link_leads_to_is_not_copied(base, copy, tmp_path):
+    (copy / "scaler.pt").unlink()
+    (tmp_path / "secret").write_text("nobody may see this")
+    for name in ("README.md", "more.txt", "more.safetensors"):
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(tmp_path / "secret")
+    _trainer(tmp_path / "again", base).train(resume_from_checkpoint=str(copy))
+    written = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert (tmp_path / "again" / "checkpoint-3" / "optimizer.pt") in written
+    assert not [path for path in written if b"nobody may see" in path.read_bytes()]
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])

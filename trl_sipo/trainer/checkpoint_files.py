@@ -314,6 +314,8 @@ def _damage(folder: Path, *, checksums: bool = True) -> str | None:
     """What is wrong with a checkpoint, as a clause that names the file; `None`: nothing."""
     if not folder.is_dir():
         return "there is no such folder"
+    if (reason := _strange_entry(folder)) is not None:
+        return reason
     manifest = folder / MANIFEST_FILE
     if not manifest.exists():
         return _damage_of_unlisted(folder)
@@ -325,6 +327,18 @@ def _damage(folder: Path, *, checksums: bool = True) -> str | None:
     for name, size, checksum in files:
         if (reason := _damage_of_file(folder / name, size, checksum)) is not None:
             return f"its file {name} {reason}"
+    return None
+
+
+def _strange_entry(folder: Path) -> str | None:
+    """What a trainer writes nowhere: to open a pipe is to wait for it, and behind a link to a folder may be more."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_dir():
+            if path.is_symlink():
+                return f"its folder {name} is a link"
+        elif not path.is_file():
+            return f"its {name} is no file, but a pipe, a device, or a link to one or to nothing"
     return None
 
 
