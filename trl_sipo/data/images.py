@@ -170,7 +170,10 @@ def _to_rgb(image: PIL.Image.Image, where: str) -> PIL.Image.Image:
 
 def _integers_to_8_bits(image: PIL.Image.Image, where: str) -> PIL.Image.Image:
     """Modes "I;16*" and "I" (32-bit, also used for 16-bit data): [0, 65535] to [0, 255]; Pillow itself would clip."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
+    if values.dtype.itemsize == 2:  # a table needs an eighth of the memory
+        return PIL.Image.fromarray(((np.arange(65536) + 128) // 257).astype(np.uint8)[values])
+    values = values.astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DatasetError(f"{where}: a 32-bit image outside [0, 65535] has no agreed range; store it as 8-bit RGB")
     return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))

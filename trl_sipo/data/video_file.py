@@ -84,6 +84,8 @@ class VideoFile:
         if first == 0:
             yield from self._decoded(None, None)
             return
+        if first >= len(self._index.times):
+            return
         time = self._index.times[first]
         for seek_point in (self._index.seek_point(time), None):
             with closing(self._decoded(seek_point, time)) as frames:
