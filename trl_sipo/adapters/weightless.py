@@ -49,7 +49,7 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
             f"The {part} of {name!r} is of the library {library!r}; known are {', '.join(_LIBRARIES)}."
         )
     component_class: Any = getattr(importlib.import_module(library), class_name, None)
-    if not (isinstance(component_class, type) and issubclass(component_class, nn.Module)):
+    if not _is_model(component_class):
         raise BackboneError(f"The {part} of {name!r} is a {class_name!r:.80}, which is no model of {library}.")
     try:
         if library == "diffusers":
@@ -61,6 +61,10 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
     except Exception as error:  # numbers where texts should be, and the like: the libraries raise errors of any kind
         raise BackboneError(f"The configuration of {part} of {name!r} cannot be read: {error}") from error
     return module.requires_grad_(False).eval()
+
+
+def _is_model(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _copy_as_plain(source: str, target: str) -> None:
