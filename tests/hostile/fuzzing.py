@@ -105,8 +105,12 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
+class TooLong(BaseException):
+    """Reading one file takes too long. No TimeoutError, which would be taken for an error of a file."""
+
+
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"no answer within {SECONDS} seconds")
+    raise TooLong(f"no answer within {SECONDS} seconds")
 
 
 def main() -> int:
