@@ -288,7 +288,8 @@ def _check_saved_files(folder: Path) -> None:
     for part in parts:
         for name in _names_in(part / "state.json", lambda state: [file["filename"] for file in state["_data_files"]]):
             if not (part / name).is_file():  # to open a pipe is to wait for it
-                raise DatasetError(f"the saved dataset {str(part)!r} names {name!r}, which is no file: {_SAVE_ANEW}")
+                what = f"the saved dataset {str(part)!r} cannot be read"
+                raise DatasetError(f"{what}: it names {name!r:.200}, which is no file; {_SAVE_ANEW}")
 
 
 def _names_in(contents: Path, names_of: Callable[[Any], list[str]]) -> list[str]:
