@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
         # And bitsandbytes, which peft imports, that a kernel of its own for CPUs is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError
+    from trl_sipo.errors import EXPECTED_ERRORS
 
     try:
         import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"trl-sipo {argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # its text, if any, says how to go on

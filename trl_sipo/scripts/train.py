@@ -12,12 +12,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import (
-    BackboneError,
     ConfigurationError,
-    DatasetError,
-    NumericalError,
     Preempted,
-    StorageError,
 )
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
 from trl_sipo.trainer.methods import METHODS, method_classes
@@ -373,7 +369,7 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
     program = sys.argv[: len(sys.argv) - len(argv)]
     try:
         run(method, argv, defaults, program)
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
+    except EXPECTED_ERRORS as error:
         from trl_sipo.trainer.process_group import end_process
 
         print(f"{method}: {error}", file=sys.stderr)
