@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import (
+    EXPECTED_ERRORS,
     ConfigurationError,
     Preempted,
 )
