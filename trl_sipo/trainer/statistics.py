@@ -51,7 +51,6 @@ def pair_statistics(
         beta: In the Diffusion-DPO convention.
         clip_range: `sipo/clip_fraction` is the share of weights outside [1 - clip_range, 1 + clip_range].
     """
-    low, high = math.log1p(-clip_range), math.log1p(clip_range)
     statistics = {
         "rewards/chosen": beta * errors.chosen_logratio,
         "rewards/rejected": beta * errors.rejected_logratio,
@@ -62,11 +61,21 @@ def pair_statistics(
         # Up to terms that do not depend on the model, the log-density of a step per latent dimension.
         "logps/chosen": -errors.chosen / 2,
         "logps/rejected": -errors.rejected / 2,
-        "sipo/importance_weight": log_weight.exp(),
-        "sipo/weight": weight,
-        "sipo/clip_fraction": ((log_weight < low) | (log_weight > high)).float(),
-        "sipo/masked_fraction": 1.0 - keep.float(),
+        **weight_statistics(log_weight, weight, keep, clip_range=clip_range),
         "drift/chosen_error": errors.chosen / errors.ref_chosen - 1,
         "drift/rejected_error": errors.rejected / errors.ref_rejected - 1,
     }
     return {name: value.detach().float() for name, value in statistics.items()}
+
+
+def weight_statistics(
+    log_weight: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor, *, clip_range: float
+) -> dict[str, torch.Tensor]:
+    """What is logged about the importance weights of pairs, by name; (batch,) each. See [`pair_statistics`]."""
+    low, high = math.log1p(-clip_range), math.log1p(clip_range)
+    return {
+        "sipo/importance_weight": log_weight.exp(),
+        "sipo/weight": weight,
+        "sipo/clip_fraction": ((log_weight < low) | (log_weight > high)).float(),
+        "sipo/masked_fraction": 1.0 - keep.float(),
+    }
