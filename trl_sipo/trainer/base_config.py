@@ -2,7 +2,8 @@
 """Fields that every diffusion preference trainer shares. A `DPOConfig`; language-model-only fields are rejected."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -15,62 +16,11 @@ from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.compilation import check_compile_backend
+from trl_sipo.trainer.rejected_fields import REJECTED_FIELDS, default_of, reject_fields
 from trl_sipo.trainer.safety_config import SafetyConfig
 from trl_sipo.trainer.setting_types import check_types
 
 MAX_TIMESTEP = 999
-
-# Besides the default, what TRL's own `__post_init__` and the command line's parser make of it.
-_NEUTRAL_VALUES: dict[str, tuple] = {
-    "loss_type": ("sigmoid",),
-    "pad_to_multiple_of": (None,),
-    "include_num_input_tokens_seen": (False,),
-    "train_sampling_strategy": ("sequential",),
-}
-
-# Fields that `DPOConfig` and `TrainingArguments` bring and that mean nothing for a diffusion model, or are not offered
-# yet. Each with the way out. A value other than the default raises: nothing is silently ignored.
-REJECTED_FIELDS = {
-    "loss_type": "the trainer class names its objective: choose DiffusionDPOTrainer, DiffusionSIPOTrainer or "
-    "DiffusionPolyDPOTrainer",
-    "loss_weights": "use `sft_weight` to add a denoising term on the chosen images",
-    "max_length": "prompts are cut at the length that the pipeline uses in inference",
-    "truncation_mode": "prompts are cut at the length that the pipeline uses in inference",
-    "padding_free": "it concerns token sequences",
-    "pad_to_multiple_of": "it concerns token sequences",
-    "pad_token": "it concerns token sequences",
-    "router_aux_loss_coef": "it concerns mixture-of-experts language models",
-    "ld_alpha": "it concerns sequence lengths",
-    "f_divergence_type": "only the reverse KL is defined for the diffusion objectives here",
-    "f_alpha_divergence_coef": "only the reverse KL is defined for the diffusion objectives here",
-    "use_weighting": "WPO weights are token probabilities; for importance weights use DiffusionSIPOTrainer",
-    "discopop_tau": "it belongs to a language-model loss",
-    "activation_offloading": "use `gradient_checkpointing=True`",
-    "use_liger_kernel": "its kernels replace language-model layers",
-    "liger_kernel_config": "its kernels replace language-model layers",
-    "neftune_noise_alpha": "it adds noise to token embeddings",
-    "include_num_input_tokens_seen": "it counts tokens",
-    "dataset_num_proc": "images are decoded in the data loader: use `dataloader_num_workers`",
-    "bf16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
-    "fp16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
-    "label_smoothing_factor": "use `label_smoothing`, the probability that a preference label is flipped",
-    "use_cache": "it caches the keys and values of a language model's tokens",
-    "average_tokens_across_devices": "it counts tokens",
-    "train_sampling_strategy": "pairs of images have no length to group by: use 'random' or 'sequential'",
-    "length_column_name": "pairs of images have no length",
-    "label_names": "which image is preferred is read from the columns of the dataset; `compute_metrics` is given the "
-    "chosen and rejected rewards, with labels 0",
-    "include_for_metrics": "`compute_metrics` is given the chosen and rejected rewards, with labels 0; to look at "
-    "more, override `prediction_step`",
-    "do_predict": "call `predict()`",
-    "enable_jit_checkpoint": "every run saves itself on SIGTERM, when the step that it is in has ended",
-}
-
-
-def _default_of(config_field) -> object:
-    if config_field.default is not MISSING:
-        return config_field.default
-    return config_field.default_factory() if config_field.default_factory is not MISSING else MISSING
 
 
 @dataclass
@@ -147,6 +97,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
 
     default_beta: ClassVar[float] = 5000.0
     """The method's `beta` where none is given, in the Diffusion-DPO convention."""
+    rejected_fields: ClassVar[Mapping[str, str]] = REJECTED_FIELDS
+    """Fields that mean nothing to the method, each with the way out."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     beta: float | None = field(
@@ -256,7 +208,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
 
     def __post_init__(self):
         # Before TRL's own __post_init__, which rewrites some of these fields.
-        reject_language_model_fields(self)
+        reject_fields(self)
         if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
             self.sample_prompts = [self.sample_prompts]
         for name in ("resolution", "timesteps"):  # one number may stand for a list of one
@@ -314,7 +266,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             raise ConfigurationError(f"`sft_weight` must be zero or positive, got {self.sft_weight}.")
         if not self.sync_ref_model:
             for config_field in fields(self):
-                value, default = getattr(self, config_field.name), _default_of(config_field)
+                value, default = getattr(self, config_field.name), default_of(config_field)
                 if config_field.name in ("ref_model_sync_steps", "ref_model_mixup_alpha") and value != default:
                     raise ConfigurationError(
                         f"`{config_field.name}={value}` only acts with `sync_ref_model=True`, which moves the "
@@ -454,21 +406,3 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
                 "`tf32=True` needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and none is here. "
                 "Remove it: no result depends on it."
             )
-
-
-def reject_language_model_fields(config: DPOConfig) -> None:
-    """Raise when a field that means nothing here was set to anything but its default.
-
-    Raises:
-        ConfigurationError: Names the field, its value and the way out.
-    """
-    for config_field in fields(config):
-        if config_field.name not in REJECTED_FIELDS:
-            continue
-        value, default = getattr(config, config_field.name), _default_of(config_field)
-        if value == default or value in _NEUTRAL_VALUES.get(config_field.name, ()):
-            continue
-        raise ConfigurationError(
-            f"`{config_field.name}={value!r}` has no meaning for a diffusion model: "
-            f"{REJECTED_FIELDS[config_field.name]}. Remove it (default: {default!r})."
-        )

@@ -41,9 +41,9 @@ _FORMAT = 1
 _CONDITIONING = "conditioning."
 # Settings of transformers and TRL on which the numbers of a step depend, beside all of ours.
 _INHERITED_SETTINGS = (
-    "beta", "label_smoothing", "seed", "bf16", "fp16", "disable_dropout", "learning_rate", "optim", "max_grad_norm",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile",
-    "precompute_ref_log_probs", "sync_ref_model",
+    "beta", "label_smoothing", "loss_type", "seed", "bf16", "fp16", "disable_dropout", "learning_rate", "optim",
+    "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "torch_compile", "precompute_ref_log_probs", "sync_ref_model",
 )  # fmt: skip
 
 
