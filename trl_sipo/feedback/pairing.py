@@ -97,6 +97,20 @@ COMBINATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
+def check_pairing(
+    selection: str, combine: str, weights: Mapping[str, float], min_margin: float, reward_names: Sequence[str]
+) -> None:
+    """Raise [`ConfigurationError`] on options of [`make_pairs`] that make no sense."""
+    if selection not in ("best_worst", "all") or combine not in COMBINATIONS:
+        raise ConfigurationError(
+            f"selection={selection!r} must be 'best_worst' or 'all', and combine={combine!r} one of "
+            f"{', '.join(COMBINATIONS)}."
+        )
+    if not 0 <= min_margin < np.inf:
+        raise ConfigurationError(f"min_margin={min_margin} must be at least 0 (standard deviations of the reward).")
+    _shares(list(reward_names), weights)
+
+
 def make_pairs(
     samples: SampleScores,
     *,
@@ -121,13 +135,7 @@ def make_pairs(
         ConfigurationError: Unknown options, weights that are not positive or of unknown rewards, a negative margin.
         DatasetError: Scores that prefer nothing.
     """
-    if selection not in ("best_worst", "all") or combine not in COMBINATIONS:
-        raise ConfigurationError(
-            f"selection={selection!r} must be 'best_worst' or 'all', and combine={combine!r} one of "
-            f"{', '.join(COMBINATIONS)}."
-        )
-    if not 0 <= min_margin < np.inf:
-        raise ConfigurationError(f"min_margin={min_margin} must be at least 0 (standard deviations of the reward).")
+    check_pairing(selection, combine, weights or {}, min_margin, list(samples.scores))
     shares = _shares(list(samples.scores), weights or {})
     values = samples.standardised()
     pairs = []
