@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.errors import BackboneError, ConfigurationError
 from trl_sipo.generation.names import check_folder_names
+from trl_sipo.generation.processes import process_state
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of the denoiser, and of the second one of a pipeline that has two.
@@ -109,7 +110,7 @@ def load_model(
     pipeline: Any = load_pipeline(base, dtype={"default": dtype, "vae": torch.float32}, **init_kwargs)
     if lora is not None:
         apply_lora(pipeline, lora)
-    adapter = adapter_for(pipeline.to(PartialState().device if device is None else device))
+    adapter = adapter_for(pipeline.to(process_state().device if device is None else device))
     adapter.freeze()
     adapter.denoiser.requires_grad_(False).eval()
     return adapter
@@ -151,7 +152,7 @@ def apply_lora(pipeline: DiffusionPipeline, lora: str | os.PathLike[str]) -> Non
         if (path / LORA_FILES[1]).is_file():
             second = {**options, "weight_name": LORA_FILES[1]}
             model.load_lora_weights(source, load_into_transformer_2=True, **second)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise BackboneError(f"The LoRA {os.fspath(lora)!r} does not load into this pipeline: {error}") from error
     # diffusers passes over the LoRA of another kind of denoiser with a warning.
     if not any(getattr(module, "peft_config", None) for module in model.components.values()):

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -47,6 +46,7 @@ from trl_sipo.generation.media_files import (
     write_video,
 )
 from trl_sipo.generation.names import check_folder_names
+from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.prompt_sets import PromptRecord
 
 
@@ -180,7 +180,7 @@ def draw_samples(
     _check_arguments(prompts, settings, batch_size)
     described = identity(adapter, prompts, dataclasses.asdict(settings), name)
     check_folder(folder, described)
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         write_folder(folder, described, prompts)
     state.wait_for_everyone()
