@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from trl_sipo.evaluation.diversity import Features, pixel_features
 from trl_sipo.evaluation.held_out import HeldOutErrors, held_out_errors
 from trl_sipo.generation.identity import describe_model
 from trl_sipo.generation.models import ModelSpec, load_model
+from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.prompt_sets import PromptRecord
 from trl_sipo.generation.sampling import SamplingSettings, draw_samples, read_samples
 from trl_sipo.generation.scoring import ScoredSamples, score_samples
@@ -106,7 +107,7 @@ def measure_models(
     folders = {spec.name: output / "samples" / spec.name for spec in specs}
     scored = {name: score_samples(path, rewards, batch_size=scoring_batch_size) for name, path in folders.items()}
     found = {name: folder_features(path, features) for name, path in folders.items()}
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         write_scores(output / "scores.parquet", scored)
     return Measured(scored, found, errors)
 
@@ -136,26 +137,22 @@ def kept_errors(path: Path, model: BackboneAdapter, held_out: HeldOutData) -> He
     key = _errors_key(model, held_out)
     kept = _read_errors(path, key)
     # All processes measure, or none: they wait for one another in it.
-    if all(_everywhere(kept is not None)):
+    if all(gather_object([kept is not None])):
         return kept  # type: ignore[return-value]
     errors = held_out_errors(model, held_out.rows, held_out.args)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         metadata = {"key": key, "times": json.dumps(errors.times), "prompts": json.dumps(errors.prompts)}
         tensors = {"chosen": errors.chosen.contiguous(), "rejected": errors.rejected.contiguous()}
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
     return errors
 
 
-def _everywhere(value: bool) -> list[bool]:
-    from accelerate.utils import gather_object
-
-    return gather_object([value])
-
-
 def _errors_key(model: BackboneAdapter, held_out: HeldOutData) -> str:
     names = ("resolution", "num_frames", "frame_rate", "eval_noise_levels", "eval_noise_seed", "timestep_shift")
     settings = {name: getattr(held_out.args, name) for name in names}
-    data = {"name": held_out.name, "pairs": len(held_out.rows), "settings": settings}
+    # Of the rows, what `datasets` itself knows them by, where it does.
+    rows = {"pairs": len(held_out.rows), "fingerprint": getattr(held_out.rows, "_fingerprint", None)}
+    data = {"name": held_out.name, **rows, "settings": settings}
     return json.dumps({"model": describe_model(model), "data": data}, sort_keys=True, default=str)
 
 
@@ -172,12 +169,6 @@ def _read_errors(path: Path, key: str) -> HeldOutErrors | None:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         logger.warning("%s cannot be read (%s); it is measured again.", path, error)
         return None
-
-
-def write_report_files(output: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write each file of a report whole."""
-    for name, write in files.items():
-        write_whole(output / name, write)
 
 
 def as_json(value: Any) -> Any:

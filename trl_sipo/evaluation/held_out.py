@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,6 +19,7 @@ from trl_sipo.core.beta import to_diffusion_dpo_beta
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 from trl_sipo.evaluation.statistics import Interval, by_cluster, clustered_interval
+from trl_sipo.generation.processes import process_state
 from trl_sipo.trainer.arms import arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.encoding import EVAL_STREAM, PairEncoder, draw_pair_noise, pair_generators
@@ -84,7 +84,7 @@ def held_out_errors(
         raise DatasetError("The held-out pairs are a stream, or there are none: give a dataset with some.")
     levels = evaluation_levels(adapter, training_schedule(adapter, args, size), args)
     encode = PairEncoder(adapter, sample_posterior=False, caption_dropout=0.0)
-    collate, device, state = DataCollatorForDiffusionPreference(), adapter.pipeline.device, PartialState()
+    collate, device, state = DataCollatorForDiffusionPreference(), adapter.pipeline.device, process_state()
     share = range(state.process_index, len(pairs), state.num_processes)
     denoiser, found = adapter.denoiser, []
     was_training = denoiser.training

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from trl_sipo.data.cache.shards import write_whole
 from trl_sipo.errors import ConfigurationError, DatasetError, RewardError
 from trl_sipo.generation.media_files import VIDEO_SUFFIX
+from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.sampling import Sample, read_samples
 from trl_sipo.rewards.base import Reward, RewardInfo
 
@@ -97,7 +97,7 @@ def score_samples(
     """
     samples = list(read_samples(folder))
     check_rewards(rewards, samples)
-    state = PartialState()
+    state = process_state()
     share = samples[state.process_index :: state.num_processes]
     parts: dict[str, list[np.ndarray]] = {reward.info.name: [] for reward in rewards}
     is_shown = show_progress and state.is_main_process

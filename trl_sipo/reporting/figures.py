@@ -158,13 +158,13 @@ def sample_grid(
         draw.text((4, top + row * (cell + gap) + cell // 2 - 8), label, fill="black", font=font)
     for column, (name, images) in enumerate(columns.items()):
         x = left + column * (cell_width + gap)
-        draw.multiline_text((x, 2), _wrapped(name, cell_width, font), fill="black", font=font, spacing=1)
+        draw.multiline_text((x, 2), wrapped(name, cell_width, font), fill="black", font=font, spacing=1)
         for row, image in enumerate(images):
             grid.paste(image.resize((cell_width, cell), Image.Resampling.NEAREST), (x, top + row * (cell + gap)))
     return grid
 
 
-def _wrapped(text: str, width: int, font: Any) -> str:
+def wrapped(text: str, width: int, font: Any) -> str:
     """`text` broken into lines that fit `width` pixels."""
     lines = [""]
     for word in text.split():

@@ -106,9 +106,9 @@ def run(command: str, argv: list[str]) -> None:
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes."""
-    from accelerate import PartialState
+    from trl_sipo.generation.processes import process_state
 
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 def tell(report: dict[str, Any], output: Path) -> None:

@@ -107,12 +107,11 @@ def chosen_prompts(arguments: argparse.Namespace) -> list["PromptRecord"]:
 
 def opened_rewards(arguments: argparse.Namespace, cache: Path, stack: ExitStack) -> list["Reward"]:
     """The rewards that the options ask for, each with a cache of its scores; those outside end with `stack`."""
-    from accelerate import PartialState
-
+    from trl_sipo.generation.processes import process_state
     from trl_sipo.rewards.cache import CachedReward
     from trl_sipo.rewards.registry import load_reward
 
-    device = arguments.device or PartialState().device
+    device = arguments.device or process_state().device
     rewards = []
     for spec in arguments.rewards:
         reward = load_reward(spec, device=device, **arguments.reward_options.get(spec, {}))
