@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples as files, whole or not there: PNG images and H.264 videos."""
 
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +10,11 @@ from PIL import Image
 from trl_sipo.data.cache.shards import write_whole
 from trl_sipo.data.images import open_image
 from trl_sipo.data.video import open_video
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.data.video_writing import encode_video
 
 IMAGE_SUFFIX, VIDEO_SUFFIX = ".png", ".mp4"
 
 _COMPRESSION = 1  # of PNG: a tenth larger than the default, in a fraction of its time
-# Next to lossless, since what is measured of a video is to be the model's. One thread: the bytes depend on how many.
-_ENCODER = {"crf": "8", "preset": "medium", "threads": "1"}
-
-
-def check_video_writing() -> None:
-    """Raise [`ConfigurationError`] where PyAV is not installed."""
-    _import_av()
 
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:
@@ -50,21 +41,8 @@ def write_video(path: Path, pixels: torch.Tensor, frame_rate: float) -> None:
         ConfigurationError: PyAV is not installed.
         StorageError: The file cannot be written.
     """
-    av, frames = _import_av(), to_frames(pixels)
-    write_whole(path, lambda temporary: _encode(av, temporary, frames, frame_rate))
-
-
-def _encode(av: Any, path: Path, frames: np.ndarray, frame_rate: float) -> None:
-    height, width = frames.shape[1:3]
-    rate = Fraction(frame_rate).limit_denominator(1001)
-    with av.open(str(path), "w", format="mp4") as output:
-        stream = output.add_stream("libx264", rate=rate, options=dict(_ENCODER))
-        stream.width, stream.height = width, height
-        # Half the colours' resolution is what every player reads; it needs even sizes.
-        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        for frame in frames:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        output.mux(stream.encode())
+    frames = to_frames(pixels)
+    write_whole(path, lambda temporary: encode_video(temporary, frames, frame_rate))
 
 
 def open_sample(path: Path) -> Image.Image | np.ndarray:
@@ -77,11 +55,3 @@ def open_sample(path: Path) -> Image.Image | np.ndarray:
     if path.suffix == IMAGE_SUFFIX:
         return open_image(path, where=str(path))
     return np.stack([np.asarray(frame.open()) for frame in open_video(path, where=str(path)).frames()])
-
-
-def _import_av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ConfigurationError('Video files are written by PyAV: pip install "trl-sipo[video]".') from error
-    return av

@@ -11,6 +11,7 @@ alone: whoever draws them, and however often the work is interrupted, their byte
 
 import dataclasses
 import inspect
+import logging
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from trl_sipo.adapters import adapter_for
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.adapters.call_defaults import call_default
 from trl_sipo.data.seeding import mix_seed
+from trl_sipo.data.video_writing import check_video_writing
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 from trl_sipo.generation.identity import (
     check_folder,
@@ -40,7 +42,6 @@ from trl_sipo.generation.identity import (
 from trl_sipo.generation.media_files import (
     IMAGE_SUFFIX,
     VIDEO_SUFFIX,
-    check_video_writing,
     open_sample,
     write_image,
     write_video,
@@ -48,6 +49,8 @@ from trl_sipo.generation.media_files import (
 from trl_sipo.generation.names import check_folder_names
 from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.prompt_sets import PromptRecord
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,12 @@ def draw_samples(
             progress.update(len(batch))
     num_kept = sum(map(len, share)) - writer.num_written
     counts = gather_object([(writer.num_written, num_kept, writer.num_nonfinite)])  # waits for all processes
-    return DrawnSamples(*map(sum, zip(*counts, strict=True)))
+    done = DrawnSamples(*map(sum, zip(*counts, strict=True)))
+    if done.nonfinite and state.is_main_process:
+        logger.warning(
+            f"{done.nonfinite} of {done.drawn} samples in {folder} have NaN or infinity in them: black there."
+        )
+    return done
 
 
 def _draw_missing(
