@@ -7,12 +7,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import PIL.Image
 import torch
 
-import trl_sipo
 from trl_sipo.errors import ConfigurationError, DatasetError, RewardError
 from trl_sipo.rewards.base import Media, RewardInfo
 from trl_sipo.rewards.media import check_samples, is_video, to_rgb, video_frames
@@ -94,7 +94,7 @@ class BatchedReward(ABC):
         """All that a score is a function of, beside the medium and the prompt; takes seconds for large models."""
         return {
             "class": f"{type(self).__module__}:{type(self).__qualname__}",
-            "package": trl_sipo.__version__,
+            "package": version("trl-sipo"),
             "name": self.info.name,
             "convention": self.info.convention,
             "settings": self._settings,
