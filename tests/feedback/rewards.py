@@ -19,9 +19,15 @@ class _MeanColour:
         return torch.tensor([float(self._of_pixels(np.asarray(medium) / 255.0)) for medium in media])
 
 
+class _Known(_MeanColour):
+    def identity(self):
+        """All that the scores are a function of."""
+        return {"version": 1}
+
+
 def redness():
-    """Red minus the mean of the others."""
-    return _MeanColour("redness", lambda pixels: pixels[..., 0].mean() - pixels[..., 1:].mean())
+    """Red minus the mean of the others; its scores can be cached."""
+    return _Known("redness", lambda pixels: pixels[..., 0].mean() - pixels[..., 1:].mean())
 
 
 def brightness():

@@ -106,7 +106,10 @@ def chosen_prompts(arguments: argparse.Namespace) -> list["PromptRecord"]:
 
 
 def opened_rewards(arguments: argparse.Namespace, cache: Path, stack: ExitStack) -> list["Reward"]:
-    """The rewards that the options ask for, each with a cache of its scores; those outside end with `stack`."""
+    """The rewards that the options ask for; those outside end with `stack`.
+
+    Scores are cached of those that say what they are a function of (`identity()`), as all of this package do.
+    """
     from trl_sipo.generation.processes import process_state
     from trl_sipo.rewards.cache import CachedReward
     from trl_sipo.rewards.registry import load_reward
@@ -117,7 +120,7 @@ def opened_rewards(arguments: argparse.Namespace, cache: Path, stack: ExitStack)
         reward = load_reward(spec, device=device, **arguments.reward_options.get(spec, {}))
         if hasattr(reward, "close"):
             stack.callback(reward.close)
-        rewards.append(CachedReward(reward, cache))
+        rewards.append(CachedReward(reward, cache) if hasattr(reward, "identity") else reward)
     return rewards
 
 
