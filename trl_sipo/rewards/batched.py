@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import PIL.Image
@@ -94,7 +94,7 @@ class BatchedReward(ABC):
         """All that a score is a function of, beside the medium and the prompt; takes seconds for large models."""
         return {
             "class": f"{type(self).__module__}:{type(self).__qualname__}",
-            "package": version("trl-sipo"),
+            "package": import_module("trl_sipo").__version__,  # its lazy exports are of the layers above
             "name": self.info.name,
             "convention": self.info.convention,
             "settings": self._settings,
