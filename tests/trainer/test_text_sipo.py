@@ -9,6 +9,7 @@ import pytest
 import torch
 import trl
 import trl.trainer.base_trainer
+from transformers.utils import is_torch_bf16_gpu_available
 
 from tests.tiny.language_model import tiny_language_model
 from tests.trainer.processes import run_ranks
@@ -317,6 +318,12 @@ def test_mistakes_in_settings(case, tmp_path):
     options, message = MISTAKES[case]
     with pytest.raises(ConfigurationError, match=message):
         make_text_config(tmp_path, **options)
+
+
+def test_half_precision_is_the_default_where_a_gpu_has_it(tmp_path):
+    assert SIPOConfig(str(tmp_path)).bf16 == is_torch_bf16_gpu_available()
+    assert not SIPOConfig(str(tmp_path), use_cpu=True).bf16
+    assert SIPOConfig(str(tmp_path), use_cpu=True, bf16=True).bf16
 
 
 def test_a_configuration_of_another_trainer(tmp_path):

@@ -16,6 +16,7 @@ COMMANDS = {
     "kto": ("trl_sipo.scripts.train", "train with Diffusion-KTO, on images that are liked or not"),
     "mapo": ("trl_sipo.scripts.train", "train with MaPO, on pairs, without a reference"),
     "sft": ("trl_sipo.scripts.train", "fine-tune on liked images, or on the chosen ones of pairs"),
+    "sipo-text": ("trl_sipo.scripts.train_text", "train a language model with SIPO"),
     "encode": ("trl_sipo.scripts.encode", "encode pairs once, to train without the VAE and the text encoders"),
     "demo": ("trl_sipo.scripts.demo", "watch Diffusion-DPO collapse and SIPO hold, on a CPU, in minutes"),
     "feedback": ("trl_sipo.scripts.feedback", "sample a model, score the samples, and make preference pairs"),

@@ -128,23 +128,31 @@ def parse(
     Args:
         defaults: Settings where neither says anything.
     """
-    parser = make_parser(method)
-    parser.set_defaults(**(defaults or {}))
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" in argv:
-        _check_config_file(*argv[argv.index("--config") + 1 :][:1])
-    try:
-        data_args, training_args, model_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-    except (ValueError, TypeError) as error:
-        raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
+    data_args, training_args, model_args = parse_with(make_parser(method), argv, defaults)
     if not data_args.dataset_name:
         raise ConfigurationError("`dataset_name` is required: a hub id or a local path of preference pairs.")
     if not model_args.model_name_or_path:
         raise ConfigurationError("`model_name_or_path` is required: a hub id or a local path of a diffusers pipeline.")
     _check_lora_arguments(model_args)
     _check_quantization(model_args)
-    _check_trackers(training_args.report_to)
+    check_trackers(training_args.report_to)
     return data_args, training_args, model_args
+
+
+def parse_with(parser: "TrlParser", argv: list[str], defaults: dict[str, Any] | None = None) -> tuple[Any, ...]:
+    """What a parser makes of a YAML file and the command line, one object per class of arguments.
+
+    Raises:
+        ConfigurationError: A file that cannot be read, an unknown key, or a value that is none.
+    """
+    parser.set_defaults(**(defaults or {}))
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in argv:
+        _check_config_file(*argv[argv.index("--config") + 1 :][:1])
+    try:
+        return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
 
 
 def _check_config_file(path: str | None = None) -> None:
@@ -201,7 +209,7 @@ def _check_quantization(model_args: ModelArguments) -> None:
         )
 
 
-def _check_trackers(names: list[str]) -> None:
+def check_trackers(names: list[str]) -> None:
     """Before data and weights are read: transformers looks for a tracker's package only when training starts."""
     if not names:
         return

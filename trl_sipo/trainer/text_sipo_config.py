@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from transformers.utils import is_torch_bf16_gpu_available
+
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.importance_config import ImportanceConfig
@@ -33,7 +35,8 @@ REFUSED_SETTINGS = {
 class SIPOConfig(ImportanceConfig, DPOConfig):
     """Configuration of [`SIPOTrainer`]: a [`trl.DPOConfig`], and the settings of [`ImportanceConfig`].
 
-    Settings of `DPOConfig` that change its loss raise [`ConfigurationError`]; see `REFUSED_SETTINGS`.
+    Settings of `DPOConfig` that change its loss raise [`ConfigurationError`]; see `REFUSED_SETTINGS`. `bf16`, if not
+    given, is on where a GPU has it.
 
     Args:
         beta: TRL's, 0.1: positive; the logit is `beta * (chosen_logratio - rejected_logratio)` of summed token
@@ -56,6 +59,8 @@ class SIPOConfig(ImportanceConfig, DPOConfig):
     )
 
     def __post_init__(self):
+        if self.bf16 is None:  # TRL's default ends with an error where no GPU is
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         check_types(self, DPOConfig)
         reject_fields(self)
