@@ -44,8 +44,8 @@ def test_the_example_of_ones_own(monkeypatch):
     torch.testing.assert_close(scores, torch.tensor([grey.std()] * 2, dtype=torch.float32))
 
 
-def test_the_table_has_every_reward():
-    assert {name for row in ROWS for name in re.findall(r"`([\w.]+)`", row[0])} == set(REWARDS)
+def test_the_tables_have_every_reward():
+    assert {name for row in ROWS for name in re.findall(r"`([\w.-]+)`", row[0])} == set(REWARDS)
 
 
 @pytest.mark.parametrize("reward", [AestheticScore, CLIPScore, HPSv2, HPSv21, ImageReward, PickScore])

@@ -37,9 +37,12 @@ def test_by_hand(head, kind, tmp_path):
     model.save_pretrained(tmp_path / "clip")
     reward = AestheticScore(str(tmp_path / "clip"), head=str(tmp_path if kind == "folder" else file))
 
-    images = pictures(3)
+    images = pictures(3, (SIDE, SIDE + 3))  # where torchvision's crop is another than transformers'
     with torch.no_grad():
-        seen = model.vision_model(cropped_pixels(images, SIDE)).pooler_output @ model.visual_projection.weight.T
+        seen = (
+            model.vision_model(cropped_pixels(images, SIDE, rounding="torchvision")).pooler_output
+            @ model.visual_projection.weight.T
+        )
     x = seen.double().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     for number in SIZES:

@@ -81,8 +81,17 @@ def test_scores_that_are_no_numbers_are_errors():
     model, tokenizer = clip()
     with torch.no_grad():
         model.visual_projection.weight.fill_(float("nan"))
-    with pytest.raises(RewardError, match="pickscore gave nan for sample 0 .'a red sneaker'., and 3 of 3"):
+    with pytest.raises(RewardError, match="pickscore gave nan for the prompt 'a red sneaker'; 3 of 3 scores are"):
         PickScore(model, tokenizer=tokenizer).score(pictures(), PROMPTS)
+
+
+def test_other_than_one_score_per_image_is_an_error():
+    class Column(Brightness):
+        def score_images(self, images, prompts):
+            return super().score_images(images, prompts)[:, None]
+
+    with pytest.raises(RewardError, match=r"brightness gave scores of shape \(3, 1\) for 3 samples, not \(3,\)"):
+        Column().score(pictures(), PROMPTS)
 
 
 def test_an_identity_is_all_that_a_score_depends_on():

@@ -98,6 +98,8 @@ def test_a_reward_without_an_identity_needs_one(path):
 
     with pytest.raises(ConfigurationError, match=r"Plain \(plain\) has no `identity\(\)`.*Give `identity`"):
         CachedReward(Plain(), path)
+    with pytest.raises(ConfigurationError, match="identity of plain must be numbers, .*not JSON serializable"):
+        CachedReward(Plain(), path, identity={"dtype": torch.float32})
     assert CachedReward(Plain(), path, identity="plain, 1").score(pictures(1), ["a"]).tolist() == [0]
 
 
@@ -121,6 +123,21 @@ def test_what_fails_is_not_kept(path):
         reward.score(pictures(2), ["good"])
     reward.score(pictures(1), ["good"])
     assert inner.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [([1.0, float("nan")], "gave nan for the prompt 'b'"), ([1.0], r"shape \(1,\) for 2 samples")],
+)
+def test_what_is_no_score_is_not_kept(answer, message, path):
+    class Wrong(Counting):
+        def score(self, media, prompts):
+            return torch.tensor(answer)
+
+    with pytest.raises(RewardError, match=message):
+        CachedReward(Wrong(), path).score(pictures(2), ["a", "b"])
+    CachedReward(inner := Counting(), path).score(pictures(2), ["a", "b"])
+    assert inner.asked == 2
 
 
 def test_an_interruption_loses_little(path, monkeypatch):

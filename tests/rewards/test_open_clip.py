@@ -29,11 +29,15 @@ def published():
     return randomised(network, 3).eval(), config, tokenizer
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pickle", "checkpoint"])
+@pytest.mark.parametrize("kind", ["safetensors", "pickle", "checkpoint", "half"])
 def test_hpsv2_from_a_file_of_open_clip(published, kind, tmp_path):
     network, config, tokenizer = published
+    if kind == "half":  # as they are published; scores are in float32 all the same
+        network.half().float()
     weights = network.state_dict()
-    if kind == "safetensors":
+    if kind == "half":
+        torch.save({name: value.half() for name, value in weights.items()}, file := tmp_path / "weights.pt")
+    elif kind == "safetensors":
         save_file(weights, file := tmp_path / "weights.safetensors")
     else:
         stored = {"epoch": 3, "name": "run", "state_dict": weights} if kind == "checkpoint" else weights

@@ -13,9 +13,9 @@ from typing import Any
 import PIL.Image
 import torch
 
-from trl_sipo.errors import ConfigurationError, DatasetError, RewardError
+from trl_sipo.errors import ConfigurationError, DatasetError
 from trl_sipo.rewards.base import Media, RewardInfo
-from trl_sipo.rewards.media import check_samples, is_video, to_rgb, video_frames
+from trl_sipo.rewards.media import check_samples, check_scores, is_video, to_rgb, video_frames
 from trl_sipo.rewards.weights import weights_hash
 
 
@@ -75,20 +75,20 @@ class BatchedReward(ABC):
 
         Raises:
             DatasetError: not one prompt per medium, another kind of medium, or a video without `frames_per_video`.
-            RewardError: a score that is not finite.
+            RewardError: not one finite number per image.
         """
         check_samples(media, prompts, name=self.info.name)
         sums = torch.zeros(len(media), dtype=torch.float64)
         counts = torch.zeros(len(media), dtype=torch.float64)
         for batch in _batches(self._images(media), self.batch_size):
             samples = torch.tensor([sample for sample, _ in batch])
+            its_prompts = [prompts[sample] for sample, _ in batch]
             with torch.inference_mode():
-                scores = self.score_images([image for _, image in batch], [prompts[sample] for sample, _ in batch])
+                scores = self.score_images([image for _, image in batch], its_prompts)
+            check_scores(scores, its_prompts, name=self.info.name)
             sums.index_add_(0, samples, scores.double().cpu())
             counts.index_add_(0, samples, torch.ones(len(batch), dtype=torch.float64))
-        scores = (sums / counts).float()
-        self._check_finite(scores, prompts)
-        return scores
+        return (sums / counts).float()
 
     def identity(self) -> dict[str, Any]:
         """All that a score is a function of, beside the medium and the prompt; takes seconds for large models."""
@@ -114,14 +114,6 @@ class BatchedReward(ABC):
                 )
             else:
                 yield from ((sample, frame) for frame in video_frames(medium, self.frames_per_video))
-
-    def _check_finite(self, scores: torch.Tensor, prompts: Sequence[str]) -> None:
-        bad = (~scores.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise RewardError(
-                f"{self.info.name} gave {scores[bad[0]].item()} for sample {bad[0]} ({prompts[bad[0]]!r}), and "
-                f"{len(bad)} of {len(scores)} scores are not finite. In half precision, try `dtype='float32'`."
-            )
 
 
 def _tokenizer_hash(tokenizer: Any) -> str | None:

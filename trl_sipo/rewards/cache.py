@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from trl_sipo.errors import ConfigurationError, StorageError
-from trl_sipo.rewards.base import Media, Reward
-from trl_sipo.rewards.media import check_samples, content_hash
+from trl_sipo.rewards.base import Media, Reward, RewardInfo
+from trl_sipo.rewards.media import check_samples, check_scores, content_hash
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rewards (reward BLOB PRIMARY KEY, identity TEXT NOT NULL);
@@ -40,7 +40,7 @@ class CachedReward:
         identity: of a reward that has no `identity()`. Change it whenever the scores change.
 
     Raises:
-        ConfigurationError: the reward has no identity, or the path is none of a file.
+        ConfigurationError: the reward has no identity, or one that is no JSON, or the path is a folder.
         StorageError: the file cannot be opened, or is something else.
     """
 
@@ -53,9 +53,7 @@ class CachedReward:
                     "scores from those of another version. Give `identity`, such as its name and your version of it."
                 )
             identity = reward.identity()
-        described = json.dumps(
-            {"name": self.info.name, "convention": self.info.convention, "identity": identity}, sort_keys=True
-        )
+        described = _described(self.info, identity)
         self._key = hashlib.sha256(described.encode()).digest()
         if self.path.is_dir():
             raise ConfigurationError(
@@ -84,8 +82,10 @@ class CachedReward:
         for start in range(0, len(missing), _SCORED_AT_ONCE):
             part = missing[start : start + _SCORED_AT_ONCE]
             numbers = [number for _, number in part]
-            scores = self.reward.score([media[i] for i in numbers], [prompts[i] for i in numbers]).tolist()
-            scored = dict(zip((key for key, _ in part), scores, strict=True))
+            its_prompts = [prompts[number] for number in numbers]
+            scores = self.reward.score([media[number] for number in numbers], its_prompts)
+            check_scores(scores, its_prompts, name=self.info.name)
+            scored = dict(zip((key for key, _ in part), scores.tolist(), strict=True))
             self._keep(scored)
             found.update(scored)
         return torch.tensor([found[key] for key in keys], dtype=torch.float32)
@@ -113,6 +113,17 @@ class CachedReward:
                 f"The cache of scores {str(self.path)!r} cannot be used: {error}. Name another file, or delete it: "
                 "its scores are computed again."
             ) from error
+
+
+def _described(info: RewardInfo, identity: Any) -> str:
+    described = {"name": info.name, "convention": info.convention, "identity": identity}
+    try:
+        return json.dumps(described, sort_keys=True)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"The identity of {info.name} must be numbers, texts, lists and dictionaries of them, since it is kept as "
+            f"JSON: {error}."
+        ) from error
 
 
 def _sample_key(medium: Media, prompt: str) -> bytes:

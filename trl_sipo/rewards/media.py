@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every reward does with media before it scores them: checks, frames of a video, one way to be RGB, a hash."""
+"""What every reward does with media before it scores them, and with the scores: checks, frames, RGB pixels, a hash."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+import torch
 
 from trl_sipo.data.images import open_image
-from trl_sipo.errors import DatasetError
+from trl_sipo.errors import DatasetError, RewardError
 from trl_sipo.rewards.base import Media
 
 
@@ -36,6 +37,28 @@ def check_samples(media: Sequence[Media], prompts: Sequence[str], *, name: str) 
                 f"{name}: medium {number} is neither a PIL image nor a video, a uint8 array (frames, height, width, "
                 f"3) with at least one frame, but a {shown}."
             )
+
+
+def check_scores(scores: torch.Tensor, prompts: Sequence[str], *, name: str) -> None:
+    """Refuse what is not one finite number per sample.
+
+    Args:
+        scores: what a reward gave.
+        prompts: of the samples that it was given.
+        name: of the reward, for the error.
+
+    Raises:
+        RewardError: another shape, or NaN or infinity among them.
+    """
+    count = len(prompts)
+    if scores.shape != (count,):
+        raise RewardError(f"{name} gave scores of shape {tuple(scores.shape)} for {count} samples, not ({count},).")
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise RewardError(
+            f"{name} gave {scores[bad[0]].item()} for the prompt {prompts[bad[0]]!r}; {len(bad)} of {count} scores "
+            "are not finite. Of a model in half precision, try `dtype='float32'`."
+        )
 
 
 def is_video(medium: object) -> bool:
