@@ -16,7 +16,14 @@ from trl import DPOConfig
 import trl_sipo
 from tests.docs.pages import PAGES, ROOT, SOURCE, anchors, blocks, inline_code, links, read
 from tests.oracles import sd15_profile
-from trl_sipo import DiffusionDPOConfig, DiffusionPolyDPOConfig, DiffusionSIPOConfig
+from trl_sipo import (
+    DiffusionDPOConfig,
+    DiffusionKTOConfig,
+    DiffusionMaPOConfig,
+    DiffusionPolyDPOConfig,
+    DiffusionSFTConfig,
+    DiffusionSIPOConfig,
+)
 from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
@@ -28,7 +35,10 @@ from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
-CONFIGS = (DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig)
+CONFIGS = (
+    DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig, DiffusionKTOConfig, DiffusionMaPOConfig,
+    DiffusionSFTConfig,
+)  # fmt: skip
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 SHELL = [block for page in PAGES for block in blocks(page, "bash")]
 CODE = [code for page in PAGES for code in inline_code(page)]
@@ -189,9 +199,9 @@ def test_every_logged_key_is_explained():
     page = read(SOURCE / "metrics.md")
     explained = set(re.findall(r"^\| `([\w/]+)`", page, re.M))
     of_runs = {"sipo/empty_batches", "sipo/masked_levels", "sipo/skipped_steps"}
-    assert explained >= keys | of_runs | {"loss", "grad_norm"}
+    assert explained >= keys | of_runs | {"loss", "grad_norm", "kl"}
     prefixes = "rewards|logps|sipo|drift"
-    mentioned = set(re.findall(rf"\b(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
+    mentioned = set(re.findall(rf"(?<![\w/])(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
     assert len(mentioned) > 8 and mentioned <= keys | of_runs
 
 

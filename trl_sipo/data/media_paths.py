@@ -146,7 +146,7 @@ def _path_columns(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def _arms() -> set[str]:
-    arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
+    arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in fmt.media_columns}
     return arms | {column for reader in READERS.values() for column in reader.paths}
 
 

@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 from trl_sipo.core.beta import BETA_CONVENTIONS, check_beta
 from trl_sipo.core.objectives._preference_nll import check_label_smoothing
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
+from trl_sipo.data.formats import Arms
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
@@ -95,10 +96,14 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         sample_seed: Seed of the grids; the same for every grid and for the base model beside it.
     """
 
-    default_beta: ClassVar[float] = 5000.0
-    """The method's `beta` where none is given, in the Diffusion-DPO convention."""
+    default_beta: ClassVar[float | None] = 5000.0
+    """The method's `beta` where none is given, in the Diffusion-DPO convention; `None`: it has no beta."""
     rejected_fields: ClassVar[Mapping[str, str]] = REJECTED_FIELDS
     """Fields that mean nothing to the method, each with the way out."""
+    arms: ClassVar[Arms] = "pair"
+    """What a sample of the method is made of."""
+    has_reference: ClassVar[bool] = True
+    """Whether the method compares with a reference."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     beta: float | None = field(
@@ -246,6 +251,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             )
 
     def _check_beta(self) -> None:
+        if self.default_beta is None:
+            return
         if self.beta_convention not in BETA_CONVENTIONS:
             raise ConfigurationError(
                 f"Unknown `beta_convention` {self.beta_convention!r}; known are {sorted(BETA_CONVENTIONS)}."

@@ -11,7 +11,8 @@ The step, for a batch of pairs concatenated as [chosen; rejected]:
     loss          =   compute_pair_loss(logit, weight, keep)
 
 What a method changes, it changes in one of the hooks: `sample_noise_levels`, `compute_importance_weights`,
-`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`.
+`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`. One without pairs or without a reference, which its
+configuration says, has samples of one arm, no `ref_error`, and a `pair_loss` of its own.
 """
 
 import math
@@ -30,7 +31,7 @@ from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from trl_sipo.core.beta import to_diffusion_dpo_beta
+from trl_sipo.core.beta import describe_beta, to_diffusion_dpo_beta
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
@@ -113,6 +114,9 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     _tag_names = ["trl", "trl-sipo", "diffusers"]
     config_class: type[DiffusionPreferenceConfig]
+    # Of each sample: what `predict` and `compute_metrics` are given, and what `evaluate` logs for every noise level.
+    predictions: tuple[str, ...] = ("rewards/chosen", "rewards/rejected")
+    metrics_by_level: tuple[str, ...] = ("rewards/accuracies", "rewards/margins")
     # What `sipo/clip_fraction` counts with where nothing is clipped: the range of the SIPO paper.
     clip_range: float = 0.1
     # Times that a masked noise level is drawn anew, where the method masks.
@@ -147,7 +151,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(
             *(model, args, peft_config, quantization_config, processing_class),
-            needs_reference_adapter=ref_model is None,
+            needs_reference_adapter=ref_model is None and (args.has_reference or args.sample_every_steps > 0),
             needs_encoders=needs_encoders(args, train_dataset, eval_dataset),
         )
         self._prepare_backbone(denoiser)
@@ -182,7 +186,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.size = args.size or adapter.default_size
         latent_shape = adapter.latent_shape(*self.size, args.num_frames)
         self.noise_schedule = training_schedule(adapter, args, self.size)
-        self.beta = to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=math.prod(latent_shape))
+        convention = {"convention": args.beta_convention, "latent_dims": math.prod(latent_shape)}
+        self.beta = None if args.beta is None else to_diffusion_dpo_beta(args.beta, **convention)
         self._time_sampler_options = time_sampler_options(args)
         self._encoder = PairEncoder(
             adapter, sample_posterior=args.sample_posterior, caption_dropout=args.caption_dropout
@@ -195,7 +200,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def _prepare_reference(self, ref_model: Any, was_adapted: bool) -> None:
         """What the training step needs of the engine, and the reference, live or precomputed."""
         args = self.args
-        self.recorder = make_recorder(self, is_own_reference=ref_model is None)
+        self.recorder = make_recorder(self, is_own_reference=ref_model is None and args.has_reference)
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_strategy(args, self.accelerator)
@@ -264,11 +269,11 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     # ------------------------------------------------------------------------------------------------- the step
 
     def noised_arms(self, pairs: EncodedPairs, level: NoiseLevel, noise: PairNoise) -> list[NoisedArm]:
-        """Both arms of the pairs at their noise levels."""
+        """The arms of the pairs at their noise levels."""
         extra, prediction_type = self._extra(pairs), self.adapter.prediction_type
         return [
             noised_arm(latents, arm_noise, level, pairs.conditioning, extra, prediction_type)
-            for latents, arm_noise in zip((pairs.chosen_latents, pairs.rejected_latents), noise, strict=True)
+            for latents, arm_noise in zip(pairs.arms, noise, strict=True)
         ]
 
     def pair_errors(
@@ -279,21 +284,21 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         noise: PairNoise,
         ref_errors: tuple[torch.Tensor, ...] | None = None,
     ) -> PairErrors:
-        """The errors of reference and policy on both arms, reference first.
+        """The errors of reference, if there is one, and policy on all arms, reference first.
 
         Args:
             model: The policy, as the trainer wraps it.
             pairs: The batch, on the training device.
             level: One noise level per pair, (batch,).
-            noise: Of both arms, float32 of the shape of their latents.
+            noise: Of the arms, float32 of the shape of their latents.
             ref_errors: Of the reference, (batch,) each, where they are known.
         """
         arms = self.noised_arms(pairs, level, noise)
         if ref_errors is None:
-            ref_errors = self._reference_errors(arms)
+            ref_errors = self._reference_errors(arms) if self.args.has_reference else ()
         with self.accelerator.autocast():
             errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
-        return PairErrors(*errors, *(to_device(error, errors[0].device) for error in ref_errors))
+        return PairErrors.of_arms(errors, [to_device(error, errors[0].device) for error in ref_errors])
 
     def _reference_errors(self, arms: list[NoisedArm]) -> tuple[torch.Tensor, ...]:
         # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
@@ -330,14 +335,14 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         return loss, pair_statistics(errors, logit, log_weight, weight, keep, **options)
 
     def _compute_loss(self, model, inputs, return_outputs=False):
-        check_inputs(inputs)
+        check_inputs(inputs, self.args.arms)
         if self.model.training:
             loss, statistics = self._training_loss(model, inputs)
         else:
             loss, statistics = self._evaluation_loss(model, inputs)
         if not return_outputs:
             return loss
-        return loss, torch.stack([statistics["rewards/chosen"], statistics["rewards/rejected"]], dim=1)
+        return loss, torch.stack([statistics[name] for name in self.predictions], dim=1)
 
     def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         level, generators, known = self._draw(pair_numbers(inputs))
@@ -347,10 +352,10 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
         kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
         batch = StepBatch(*kept, epoch=self._epoch)
-        broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
-        # What is not finite says nothing about its level.
-        weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
-        statistics |= self.level_memory.record(level, weight, ends_step=self.accelerator.sync_gradients)
+        broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
+        if self.mask_redraws:  # what is not finite says nothing about its level
+            weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
+            statistics |= self.level_memory.record(level, weight, ends_step=self.accelerator.sync_gradients)
         self.recorder.record_training(loss, statistics, broken, batch, self.state.global_step + 1)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
         return loss.mean(), statistics
@@ -393,11 +398,10 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             errors = self.pair_errors(model, pairs, level, noise, **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
-            names = ("rewards/accuracies", "rewards/margins")
             batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
-            broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
+            broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
             self.recorder.check_evaluation(broken, batch)
-            by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in names}
+            by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in self.metrics_by_level}
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         self.recorder.record_evaluation({**by_level, **mean}, inputs["pair_index"])
         return mean["loss"].mean(), mean
@@ -435,6 +439,11 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def method_name(self) -> str:
         """Name of the objective, for people."""
         return self._name
+
+    @property
+    def beta_description(self) -> str:
+        """What beta means, in one line; empty where the method has none."""
+        return describe_beta(self.beta)
 
     def describe_run(self) -> str:
         """What is printed at the start: objective, beta with its convention, reference, noise and resolution."""

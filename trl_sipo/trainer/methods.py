@@ -11,6 +11,9 @@ METHODS = {
     "dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
     "sipo": ("DiffusionSIPOConfig", "DiffusionSIPOTrainer"),
     "poly-dpo": ("DiffusionPolyDPOConfig", "DiffusionPolyDPOTrainer"),
+    "kto": ("DiffusionKTOConfig", "DiffusionKTOTrainer"),
+    "mapo": ("DiffusionMaPOConfig", "DiffusionMaPOTrainer"),
+    "sft": ("DiffusionSFTConfig", "DiffusionSFTTrainer"),
 }
 
 

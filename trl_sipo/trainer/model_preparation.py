@@ -55,6 +55,8 @@ def check_model_arguments(
             "Quantized weights cannot be trained: give a `peft_config`, to train a LoRA on them, or leave out "
             "`quantization_config`."
         )
+    if not args.has_reference:
+        _check_no_reference(model, ref_model, args, peft_config)
     if ref_model is not None:
         _check_ref_model(model, ref_model, peft_config)
     if args.sync_ref_model and (peft_config is not None or is_adapted(model)):
@@ -75,6 +77,19 @@ def _check_peft_config(args: DiffusionPreferenceConfig, peft_config: PeftConfig 
         logger.warning(
             "`lora_dropout` is not used, since `disable_dropout=True` (TRL's default: dropout makes policy and "
             "reference differ by chance). Set `disable_dropout=False` to use it."
+        )
+
+
+def _check_no_reference(
+    model: Any, ref_model: Any, args: DiffusionPreferenceConfig, peft_config: PeftConfig | None
+) -> None:
+    method = type(args).__name__.removesuffix("Config")
+    if ref_model is not None:
+        raise ConfigurationError(f"{method} compares with no reference: leave `ref_model` out.")
+    if args.sample_every_steps and peft_config is None and not is_adapted(model):
+        raise ConfigurationError(
+            f"{method} keeps no reference, and in full fine-tuning no base model either, beside which sample grids "
+            "would show the current one. Set `sample_every_steps=0`, or train a LoRA with `peft_config`."
         )
 
 

@@ -76,6 +76,24 @@ class FrozenModelReference:
         yield self.ref_model
 
 
+class NoReference:
+    """The reference of a method that has none: no pass of it, and no model.
+
+    Args:
+        live: The base of a LoRA, which costs nothing to keep and is shown in sample grids; `None` without one.
+    """
+
+    description = "none"
+
+    def __init__(self, live: Reference | None):
+        self.live = live
+
+    def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
+        """Lend the base of the LoRA."""
+        assert self.live is not None, "check_model_arguments refuses what would need one"
+        return self.live.active(model, unwrapped)
+
+
 def make_reference(trainer: Any, ref_model: Any, was_adapted: bool, *, is_precomputed: bool = False) -> Reference:
     """The reference of a trainer whose model is placed: the given one, the adapter's base or copy, or a frozen copy.
 
@@ -85,6 +103,9 @@ def make_reference(trainer: Any, ref_model: Any, was_adapted: bool, *, is_precom
         was_adapted: Whether the model came with a trained LoRA, whose frozen copy is then the reference.
         is_precomputed: Whether the reference is needed before training alone, when the policy itself can be it.
     """
+    if not trainer.args.has_reference:
+        name = REFERENCE_ADAPTER_NAME if was_adapted else None
+        return NoReference(AdapterReference(name) if isinstance(trainer.model, PeftModel) else None)
     if ref_model is not None:
         frozen = load_reference_denoiser(ref_model, trainer.model, trainer.adapter).to(trainer.args.device)
         use_attention_backend(frozen, trainer.args.attention_backend)

@@ -53,6 +53,31 @@ REJECTED_FIELDS = {
 }
 
 
+# Fields of ours and of TRL's that mean nothing without a reference, to be added to the others.
+OF_A_REFERENCE = {
+    name: "the method compares with no reference"
+    for name in (
+        "precompute_ref_log_probs",
+        "precompute_ref_batch_size",
+        "num_ref_draws",
+        "sync_ref_model",
+        "ref_model_sync_steps",
+        "ref_model_mixup_alpha",
+        "check_reference",
+        "max_drift",
+    )
+}
+# The same of what only a pair has, or a loss on the logit of one.
+OF_PAIRS = {
+    "share_noise": "samples have one arm",
+    "split_pair_backward": "samples have one arm; `gradient_checkpointing=True` saves memory",
+    "soft_labels": "samples have one arm, which is liked or not",
+    "label_smoothing": "it belongs to a loss on pairs",
+    "sft_weight": "it belongs to a loss on pairs; DiffusionSFTTrainer trains the denoising loss alone",
+}
+OF_IMPORTANCE_WEIGHTS = {"importance_steps": "the method has no importance weights"}
+
+
 def default_of(config_field: Field) -> object:
     """The value of a field that is not set; `MISSING`: it has none."""
     if config_field.default is not MISSING:

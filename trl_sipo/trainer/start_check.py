@@ -26,15 +26,14 @@ _NAMED = 3
 
 
 def start_gap(errors: PairErrors) -> torch.Tensor:
-    """How far apart the predictions of policy and reference are at least, (batch,), the larger of both arms.
+    """How far apart the predictions of policy and reference are at least, (batch,), the largest of all arms.
 
     The difference of the roots of their mean squared errors: by the triangle inequality, it is at most the root mean
     square of the difference of their predictions. No pass more is needed, and a small difference stays small whatever
     the error is.
     """
-    chosen = errors.chosen.detach().sqrt() - errors.ref_chosen.sqrt()
-    rejected = errors.rejected.detach().sqrt() - errors.ref_rejected.sqrt()
-    return torch.maximum(chosen.abs(), rejected.abs())
+    arms = zip(errors.policy, errors.reference, strict=True)
+    return torch.stack([(policy.detach().sqrt() - ref.sqrt()).abs() for policy, ref in arms]).amax(0)
 
 
 class StartCheck:
