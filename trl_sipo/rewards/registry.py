@@ -11,13 +11,27 @@ from trl_sipo.rewards.base import Reward
 
 REWARDS: dict[str, str] = {
     "aesthetic": "trl_sipo.rewards.aesthetic:AestheticScore",
+    "brightness": "trl_sipo.rewards.programmatic:Brightness",
     "clipscore": "trl_sipo.rewards.clip_scores:CLIPScore",
+    "colour_share": "trl_sipo.rewards.programmatic:ColourShare",
+    "fashion": "trl_sipo.demo.rewards:FashionReward",
+    "fashion-correct": "trl_sipo.demo.rewards:fashion_correct",
+    "fashion-second": "trl_sipo.demo.rewards:fashion_second",
+    "fashion-second-correct": "trl_sipo.demo.rewards:fashion_second_correct",
     "grounding_dino_verifier": "trl_sipo.rewards.detection:grounding_dino_verifier",
     "hpsv2": "trl_sipo.rewards.clip_scores:HPSv2",
     "hpsv2.1": "trl_sipo.rewards.clip_scores:HPSv21",
     "image_reward": "trl_sipo.rewards.image_reward:ImageReward",
+    "motion": "trl_sipo.rewards.programmatic:Motion",
+    "moving-fashion": "trl_sipo.demo.rewards:MovingFashionReward",
+    "moving-fashion-correct": "trl_sipo.demo.rewards:moving_fashion_correct",
+    "moving-fashion-second": "trl_sipo.demo.rewards:moving_fashion_second",
+    "moving-fashion-second-correct": "trl_sipo.demo.rewards:moving_fashion_second_correct",
     "owlv2_verifier": "trl_sipo.rewards.detection:owlv2_verifier",
     "pickscore": "trl_sipo.rewards.clip_scores:PickScore",
+    "sharpness": "trl_sipo.rewards.programmatic:Sharpness",
+    "symmetry": "trl_sipo.rewards.programmatic:Symmetry",
+    "text_rendering": "trl_sipo.rewards.text_rendering:TextRendering",
 }
 
 _OUTSIDE = ("http://", "https://", "process:")
