@@ -58,6 +58,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             reference model. They are kept on disk for other runs with the same reference, data and noise. Of a stream,
             what training will read is read before.
         num_ref_draws: Draws per pair of `precompute_ref_log_probs`. Each is seen once in as many epochs.
+        lora_reference: What a LoRA that came with the model, and is trained further, is compared with: "copy", a
+            frozen copy of it, or "base", the model with its adapter switched off, as for a new LoRA.
         attention_backend: The kernel that computes attention, by diffusers' names ("native", "flash",
             "_native_cudnn"); it is tried before anything is loaded. `None` leaves the choice to PyTorch. U-Nets,
             Stable Diffusion 3 and CogVideoX take no other.
@@ -145,6 +147,10 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
     num_ref_draws: int = field(
         default=8,
         metadata={"help": "Draws of noise level and noise per pair for which the reference is precomputed."},
+    )
+    lora_reference: str = field(
+        default="copy",
+        metadata={"help": "Reference of a LoRA that came with the model: a frozen copy of it, or the base model."},
     )
     attention_backend: str | None = field(
         default=None,
@@ -271,6 +277,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         check_label_smoothing(self.label_smoothing)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ConfigurationError(f"`sft_weight` must be zero or positive, got {self.sft_weight}.")
+        if self.lora_reference not in ("copy", "base"):
+            raise ConfigurationError(f"`lora_reference` must be 'copy' or 'base', got {self.lora_reference!r}.")
         if not self.sync_ref_model:
             for config_field in fields(self):
                 value, default = getattr(self, config_field.name), default_of(config_field)
@@ -388,6 +396,13 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             "sample_posterior=True": self.sample_posterior,
         }
         return [setting for setting, is_set in settings.items() if is_set]
+
+    def latent_shape_of(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the latents of an arm are stored in, from that of one image or clip."""
+        return latent_shape
+
+    def check_rows(self, dataset: Any, name: str) -> None:
+        """Raise [`DatasetError`] when a dataset lacks what the method needs beside prompts and arms; here nothing."""
 
     def _check_samples(self) -> None:
         if self.sample_every_steps < 0:

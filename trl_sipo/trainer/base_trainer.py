@@ -21,7 +21,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +38,7 @@ from trl_sipo.core.objectives.soft_label import soft_label_loss
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transfer import to_device
 from trl_sipo.core.transition import rho_squared
-from trl_sipo.data.collator import DataCollatorForDiffusionPreference
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.data.collator import BATCH_KEYS, DataCollatorForDiffusionPreference
 from trl_sipo.trainer._trl_compat import disable_dropout_in_model, init_trainer, policy_left_unprepared
 from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
@@ -64,7 +62,7 @@ from trl_sipo.trainer.engine import settle_arguments
 from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
-from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
+from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy, own_arguments
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.nonfinite import first_broken
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
@@ -90,7 +88,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     Args:
         model: A hub id, a local path, or a loaded `DiffusionPipeline`. A pipeline whose denoiser already carries a
             trained LoRA (a `PeftModel`, or loaded by `pipe.load_lora_weights`) is trained further, with a frozen copy
-            of that LoRA as the reference.
+            of that LoRA as the reference, or the base model: see `lora_reference` of the configuration.
         ref_model: The reference: a denoiser, a pipeline, a hub id or a local path. Only for full fine-tuning; with
             LoRA the reference is the model with its adapter switched off.
         args: The method's configuration.
@@ -137,7 +135,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = self._check_args(model, args)
+        args = own_arguments(self, model, args)
         end_at_once_on_errors(args.world_size)
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         keeps_reference = ref_model is None and (peft_config is not None or is_adapted(model))
@@ -200,7 +198,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def _prepare_reference(self, ref_model: Any, was_adapted: bool) -> None:
         """What the training step needs of the engine, and the reference, live or precomputed."""
         args = self.args
-        self.recorder = make_recorder(self, is_own_reference=ref_model is None and args.has_reference)
+        is_elsewhere = ref_model is not None or (was_adapted and args.lora_reference == "base")
+        self.recorder = make_recorder(self, starts_at_reference=args.has_reference and not is_elsewhere)
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_strategy(args, self.accelerator)
@@ -268,6 +267,15 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------------- the step
 
+    @property
+    def predictor(self) -> Any:
+        """What calls the denoiser: the adapter, or something with a `forward` like its own."""
+        return self.adapter
+
+    def draw_noise(self, pairs: EncodedPairs, generators: list[torch.Generator], *, share: bool) -> PairNoise:
+        """Noise of each arm, from the pairs' own generators."""
+        return draw_pair_noise(pairs, generators, share=share)
+
     def noised_arms(self, pairs: EncodedPairs, level: NoiseLevel, noise: PairNoise) -> list[NoisedArm]:
         """The arms of the pairs at their noise levels."""
         extra, prediction_type = self._extra(pairs), self.adapter.prediction_type
@@ -297,7 +305,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         if ref_errors is None:
             ref_errors = self._reference_errors(arms) if self.args.has_reference else ()
         with self.accelerator.autocast():
-            errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
+            errors = arm_errors(self.predictor, model, *arms, split=self.args.split_pair_backward)
         return PairErrors.of_arms(errors, [to_device(error, errors[0].device) for error in ref_errors])
 
     def _reference_errors(self, arms: list[NoisedArm]) -> tuple[torch.Tensor, ...]:
@@ -308,7 +316,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             self.accelerator.autocast(),
             self.reference.active(self.model, self.unwrapped_model) as ref_model,
         ):
-            return arm_errors(self.adapter, ref_model, *arms)
+            return arm_errors(self.predictor, ref_model, *arms)
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
         """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
@@ -347,7 +355,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         level, generators, known = self._draw(pair_numbers(inputs))
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
-        noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
+        noise = self.draw_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
         kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
@@ -394,7 +402,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             generators = pair_generators(pair_index, EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
             known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
-            noise = draw_pair_noise(pairs, generators, share=True)
+            noise = self.draw_noise(pairs, generators, share=True)
             errors = self.pair_errors(model, pairs, level, noise, **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
@@ -449,16 +457,6 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         """What is printed at the start: objective, beta with its convention, reference, noise and resolution."""
         return describe_run(self)
 
-    def _check_args(self, model: Any, args: DiffusionPreferenceConfig | None) -> DiffusionPreferenceConfig:
-        if args is None:
-            name = Path(str(model)).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
-            return self.config_class(f"{name}-{self._name.replace(' ', '-')}")
-        if not isinstance(args, self.config_class):
-            raise ConfigurationError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}."
-            )
-        return args
-
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
 
@@ -483,10 +481,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
-        self._signature_columns = [
-            "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
-            "frame_rate", "label", "chosen_std", "rejected_std", "conditioning", "pair_numbers",
-        ]  # fmt: skip
+        self._signature_columns = list(BATCH_KEYS)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -84,12 +84,12 @@ class _Recorded:
         return f"Step {self.step}"
 
 
-def make_recorder(trainer: Any, *, is_own_reference: bool) -> "MetricsRecorder":
+def make_recorder(trainer: Any, *, starts_at_reference: bool) -> "MetricsRecorder":
     """The recorder of a trainer that is otherwise made.
 
     Args:
         trainer: A diffusion preference trainer.
-        is_own_reference: Whether its reference is made from the policy.
+        starts_at_reference: Whether its reference is what the policy is before the first step.
 
     Raises:
         ConfigurationError: The engine takes the optimiser's step itself, so that none can be left out.
@@ -103,7 +103,7 @@ def make_recorder(trainer: Any, *, is_own_reference: bool) -> "MetricsRecorder":
     return MetricsRecorder(
         trainer.accelerator,
         trainer._metrics,
-        StartCheck(trainer, is_own_reference=is_own_reference),
+        StartCheck(trainer, starts_at_reference=starts_at_reference),
         ReproductionWriter(trainer),
         trainer.args.max_skipped_steps if skips else None,
     )

@@ -4,6 +4,7 @@
 import copy
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 logger = logging.getLogger(__name__)
 
 REFERENCE_ADAPTER_NAME = "ref"  # as in TRL's DPOTrainer
+
+
+def own_arguments(trainer: Any, model: Any, args: DiffusionPreferenceConfig | None) -> DiffusionPreferenceConfig:
+    """The settings of a trainer of a method: those given, or the defaults in a folder that is named after the model.
+
+    Raises:
+        ConfigurationError: They are of another method.
+    """
+    if args is None:
+        name = Path(str(model)).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
+        return trainer.config_class(f"{name}-{trainer._name.replace(' ', '-')}")
+    if not isinstance(args, trainer.config_class):
+        raise ConfigurationError(
+            f"{type(trainer).__name__} takes a {trainer.config_class.__name__}, got {type(args).__name__}."
+        )
+    return args
 
 
 def check_model_arguments(
@@ -142,7 +159,7 @@ def load_policy(
 
     Returns:
         The backbone's adapter (its pipeline holds plain modules, so that it can sample while training), the module to
-        train (a `PeftModel` with LoRA), and whether it came with a trained LoRA, whose frozen copy is the reference.
+        train (a `PeftModel` with LoRA), and whether it came with a trained LoRA.
 
     Raises:
         BackboneError: `model` is no pipeline, or one that no adapter knows.
@@ -163,7 +180,7 @@ def load_policy(
         )
     if was_adapted:
         denoiser = _adopt(adapter)
-        if needs_reference_adapter:
+        if needs_reference_adapter and args.lora_reference == "copy":
             add_reference_adapter(denoiser)
     elif peft_config is not None:
         denoiser = _add_lora(adapter, peft_config)

@@ -37,16 +37,17 @@ def start_gap(errors: PairErrors) -> torch.Tensor:
 
 
 class StartCheck:
-    """Checks the first optimiser step of a run; afterwards, in a resumed run, and with a `ref_model` it does nothing.
+    """Checks the first optimiser step of a run; afterwards, in a resumed run, and where the policy starts elsewhere
+    it does nothing.
 
     Args:
         trainer: A diffusion preference trainer.
-        is_own_reference: Whether the reference is made from the policy.
+        starts_at_reference: Whether the reference is what the policy is before the first step.
     """
 
-    def __init__(self, trainer: Any, *, is_own_reference: bool):
+    def __init__(self, trainer: Any, *, starts_at_reference: bool):
         self.trainer = trainer
-        self._is_over = not (is_own_reference and trainer.args.check_reference)
+        self._is_over = not (starts_at_reference and trainer.args.check_reference)
 
     @property
     def is_due(self) -> bool:
