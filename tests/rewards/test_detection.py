@@ -24,7 +24,7 @@ class BlockDetector:
     name, licence, tokenizer = "blocks", "none", None
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.settings = [], {}
 
     def detect(self, images, labels):
         self.asked.append((len(images), tuple(labels)))

@@ -124,6 +124,17 @@ def test_what_was_saved_finds_the_same(make, kind, tmp_path):
     assert found.labels == again.labels
 
 
+def test_how_large_images_are_made_is_told(tmp_path):
+    detector = tiny_grounding_dino()
+    before = detector.settings
+    detector.image_processor.size = {"shortest_edge": 48, "longest_edge": 80}
+    assert detector.settings != before == tiny_grounding_dino().settings
+    detector.model.save_pretrained(tmp_path)
+    detector.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="preprocessor_config.json of .* does not load"):
+        GroundingDinoDetector.from_pretrained(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", [Owlv2Detector, GroundingDinoDetector])
 def test_weights_that_are_not_there(kind, tmp_path):
     with pytest.raises(ConfigurationError, match=str(tmp_path)):

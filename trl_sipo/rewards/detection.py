@@ -65,7 +65,7 @@ class DetectionVerifier(BatchedReward):
             f"{scored} is seen by {detector.name}{'' if partial else ', else 0'} (GenEval's rules, not its detector)"
         )
         settings = {
-            "detector": detector.name,
+            "detector": {"name": detector.name, **detector.settings},
             "colours": type(colours).__name__,
             "rules": asdict(rules),
             "vocabulary": list(vocabulary),

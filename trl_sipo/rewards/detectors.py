@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class Detector(Protocol):
     model: torch.nn.Module
     tokenizer: Any
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Whatever else its boxes depend on, by name."""
+        ...
+
     def detect(self, images: Sequence[Image.Image], labels: Sequence[str]) -> list[Detections]:
         """Look for objects of these names.
 
@@ -72,6 +77,7 @@ class Owlv2Detector:
 
     name = "owlv2"
     licence = "Apache-2.0"
+    settings: ClassVar = {}
 
     def __init__(self, model: Owlv2ForObjectDetection, tokenizer: Any) -> None:
         self.model = model
@@ -152,6 +158,11 @@ class GroundingDinoDetector:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How large images are made, and the like."""
+        return {"image_processor": self.image_processor.to_json_string()}
+
     @classmethod
     def from_pretrained(cls, model: str, *, device: str = "cpu", revision: str | None = None) -> Self:
         """Load a hub id or a folder.
@@ -161,7 +172,12 @@ class GroundingDinoDetector:
         """
         network = load_model(GroundingDinoForObjectDetection, model, revision=revision, dtype="float32")
         tokenizer = load_tokenizer(model, revision=revision)
-        image_processor = GroundingDinoImageProcessorPil.from_pretrained(model, revision=revision)
+        try:
+            image_processor = GroundingDinoImageProcessorPil.from_pretrained(model, revision=revision)
+        except OSError as error:
+            raise ConfigurationError(
+                f"preprocessor_config.json of {model!r} does not load: {error}. Save it beside the weights."
+            ) from error
         return cls(network.to(device), tokenizer, image_processor)
 
     @torch.inference_mode()
