@@ -291,6 +291,30 @@ def test_a_folder_that_is_not_finished_is_not_read(undisturbed, tmp_path):
         read_samples(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("prompts.jsonl", '"p-1"', '"../../etc"'),
+        ("prompts.jsonl", '"p-1"', "7"),
+        ("prompts.jsonl", '"p-1"', '"p-0"'),
+        ("prompts.jsonl", '"prompt"', '"promt"'),
+        ("prompts.jsonl", "{", "["),
+        ("settings.json", '"samples_per_prompt": 3', '"samples_per_prompt": -3'),
+        ("settings.json", '"seed"', '"sed"'),
+        ("settings.json", '"format": 1', '"format": 2'),
+        ("settings.json", "{", ""),
+    ],
+)
+def test_a_folder_that_was_tampered_with_is_not_read(file, old, new, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    path = tmp_path / "copy" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(DatasetError, match="copy"):
+        read_samples(tmp_path / "copy")
+
+
 def test_videos_are_drawn_and_read_and_resumed_to_the_same_bytes(tmp_path):
     settings = SamplingSettings(
         num_inference_steps=2, height=16, width=32, num_frames=5, samples_per_prompt=2, frame_rate=8

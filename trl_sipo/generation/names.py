@@ -18,7 +18,7 @@ def check_folder_names(names: Iterable[str], what: str) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
-        if not _SAFE.fullmatch(name) or len(name) > MAX_LENGTH or name.endswith("."):
+        if not isinstance(name, str) or not _SAFE.fullmatch(name) or len(name) > MAX_LENGTH or name.endswith("."):
             raise ConfigurationError(
                 f"The {what} name {name!r} cannot be that of a folder. Use up to {MAX_LENGTH} letters, digits, '_', "
                 "'-' and '.', of which the first is no '-' or '.', and the last no '.'."

@@ -15,6 +15,7 @@ import logging
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.prompt_sets import PromptRecord
 
 logger = logging.getLogger(__name__)
+
+_FILES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -213,9 +216,8 @@ def _draw_missing(
     """Write the samples of a batch that are missing. All of it are drawn, so that the bytes are always the same."""
     missing = [not writer.path(*sample).is_file() for sample in batch]
     if any(missing):
-        for sample, is_missing, pixels in zip(batch, missing, _draw(adapter, batch, settings), strict=True):
-            if is_missing:
-                writer.write(*sample, pixels)
+        drawn = zip(batch, missing, _draw(adapter, batch, settings), strict=True)
+        writer.write([(*sample, pixels) for sample, is_missing, pixels in drawn if is_missing])
 
 
 def _check_arguments(prompts: Sequence[PromptRecord], settings: SamplingSettings, batch_size: int) -> None:
@@ -267,21 +269,32 @@ class _SampleWriter:
     def path(self, record: PromptRecord, index: int) -> Path:
         return sample_path(self._folder, record.prompt_id, index, _suffix(self._settings.num_frames))
 
-    def write(self, record: PromptRecord, index: int, pixels: Tensor) -> None:
-        if not pixels.isfinite().all():
-            self.num_nonfinite += 1
-            if not self._keep_nonfinite:
-                raise NumericalError(
-                    f"Sample {index} of the prompt {record.prompt_id!r} has NaN or infinity in it, and would be "
-                    "black. Often float16 overflows: load the model in float32 or bfloat16. With `keep_nonfinite` "
-                    "such samples are written and counted. What was drawn before is kept."
-                )
+    def write(self, samples: Sequence[tuple[PromptRecord, int, Tensor]]) -> None:
+        """Write samples (prompt, index, pixels), up to the first that may not be written.
+
+        Several at a time: what takes long is to wait until a file is on the disk.
+        """
+        finite = [bool(pixels.isfinite().all()) for _, _, pixels in samples]
+        self.num_nonfinite += finite.count(False)
+        allowed = len(samples) if self._keep_nonfinite or all(finite) else finite.index(False)
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            for _ in pool.map(self._write_one, samples[:allowed]):
+                self.num_written += 1
+        if allowed < len(samples):
+            record, index, _ = samples[allowed]
+            raise NumericalError(
+                f"Sample {index} of the prompt {record.prompt_id!r} has NaN or infinity in it, and would be black. "
+                "Often float16 overflows: load the model in float32 or bfloat16. With `keep_nonfinite` such samples "
+                "are written and counted. What was drawn before is kept."
+            )
+
+    def _write_one(self, sample: tuple[PromptRecord, int, Tensor]) -> None:
+        record, index, pixels = sample
         path = self.path(record, index)
         if path.suffix == VIDEO_SUFFIX:
             write_video(path, pixels, self._settings.frame_rate)
         else:
             write_image(path, pixels[:, 0] if pixels.ndim == 4 else pixels)
-        self.num_written += 1
 
 
 @contextmanager
@@ -310,12 +323,12 @@ def read_samples(folder: str | Path) -> Iterator[Sample]:
         DatasetError: It is no folder of samples, or some are missing.
     """
     folder = Path(folder)
-    settings, prompts = read_settings(folder)["settings"], read_prompts(folder)
-    suffix = _suffix(settings["num_frames"])
+    settings, prompts = _read_folder(folder)
+    suffix = _suffix(settings.num_frames)
     samples = [
         Sample(record, index, sample_path(folder, record.prompt_id, index, suffix))
         for record in prompts
-        for index in range(settings["samples_per_prompt"])
+        for index in range(settings.samples_per_prompt)
     ]
     missing = [sample.path for sample in samples if not sample.path.is_file()]
     if missing:
@@ -324,3 +337,15 @@ def read_samples(folder: str | Path) -> Iterator[Sample]:
             f"{missing[0].parent.name}. Run what draws them again: it goes on where it was."
         )
     return iter(samples)
+
+
+def _read_folder(folder: Path) -> tuple[SamplingSettings, list[PromptRecord]]:
+    """What a folder says of itself, if it can be so: the names in it lead nowhere else."""
+    settings, prompts = read_settings(folder).get("settings"), read_prompts(folder)
+    try:
+        check_folder_names([record.prompt_id for record in prompts], "prompt")
+        return SamplingSettings(**settings), prompts
+    except (ConfigurationError, TypeError) as error:
+        raise DatasetError(
+            f"{str(folder)!r} is no folder of samples that draw_samples has written: {error}"
+        ) from error
