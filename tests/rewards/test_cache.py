@@ -166,6 +166,16 @@ def test_files_that_are_something_else(tmp_path):
         CachedReward(Counting(), tmp_path / "text.db" / "scores.db")
 
 
+def test_another_process_may_be_faster(path):
+    class Overtaken(Counting):
+        def score(self, media, prompts):
+            CachedReward(Counting(), path).score(media, prompts)
+            return super().score(media, prompts)
+
+    images = pictures(3)
+    assert torch.equal(CachedReward(Overtaken(), path).score(images, PROMPTS), Counting().score(images, PROMPTS))
+
+
 def _score_all(path, start, results):
     images, prompts = pictures(60, (4, 4)), [str(number) for number in range(60)]
     start.wait()

@@ -64,6 +64,16 @@ def test_the_published_size_fits():
     assert sum(value.numel() for value in ours.values()) == 986_109_441  # the 986 M of its model card
 
 
+def test_the_configuration_is_open_clips():
+    """What shapes do not show: heads are 80 wide in the vision transformer, and the GELU is exact."""
+    config = CLIPConfig(**VIT_H_14)
+    vision, text = config.vision_config, config.text_config
+    assert (vision.hidden_size // vision.num_attention_heads, text.num_attention_heads) == (80, 16)
+    assert vision.hidden_act == text.hidden_act == "gelu"
+    assert vision.layer_norm_eps == text.layer_norm_eps == torch.nn.LayerNorm(1).eps
+    assert (vision.image_size, text.max_position_embeddings, text.eos_token_id) == (224, 77, 49407)
+
+
 def test_other_weights_are_refused(published, tmp_path):
     network, config, _ = published
     weights = network.state_dict()
