@@ -331,8 +331,7 @@ def test_videos_are_drawn_and_read_and_resumed_to_the_same_bytes(tmp_path):
         prompts[0].prompt, 16, 32, num_frames=5, num_inference_steps=2, generator=generator
     )
     expected = ((drawn + 1) * 127.5).permute(1, 2, 3, 0).numpy()
-    # The colours have half the resolution in the file: what is compared is the brightness.
-    assert np.abs(video.mean(-1) - expected.mean(-1)).mean() < 4
+    assert np.abs(video - expected).mean() < 3  # noise of a model with random weights, next to lossless
     with pytest.raises(DatasetError, match="is broken|does not open"):
         sample.path.write_bytes(sample.path.read_bytes()[:200])
         open_sample(sample.path)
