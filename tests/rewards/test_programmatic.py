@@ -24,13 +24,13 @@ def video(*images):
     return np.stack([np.asarray(image) for image in images])
 
 
-@pytest.mark.parametrize("name", ["brightness", "sharpness", "symmetry", "colour_share", "motion"])
+@pytest.mark.parametrize("name", ["brightness", "sharpness", "symmetry", "colour_share", "motion", "flicker"])
 def test_they_are_rewards_that_say_what_they_depend_on(name):
     reward = load_reward(name)
     assert isinstance(reward, Reward) and reward.info.name == name
     assert reward.identity() == load_reward(name).identity()
     assert reward.score([], []).shape == (0,)
-    assert reward.score([video(RED, BLUE)], ["red"]).dtype == torch.float32
+    assert reward.score([video(RED, BLUE, RED)], ["red"]).dtype == torch.float32
 
 
 def test_brightness():
@@ -65,6 +65,15 @@ def test_motion():
         scores("motion", [RED])
     with pytest.raises(DatasetError, match="one frame has no motion"):
         scores("motion", [video(RED)])
+
+
+def test_flicker_is_change_back_and_forth():
+    greys = lambda *levels: np.stack([np.full((4, 4, 3), level, dtype=np.uint8) for level in levels])  # noqa: E731
+    fading, blinking, still = greys(0, 50, 100, 150), greys(0, 255, 0, 255), greys(9, 9, 9)
+    assert scores("flicker", [fading, blinking, still]) == pytest.approx([0, 1, 0])
+    assert not load_reward("flicker").info.higher_is_better
+    with pytest.raises(DatasetError, match="2 frames has none between"):
+        scores("flicker", [greys(0, 1)])
 
 
 def test_colour_share():

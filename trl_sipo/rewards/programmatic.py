@@ -89,10 +89,11 @@ class _Programmatic(FrameReward):
 
     name: str
     convention: str
+    higher_is_better = True
     media = frozenset({"image", "video"})
 
     def __init__(self) -> None:
-        super().__init__(RewardInfo(self.name, self.convention, "Apache-2.0", media=self.media))
+        super().__init__(RewardInfo(self.name, self.convention, "Apache-2.0", self.higher_is_better, self.media))
 
 
 class _OfFrames(_Programmatic):
@@ -166,6 +167,29 @@ class Motion(_Programmatic):
         return fmean(_difference(*pair) for pair in pairwise(frames))
 
 
+class Flicker(_Programmatic):
+    """How much changes back and forth: what moves or fades evenly from frame to frame has little of it.
+
+    A measure of our own, no score of VBench, whose temporal flickering is the mean difference of neighbours.
+    """
+
+    name = "flicker"
+    convention = "mean |before - 2 * pixel + after| / 2 over inner frames, pixels in [0, 1]; less is steadier"
+    higher_is_better = False
+    media = frozenset({"video"})
+
+    def score_frames(self, frames: np.ndarray, prompt: str) -> float:
+        """In [0, 1]: 1 of black and white frames in turn.
+
+        Raises:
+            DatasetError: Fewer than three frames.
+        """
+        if len(frames) < 3:
+            raise DatasetError(f"{self.name}: a video of {len(frames)} frames has none between two others.")
+        middles = zip(frames[:-2], frames[1:-1], frames[2:], strict=True)
+        return fmean(_bend(*neighbours) for neighbours in middles)
+
+
 class ColourShare(FrameReward):
     """Share of the pixels of one colour, by the names of `trl_sipo.rewards.colours.pixel_colours`.
 
@@ -205,3 +229,8 @@ def luma(frame: np.ndarray) -> np.ndarray:
 def _difference(frame: np.ndarray, other: np.ndarray) -> float:
     """Mean absolute difference of uint8 pixels, in [0, 1]."""
     return float(np.abs(frame.astype(np.int16) - other).mean() / 255)
+
+
+def _bend(before: np.ndarray, frame: np.ndarray, after: np.ndarray) -> float:
+    """Mean absolute second difference of uint8 pixels, halved, in [0, 1]."""
+    return float(np.abs(before.astype(np.int16) - 2 * frame.astype(np.int16) + after).mean() / (2 * 255))

@@ -18,6 +18,7 @@ REWARDS: dict[str, str] = {
     "fashion-correct": "trl_sipo.demo.rewards:fashion_correct",
     "fashion-second": "trl_sipo.demo.rewards:fashion_second",
     "fashion-second-correct": "trl_sipo.demo.rewards:fashion_second_correct",
+    "flicker": "trl_sipo.rewards.programmatic:Flicker",
     "grounding_dino_verifier": "trl_sipo.rewards.detection:grounding_dino_verifier",
     "hpsv2": "trl_sipo.rewards.clip_scores:HPSv2",
     "hpsv2.1": "trl_sipo.rewards.clip_scores:HPSv21",
