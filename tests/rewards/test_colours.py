@@ -80,6 +80,7 @@ def test_clip_takes_the_colour_whose_mean_text_is_nearest():
         for image in images:
             seen = direction(model.get_image_features(cropped_pixels([image], 16)))
             expected.append(COLOURS[int(torch.stack([seen @ text for text in texts]).argmax())])
+    torch.testing.assert_close(classifier.colour_embeddings("tv"), torch.stack(texts), rtol=0, atol=1e-6)
     assert classifier.classify(images, "tv") == expected
     assert len(set(expected)) > 1  # or any one colour would do
     assert classifier.classify([], "tv") == []

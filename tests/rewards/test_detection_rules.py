@@ -75,6 +75,7 @@ def judged(prompt, *found, image=None):
         # Of several dogs the surest one counts.
         ("a photo of a dog left of a cat", [("dog", 0.4, LEFT), ("dog", 0.5, RIGHT), ("cat", 0.4, TOP)], False),
         ("a photo of a dog left of a cat", [("dog", 0.5, LEFT), ("dog", 0.4, RIGHT), ("cat", 0.4, TOP)], True),
+        ("a photo of a dog left of a cat", [("dog", 0.5, TOP), ("cat", 0.4, LEFT), ("cat", 0.5, RIGHT)], True),
         ("a photo of two dogs left of a cat", [("dog", 0.7, LEFT), ("dog", 0.8, TOP), ("cat", 0.7, RIGHT)], True),
         ("a photo of two dogs left of a cat", [("dog", 0.7, LEFT), ("dog", 0.8, RIGHT), ("cat", 0.7, TOP)], False),
     ],

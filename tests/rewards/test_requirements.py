@@ -127,6 +127,15 @@ def test_what_geneval_and_people_write_is_read_too(prompt, same):
     assert describe(parse(prompt)) == same
 
 
+@pytest.mark.parametrize("name", OBJECTS)
+def test_every_object_as_geneval_writes_it(name):
+    """Its generator puts "a" or "an" before every name, and adds "s", or "es" after an "s"."""
+    article, many = "an" if name[0] in "aeiou" else "a", name + ("es" if name[-1] == "s" else "s")
+    assert parse(f"a photo of {article} {name}") == Requirement((RequiredObject(name),))
+    assert parse(f"a photo of three {many}") == Requirement((RequiredObject(name, 3),))
+    assert parse(f"a photo of an orange {name}") == Requirement((RequiredObject(name, colour="orange"),))
+
+
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [

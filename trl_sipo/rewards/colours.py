@@ -56,7 +56,7 @@ class ClipColours:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self._embeddings = lru_cache(maxsize=None)(self._colour_embeddings)
+        self._embeddings = lru_cache(maxsize=None)(self.colour_embeddings)
 
     @classmethod
     def from_pretrained(cls, model: str, *, device: str = "cpu", revision: str | None = None) -> Self:
@@ -81,8 +81,8 @@ class ClipColours:
         return colours
 
     @torch.inference_mode()
-    def _colour_embeddings(self, name: str) -> Tensor:
-        """Mean direction of each colour's texts, (10, width), of length 1."""
+    def colour_embeddings(self, name: str) -> Tensor:
+        """Mean direction of each colour's texts, float32 (10, width), of length 1."""
         texts = [text.format(colour=colour, name=name) for colour in COLOURS for text in COLOUR_TEXTS]
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
         embeddings = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=1)
