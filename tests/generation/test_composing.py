@@ -68,6 +68,14 @@ def test_any_number_in_proportion(total):
             assert abs(counts[category] - total * number / 553) < 1
 
 
+@pytest.mark.parametrize("total", [377, 522])
+def test_proportions_are_rounded_to_the_nearest(total):
+    """Where rounded numbers add up to the total. Other methods round these otherwise."""
+    rounded = {category: round(total * number / 553) for category, number in NUMBERS.items()}
+    assert sum(rounded.values()) == total
+    assert Counter(requirement.category for requirement in compose(total)) == rounded
+
+
 def test_all_there_are():
     objects = OBJECTS[:3]  # person, bicycle, car
     sizes = {"single_object": 3, "two_object": 3, "counting": 9, "colors": 20, "position": 12, "color_attr": 90}
