@@ -18,6 +18,8 @@ _EXPORTS = {
     "DiffusionPolyDPOTrainer": "trl_sipo.trainer.diffusion_poly_dpo_trainer",
     "SIPOConfig": "trl_sipo.trainer.text_sipo_config",
     "SIPOTrainer": "trl_sipo.trainer.text_sipo_trainer",
+    "DiffusionD3POConfig": "trl_sipo.trainer.diffusion_d3po_config",
+    "DiffusionD3POTrainer": "trl_sipo.trainer.diffusion_d3po_trainer",
     "DiffusionKTOConfig": "trl_sipo.trainer.diffusion_kto_config",
     "DiffusionKTOTrainer": "trl_sipo.trainer.diffusion_kto_trainer",
     "DiffusionMaPOConfig": "trl_sipo.trainer.diffusion_mapo_config",
@@ -36,6 +38,8 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from trl_sipo.data.loading import load_preference_dataset as load_preference_dataset
+    from trl_sipo.trainer.diffusion_d3po_config import DiffusionD3POConfig as DiffusionD3POConfig
+    from trl_sipo.trainer.diffusion_d3po_trainer import DiffusionD3POTrainer as DiffusionD3POTrainer
     from trl_sipo.trainer.diffusion_dpo_config import DiffusionDPOConfig as DiffusionDPOConfig
     from trl_sipo.trainer.diffusion_dpo_trainer import DiffusionDPOTrainer as DiffusionDPOTrainer
     from trl_sipo.trainer.diffusion_kto_config import DiffusionKTOConfig as DiffusionKTOConfig

@@ -17,6 +17,7 @@ import trl_sipo
 from tests.docs.pages import PAGES, ROOT, SOURCE, anchors, blocks, inline_code, links, read
 from tests.oracles import sd15_profile
 from trl_sipo import (
+    DiffusionD3POConfig,
     DiffusionDPOConfig,
     DiffusionKTOConfig,
     DiffusionMaPOConfig,
@@ -37,7 +38,7 @@ from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
 CONFIGS = (
     DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig, DiffusionKTOConfig, DiffusionMaPOConfig,
-    DiffusionSFTConfig,
+    DiffusionSFTConfig, DiffusionD3POConfig,
 )  # fmt: skip
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 SHELL = [block for page in PAGES for block in blocks(page, "bash")]

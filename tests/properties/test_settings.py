@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trl import DPOConfig
 
 from trl_sipo import (
+    DiffusionD3POConfig,
     DiffusionDPOConfig,
     DiffusionKTOConfig,
     DiffusionMaPOConfig,
@@ -26,7 +27,7 @@ from trl_sipo.errors import ConfigurationError
 
 CONFIGS = (
     DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig, DiffusionKTOConfig, DiffusionMaPOConfig,
-    DiffusionSFTConfig,
+    DiffusionSFTConfig, DiffusionD3POConfig,
 )  # fmt: skip
 OF_TRL = {field.name for field in fields(DPOConfig)} - {"beta", "label_smoothing", "precompute_ref_log_probs"}
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}

@@ -15,6 +15,7 @@ COMMANDS = {
     "poly-dpo": ("trl_sipo.scripts.train", "train with Poly-DPO"),
     "kto": ("trl_sipo.scripts.train", "train with Diffusion-KTO, on images that are liked or not"),
     "mapo": ("trl_sipo.scripts.train", "train with MaPO, on pairs, without a reference"),
+    "d3po": ("trl_sipo.scripts.train", "train with D3PO, on pairs of recorded trajectories"),
     "sft": ("trl_sipo.scripts.train", "fine-tune on liked images, or on the chosen ones of pairs"),
     "sipo-text": ("trl_sipo.scripts.train_text", "train a language model with SIPO"),
     "encode": ("trl_sipo.scripts.encode", "encode pairs once, to train without the VAE and the text encoders"),

@@ -13,6 +13,7 @@ METHODS = {
     "poly-dpo": ("DiffusionPolyDPOConfig", "DiffusionPolyDPOTrainer"),
     "kto": ("DiffusionKTOConfig", "DiffusionKTOTrainer"),
     "mapo": ("DiffusionMaPOConfig", "DiffusionMaPOTrainer"),
+    "d3po": ("DiffusionD3POConfig", "DiffusionD3POTrainer"),
     "sft": ("DiffusionSFTConfig", "DiffusionSFTTrainer"),
 }
 

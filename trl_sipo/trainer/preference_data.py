@@ -120,6 +120,8 @@ def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> A
         DatasetError: It is no dataset, or its data cannot be used.
         ConfigurationError: A stream, with settings that need a dataset of known length.
     """
+    if dataset is not None:
+        args.check_rows(dataset, name)
     if isinstance(dataset, CachedPairs):
         check_cache(dataset, args, name)
         settle_for_shapes(dataset, args)
@@ -243,7 +245,7 @@ def _check_latents(
             f"The {name} dataset holds latents, which cannot be encoded anew: {args.random_encoding_settings()[0]} "
             "would have no effect. Remove it, or give the images."
         )
-    expected = adapter.latent_shape(*size, args.num_frames)
+    expected = args.latent_shape_of(adapter.latent_shape(*size, args.num_frames))
     if latents.ndim != len(expected) or latents.shape[0] != expected[0]:
         raise DatasetError(
             f"The {name} dataset holds latents of the shape {tuple(latents.shape)}, but those of this model have "

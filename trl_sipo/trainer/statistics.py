@@ -73,13 +73,21 @@ def pair_statistics(
         clip_range: `sipo/clip_fraction` is the share of weights outside [1 - clip_range, 1 + clip_range].
     """
     statistics = {
+        **error_statistics(errors, beta=beta),
+        **logit_statistics(logit),
+        **weight_statistics(log_weight, weight, keep, clip_range=clip_range),
+    }
+    return {name: value.detach().float() for name, value in statistics.items()}
+
+
+def error_statistics(errors: PairErrors, *, beta: float) -> dict[str, torch.Tensor]:
+    """What is logged about the errors of pairs, by name: detached float32 (batch,) each. See [`pair_statistics`]."""
+    statistics = {
         "rewards/chosen": beta * errors.chosen_logratio,
         "rewards/rejected": beta * errors.rejected_logratio,
-        **logit_statistics(logit),
         # Up to terms that do not depend on the model, the log-density of a step per latent dimension.
         "logps/chosen": -errors.chosen / 2,
         "logps/rejected": -errors.rejected / 2,
-        **weight_statistics(log_weight, weight, keep, clip_range=clip_range),
         "drift/chosen_error": errors.chosen / errors.ref_chosen - 1,
         "drift/rejected_error": errors.rejected / errors.ref_rejected - 1,
     }
