@@ -59,9 +59,12 @@ def test_image_and_prompt_both_matter_and_the_rest_of_the_batch_does_not(reward)
 def test_the_published_size_fits():
     with torch.device("meta"):
         vision, text = (1024, 24, 16, 224, 16), (768, 3072, 12, 12, 512, 30524, 1024)
-        published = from_published(PublishedImageReward(vision, text).state_dict())
+        stored = PublishedImageReward(vision, text).state_dict()
+        published = from_published(stored)
         ours = ImageRewardModel(BlipVisionConfig(**VISION), BlipTextConfig(**TEXT)).state_dict()
     assert {name: value.shape for name, value in published.items()} == {n: v.shape for n, v in ours.items()}
+    in_file = sum(value.numel() * value.element_size() for value in stored.values())
+    assert in_file == pytest.approx(1.79e9, abs=0.005e9)  # as the hub gives the size of ImageReward.pt
 
 
 def test_the_configuration_is_that_of_the_published_code():
