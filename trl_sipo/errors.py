@@ -57,5 +57,20 @@ class Preempted(SystemExit):
         )
 
 
+class RoundsPreempted(Preempted):
+    """A run of rounds was asked to stop (SIGTERM), and leaves as [`Preempted`] does.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: str):
+        super().__init__(folder, 0)
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return f"SIGTERM: stopped. What is done is kept in {self.folder}, and the same command continues."
+
+
 EXPECTED_ERRORS = (BackboneError, ConfigurationError, DatasetError, NumericalError, RewardError, StorageError)
 """What a command explains in one line, without a traceback, and leaves with status 2."""

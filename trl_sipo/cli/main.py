@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": ("trl_sipo.scripts.demo", "watch Diffusion-DPO collapse and SIPO hold, on a CPU, in minutes"),
     "feedback": ("trl_sipo.scripts.feedback", "sample a model, score the samples, and make preference pairs"),
     "evaluate": ("trl_sipo.scripts.evaluate", "compare models by rewards and held-out pairs, with error bars"),
+    "online": ("trl_sipo.scripts.online", "rounds of sampling, ranking and training on what the policy draws"),
     "audit": ("trl_sipo.scripts.audit", "look before training: which noise levels SIPO would mask"),
     "data": ("trl_sipo.scripts.data", "look at preference data on its own: what is broken, repeated or noisy"),
     "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),

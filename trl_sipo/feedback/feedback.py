@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,32 +168,27 @@ def _report(scored: ScoredSamples, samples: SampleScores, settings: FeedbackSett
 
 def write_pairs(path: Path, scored: ScoredSamples, pairs: Sequence[ScoredPair], *, source: str) -> None:
     """Write pairs in the canonical schema, files of the samples included, so that the table stands alone."""
-    medium = _medium(scored.samples[0])
-    features = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "chosen": medium,
-            "rejected": medium,
-            "margin": datasets.Value("float64"),
-            "category": datasets.Value("string"),
-            "source": datasets.Value("string"),
-            "pair_id": datasets.Value("string"),
-        }
-    )
 
     def row(pair: ScoredPair) -> dict[str, Any]:
         chosen, rejected = scored.samples[pair.chosen], scored.samples[pair.rejected]
         return {
             "prompt": chosen.record.prompt,
-            "chosen": _stored(chosen),
-            "rejected": _stored(rejected),
+            "chosen": stored_sample(chosen),
+            "rejected": stored_sample(rejected),
             "margin": pair.margin,
             "category": chosen.record.category,
             "source": source,
             "pair_id": f"{pair.prompt_id}-{chosen.index:03d}-{rejected.index:03d}",
         }
 
-    _write_rows(path, features, pairs, row)
+    write_rows(path, pair_features(_medium(scored.samples[0])), pairs, row)
+
+
+def pair_features(medium: Any) -> datasets.Features:
+    """The canonical columns of pairs of a `datasets.Image` or `datasets.Video`."""
+    texts = {name: datasets.Value("string") for name in ("category", "source", "pair_id")}
+    media = {"prompt": datasets.Value("string"), "chosen": medium, "rejected": medium}
+    return datasets.Features({**media, "margin": datasets.Value("float64"), **texts})
 
 
 def write_samples(path: Path, scored: ScoredSamples, indices: Sequence[int]) -> None:
@@ -210,20 +205,28 @@ def write_samples(path: Path, scored: ScoredSamples, indices: Sequence[int]) -> 
     def row(index: int) -> dict[str, Any]:
         sample = scored.samples[index]
         scores = {name: float(values[index]) for name, values in scored.scores.items()}
-        return {"prompt": sample.record.prompt, kind: _stored(sample), **scores}
+        return {"prompt": sample.record.prompt, kind: stored_sample(sample), **scores}
 
-    _write_rows(path, features, indices, row)
+    write_rows(path, features, indices, row)
 
 
 def _medium(sample: Sample) -> Any:
     return datasets.Video() if sample.path.suffix == VIDEO_SUFFIX else datasets.Image()
 
 
-def _stored(sample: Sample) -> dict[str, Any]:
+def stored_sample(sample: Sample) -> dict[str, Any]:
+    """A sample's file as `datasets` stores it."""
     return {"bytes": sample.path.read_bytes(), "path": f"{sample.record.prompt_id}-{sample.path.name}"}
 
 
-def _write_rows(path: Path, features: datasets.Features, items: Sequence[Any], row: Any) -> None:
+def write_rows(
+    path: Path, features: datasets.Features, items: Sequence[Any], row: Callable[[Any], dict[str, Any]]
+) -> None:
+    """Write `row` of each item as Parquet, some at a time.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
     schema = features.arrow_schema
 
     def write(temporary: Path) -> None:

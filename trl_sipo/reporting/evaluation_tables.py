@@ -214,13 +214,17 @@ def markdown(report: Report) -> str:
     """The report as Markdown."""
     lines = [f"# {report['title']}", "", *[f"- {_escaped(sentence)}" for sentence in verdict(report)], ""]
     for table in tables(report):
-        lines += (
-            [f"## {_escaped(table.title)}", "", _escaped(table.note), ""] if table.note else [f"## {table.title}", ""]
-        )
-        lines += [_line(table.header), _line(["---"] * len(table.header)), *[_line(row) for row in table.rows], ""]
+        lines += markdown_table(table)
     settings = json.dumps(report["settings"], indent=1)
     lines += ["## How it was made", "", f"`{report['command']}`", "", "```json", settings, "```", ""]
     return "\n".join(lines)
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Title, note and table as lines of Markdown."""
+    note = [_escaped(table.note), ""] if table.note else []
+    rows = [_line(table.header), _line(["---"] * len(table.header)), *[_line(row) for row in table.rows]]
+    return [f"## {_escaped(table.title)}", "", *note, *rows, ""]
 
 
 def _line(cells: Sequence[str]) -> str:

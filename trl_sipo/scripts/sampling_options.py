@@ -111,17 +111,10 @@ def opened_rewards(arguments: argparse.Namespace, cache: Path, stack: ExitStack)
     Scores are cached of those that say what they are a function of (`identity()`), as all of this package do.
     """
     from trl_sipo.generation.processes import process_state
-    from trl_sipo.rewards.cache import CachedReward
-    from trl_sipo.rewards.registry import load_reward
+    from trl_sipo.rewards.opening import open_rewards
 
     device = arguments.device or process_state().device
-    rewards = []
-    for spec in arguments.rewards:
-        reward = load_reward(spec, device=device, **arguments.reward_options.get(spec, {}))
-        if hasattr(reward, "close"):
-            stack.callback(reward.close)
-        rewards.append(CachedReward(reward, cache) if hasattr(reward, "identity") else reward)
-    return rewards
+    return open_rewards(arguments.rewards, arguments.reward_options, cache=cache, device=device, stack=stack)
 
 
 def settings_record(*parts: Any) -> dict[str, Any]:
