@@ -196,8 +196,19 @@ def test_how_a_lora_acts_counts(tmp_path):
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigurationError, match="is not empty and holds no samples"):
+    with pytest.raises(ConfigurationError, match="holds 'thesis.txt', and does not say that it holds samples"):
         draw(str(tmp_path))
+
+
+def test_samples_that_nothing_is_said_of_are_not_believed(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    (tmp_path / "copy" / "settings.json").unlink()
+    with pytest.raises(ConfigurationError, match="does not say that it holds samples"):
+        draw(str(tmp_path / "copy"))
+    for number in range(4):
+        shutil.rmtree(tmp_path / "copy" / f"p-{number}")
+    draw(str(tmp_path / "copy"))  # as one that was killed after its first file
+    assert contents(tmp_path / "copy") == contents(undisturbed)
 
 
 # ----------------------------------------------------------------------------------------------------- bad samples

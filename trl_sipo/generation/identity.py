@@ -99,14 +99,13 @@ def check_folder(folder: Path, wanted: Mapping[str, Any]) -> None:
     Raises:
         DatasetError: Its `settings.json` cannot be read.
     """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            if not (folder / PROMPTS_FILE).is_file():  # the first of the two to be written
-                raise ConfigurationError(
-                    f"The folder {str(folder)!r} is not empty and holds no samples ({SETTINGS_FILE} is missing). Give "
-                    "another one."
-                )
+    if not (folder / SETTINGS_FILE).is_file():
+        others = [entry.name for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+        if set(others) - {PROMPTS_FILE}:  # which is written first
+            raise ConfigurationError(
+                f"The folder {str(folder)!r} holds {others[0]!r}, and does not say that it holds samples "
+                f"({SETTINGS_FILE} is missing). Give another one."
+            )
         return
     differences = _differences(read_settings(folder), wanted)
     if differences:

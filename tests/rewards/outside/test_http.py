@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def slow(self, answer):
-        time.sleep(1.0)
+        time.sleep(2.0)
         self.good(answer)
 
     def drips(self, answer):
@@ -183,29 +183,31 @@ def test_a_token_comes_from_the_environment_and_is_nowhere_shown(local, monkeypa
 
 @pytest.mark.parametrize("fault", ["dropped", "broken_off", "status 500", "status 503", "slow", "drips"])
 def test_a_fault_that_may_pass_is_tried_again(fault, local):
-    scorer = open_scorer(local.url, timeout=0.4, retries=2, backoff=0.05)
-    local.plan = [fault, fault]
+    scorer = open_scorer(local.url, timeout=1.0, retries=1, backoff=0.05)
+    local.plan = [fault]
     assert scorer.score([WHITE], ["ab"]).tolist() == [2.0]
-    assert len(local.scored) == 3
-    assert len({message["id"] for message in local.scored}) == 3
+    assert len(local.scored) == 2
+    assert len({message["id"] for message in local.scored}) == 2
 
 
 FAULTS = {
     "dropped": "the connection failed",
     "broken_off": "it broke off, [0-9]+ bytes before the end",
     "status 503 busy": "it answered with status 503: busy",
-    "slow": r"it did not answer within 0\.3 s",
-    "drips": r"it did not answer within 0\.3 s",
+    "slow": "it did not answer within 1 s",
+    "drips": "it did not answer within 1 s",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_is_an_error(fault, local):
-    scorer = open_scorer(local.url, timeout=0.3, retries=1, backoff=0.01)
+    tries = 1 if fault in ("slow", "drips") else 3
+    scorer = open_scorer(local.url, timeout=1.0, retries=tries - 1, backoff=0.01)
     local.plan = [fault] * 9
-    with pytest.raises(RewardError, match=f"http://127.*/score was asked 2 times: {FAULTS[fault]}"):
+    times = "once" if tries == 1 else "3 times"
+    with pytest.raises(RewardError, match=f"http://127.*/score was asked {times}: {FAULTS[fault]}"):
         scorer.score([WHITE], ["a"])
-    assert len(local.scored) == 2
+    assert len(local.scored) == tries
 
 
 def test_pauses_between_tries_double(local):
@@ -213,7 +215,7 @@ def test_pauses_between_tries_double(local):
     local.plan = ["dropped", "dropped"]
     scorer.score([WHITE], ["a"])
     first, second = local.times[2] - local.times[1], local.times[3] - local.times[2]
-    assert 0.2 <= first < 0.4 <= second
+    assert first >= 0.2 and second >= 0.4
 
 
 def test_nobody_listening_is_an_error_that_says_where():

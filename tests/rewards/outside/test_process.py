@@ -228,7 +228,7 @@ def test_it_ends_when_it_is_forgotten(tmp_path):
     assert wait_until(lambda: not is_running(started(tmp_path)[0]))
 
 
-@pytest.mark.parametrize("end", ["return", "error", "kill"])
+@pytest.mark.parametrize("end", ["error", "kill"])
 def test_it_ends_with_the_program(end, tmp_path):
     command = served("sleeps")
     code = f"""
