@@ -8,8 +8,8 @@
 `--decode` it gets PIL images and uint8 arrays (frames, height, width, 3) instead. If it is a class, it is called once,
 and its method `score` is used, or itself.
 
-This file needs the standard library of Python 3.7 or newer alone, so that it runs in an environment in which trl_sipo is
-not installed, by its path: `python .../serve.py my_scorer:score --stdio`.
+This file needs the standard library alone, of Python 3.7 or newer, so that it runs in an environment in which trl_sipo
+is not installed, by its path: `python .../serve.py my_scorer:score --stdio`.
 """
 
 import argparse
