@@ -141,6 +141,16 @@ def test_a_policy_that_wrote_the_data_is_trained_by_dpo(tmp_path):
     assert all(torch.equal(gradient[name], value) for name, value in expected_gradient.items())
 
 
+def test_outputs_are_returned_where_they_are_asked_for(tmp_path):
+    """For `compute_metrics`: the logits, beside the same loss."""
+    trainer = make_text_trainer(tmp_path, pairs=recorded_pairs())
+    batch = batch_of(trainer, range(2))
+    with pytest.warns(FutureWarning, match="extra forward pass"):
+        loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    assert torch.equal(loss, trainer.compute_loss(trainer.model, dict(batch)))
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+
+
 def test_masked_pairs_give_no_gradient_and_count_in_the_mean(tmp_path):
     trainer = make_text_trainer(tmp_path, pairs=recorded_pairs(chosen=[-1e3] * 4, rejected=[-1e3] * 4))
     disturb(trainer.model)
@@ -276,7 +286,10 @@ def test_two_processes_are_one(kind, tmp_path):
 def test_it_says_what_it_does_and_warns_when_all_is_masked(tmp_path, capsys, caplog):
     pairs = recorded_pairs(chosen=[-0.1] * 4, rejected=[-0.1] * 4)
     trainer = make_text_trainer(tmp_path, pairs=pairs, max_steps=5)
-    assert "weights per token against recorded in the data, masked below 0.9" in capsys.readouterr().out
+    assert (
+        "weights per token, against those recorded in the data, masked below 0.9; 1 / w within [0.9, 1.1]"
+        in capsys.readouterr().out
+    )
     with caplog.at_level(logging.WARNING, "trl_sipo"):
         trainer.train()
     assert logged(trainer, "loss") == [0.0] * 5 and logged(trainer, "sipo/masked_fraction") == [1.0] * 5

@@ -109,12 +109,12 @@ class SIPOTrainer(DPOTrainer):
 
     def describe_run(self) -> str:
         """What is printed at the start: beta, what weights are relative to, clip and mask."""
-        args, whose = self.args, "recorded in the data" if self.uses_recorded else "the reference"
+        args, whose = self.args, "those recorded in the data" if self.uses_recorded else "the reference"
         mask = f"masked below {args.lowest_weight:g}" if args.mask else "no mask"
-        clip = f"[{1 - args.clip_range:g}, {1 + args.clip_range:g}]" if args.reweight else "not used"
+        clip = f"within [{1 - args.clip_range:g}, {1 + args.clip_range:g}]" if args.reweight else "not used"
         return (
-            f"SIPO on {self.model.config.model_type}: beta = {self.beta:g}; weights per token against {whose}, "
-            f"{mask}; 1 / w within {clip}"
+            f"SIPO on {self.model.config.model_type}: beta = {self.beta:g}; weights per token, against {whose}, "
+            f"{mask}; 1 / w {clip}"
         )
 
     # ------------------------------------------------------------------------------------------------- the step
