@@ -123,7 +123,7 @@ def test_the_checks_count_and_name_single_images(arms):
     for data in (dataset, dataset.to_iterable_dataset()):
         report = check_preference_dataset(data, fmt)
         counts = [report[f"num_{name}"] for name in ("rows", "ties", "pairs", "checked", "swapped", "identical_arms")]
-        assert counts == [4, 1, kept, kept, 0, 0]
+        assert counts == [4, 1, kept, kept, 0, 0] and report["num_disliked"] == (arms == "chosen")
     broken = dataset.cast_column("image", datasets.Image(decode=False))
     broken = broken.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == 2 else row, with_indices=True)
     with pytest.raises(DatasetError, match="row 2, column 'image': the image is empty"):

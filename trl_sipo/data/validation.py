@@ -69,9 +69,9 @@ def check_preference_dataset(
     Returns:
         `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
         `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
-        (pixels; None for latents); of videos also what `_video_report` says, and `num_decoded`, of which the three
-        before are then. For a stream, the number of rows, ties, unlabelled and pairs are of the rows looked at, and
-        `streaming` is True.
+        (pixels; None for latents); of rows of a single image `num_disliked`, those left out as such; of videos also
+        what `_video_report` says, and `num_decoded`, of which the three before are then. For a stream, the number of
+        rows, ties, unlabelled and pairs are of the rows looked at, and `streaming` is True.
 
     Raises:
         DatasetError: with the rows concerned and what to do.
@@ -108,6 +108,7 @@ def _check_table(
         "num_ties": selection.num_ties,
         "num_unlabelled": selection.num_unlabelled,
         "num_swapped": selection.num_swapped,
+        **({} if fmt.second else {"num_disliked": selection.num_disliked}),
         "num_pairs": len(selection.kept),
         **_check_arms(((int(row), rows[int(row)]) for row in _with_progress(checked, kind)), fmt, clip, decoded),
     }
@@ -144,6 +145,7 @@ def _check_stream(
         "num_ties": len(ties),
         "num_unlabelled": len(unlabelled),
         "num_swapped": sum(fmt.is_swapped(row) for _, row in pairs),
+        **({} if fmt.second else {"num_disliked": len(disliked)}),
         "num_pairs": len(pairs),
         **_check_arms(iter(pairs), fmt, clip, {number for number, _ in pairs}),
     }

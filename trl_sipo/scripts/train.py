@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trl-sipo dpo | sipo | poly-dpo --config file.yaml [--overrides]`.
+"""`trl-sipo dpo | sipo | poly-dpo | kto | mapo | d3po | sft --config file.yaml [--overrides]`.
 
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataArguments:
-    """Which pairs to train on.
+    """Which pairs, or single images, to train on.
 
     Args:
         dataset_name: Hub id, or a local path: a folder of Parquet or JSONL, a saved dataset, `chosen/` and
@@ -339,7 +339,7 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
 def run(
     command: str, argv: list[str], defaults: dict[str, Any] | None = None, program: list[str] | None = None
 ) -> None:
-    """Entry point of the three training commands.
+    """Entry point of the training commands.
 
     Args:
         command: A key of `METHODS`.
