@@ -136,14 +136,21 @@ def reward_figure(panels: Mapping[str, tuple[Series, Series]]):
     return figure
 
 
-def quality_figure(panels: Mapping[str, Sequence[Series]], columns: int = 3, *, x_label: str = "step"):
-    """Several measures over steps, one panel each, one line per method; the band spans the seeds."""
+def quality_figure(
+    panels: Mapping[str, Sequence[Series]], columns: int = 3, *, x_label: str = "step", x_scale: str = "linear"
+):
+    """Several measures over steps, one panel each, one line per method; the band spans the seeds.
+
+    Args:
+        x_label, x_scale: Of what takes the place of the steps, and matplotlib's name of its scale.
+    """
     rows = -(-len(panels) // columns)
     figure = _figure(figsize=(3.6 * columns, 2.9 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (label, series) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, series)
         _clean(axes, label, x_label, "")
+        axes.set_xscale(x_scale)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
