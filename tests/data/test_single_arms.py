@@ -154,6 +154,17 @@ def test_images_beside_pairs_are_left_alone():
     assert [detect_format(dataset.column_names, arms).name for arms in ("pair", "chosen", "each")] == ["canonical"] * 3
 
 
+def test_an_image_beside_pairs_may_lie_anywhere(tmp_path):
+    """It is not read, so that its path is nobody's business."""
+    for arm in ("chosen", "rejected"):
+        picture(1).save(tmp_path / f"{arm}.png")
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected,image\na,chosen.png,rejected.png,/elsewhere/0.png\n")
+    assert load_preference_dataset(tmp_path / "train.csv")[0]["image"] == "/elsewhere/0.png"
+    with pytest.raises(DatasetError, match="leads out"):
+        (tmp_path / "train.csv").write_text("prompt,image\na,/elsewhere/0.png\n")
+        load_preference_dataset(tmp_path / "train.csv")
+
+
 def test_images_load_from_a_table_with_relative_paths(tmp_path):
     for index in range(3):
         picture(index).save(tmp_path / f"{index}.png")

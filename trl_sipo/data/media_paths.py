@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset, List, Value, Video
 
-from trl_sipo.data.formats import FORMATS
+from trl_sipo.data.formats import FORMATS, PAIRS
 from trl_sipo.data.preference_dataset import first_row
 from trl_sipo.data.readers import READERS
 from trl_sipo.data.stored import is_address, looks_like_text, quoted_path
@@ -141,13 +141,19 @@ def _flat(columns: Iterable[Iterable[Any]]) -> Iterator[str]:
 def _path_columns(dataset: Dataset | IterableDataset) -> list[str]:
     """Columns of arms that hold strings, or lists of them; or may hold them, where types are not known."""
     if dataset.features is None:  # a stream whose types are not known before it is read
-        return [column for column in first_row(dataset) if column in _arms()]  # the first cell may be null
-    return [column for column in dataset.features if column in _arms() and _holds_paths(dataset.features[column])]
+        return _arms(first_row(dataset))  # the first cell may be null
+    return [column for column in _arms(dataset.features) if _holds_paths(dataset.features[column])]
 
 
-def _arms() -> set[str]:
-    arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in fmt.media_columns}
-    return arms | {column for reader in READERS.values() for column in reader.paths}
+def _arms(columns: Iterable[str]) -> list[str]:
+    """Those of some columns that hold images or videos; single ones beside pairs are not read."""
+    found = set(columns)
+    layouts = [*(fmt.required_columns for fmt in PAIRS.values()), *(reader.columns for reader in READERS.values())]
+    has_pairs = any(set(layout) <= found for layout in layouts)
+    formats = (PAIRS if has_pairs else FORMATS).values()
+    arms = {column for fmt in formats if not fmt.holds_latents for column in fmt.media_columns}
+    arms |= {column for reader in READERS.values() for column in reader.paths}
+    return [column for column in columns if column in arms]
 
 
 def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) -> Any:
@@ -167,7 +173,7 @@ def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) 
 
 def _check_structs(dataset: Dataset, roots: Sequence[str]) -> None:
     """Look at the paths of images and videos that are stored with a place for their bytes, which is empty."""
-    columns = [column for column in dataset.features if column in _arms()]
+    columns = _arms(dataset.features)
     for column in (name for name in columns if isinstance(dataset.features[name], Image | Video)):
         rows = dataset.select_columns([column]).with_format("arrow")
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
