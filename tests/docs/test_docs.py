@@ -24,6 +24,7 @@ from trl_sipo import (
     DiffusionPolyDPOConfig,
     DiffusionSFTConfig,
     DiffusionSIPOConfig,
+    SIPOConfig,
 )
 from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
@@ -81,7 +82,7 @@ def test_settings_in_python_exist(block):
 
 def test_settings_in_running_text_exist():
     """`DiffusionSIPOConfig(...)` in backticks, and `name=value` of a setting; capitals are the shell's."""
-    known = {field.name for config in CONFIGS for field in fields(config)} | {"None"}
+    known = {field.name for config in (*CONFIGS, SIPOConfig) for field in fields(config)} | {"None"}
     calls = [code for code in CODE if re.match(r"Diffusion\w+Config\(", code)]
     settings = [code for code in CODE if re.match(r"\w+=", code)]
     assert len(calls) >= 2 and len(settings) > 10
@@ -199,11 +200,12 @@ def test_every_logged_key_is_explained():
     keys = set(pair_statistics(PairErrors(one, one, one, one), one, one, one, keep, beta=1.0, clip_range=0.1))
     page = read(SOURCE / "metrics.md")
     explained = set(re.findall(r"^\| `([\w/]+)`", page, re.M))
+    of_text = {"sipo/chosen_importance_weight", "sipo/rejected_importance_weight"}
     of_runs = {"sipo/empty_batches", "sipo/masked_levels", "sipo/skipped_steps"}
     assert explained >= keys | of_runs | {"loss", "grad_norm", "kl"}
     prefixes = "rewards|logps|sipo|drift"
     mentioned = set(re.findall(rf"(?<![\w/])(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
-    assert len(mentioned) > 8 and mentioned <= keys | of_runs
+    assert len(mentioned) > 8 and mentioned <= keys | of_runs | of_text
 
 
 def test_conversions_of_beta_are_those_of_the_code():
