@@ -2,6 +2,7 @@
 """The comparison of all methods as one table, with figures: a page, and Markdown."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,20 +127,23 @@ def _points(summary: dict[str, Any]) -> dict[str, list[Point]]:
 
 
 def _sweep_panels(rows: Sequence[Row]) -> dict[str, list[Series]]:
-    panels: dict[str, list[Series]] = {}
-    measures = {"accuracy": "accuracy", "frechet_distance": "Frechet distance"}
-    for source in dict.fromkeys(row["source"] for row in rows):
-        swept = [row for row in rows if row["source"] == source and row["is_default"] and row["sweep"]]
-        for name, title in measures.items() if swept else ():
-            panels[f"{source.replace('_', '-')}: {title}"] = [
-                Series(
-                    row["label"],
-                    [float(value) / float(row["strength"]) for value in row["sweep"]],
-                    [[record[name] for record in row["sweep"].values()]],
-                )
-                for row in swept
-            ]
+    """Per source and measure one line per method, in every panel all of them, so that one legend serves."""
+    swept = [row for row in rows if row["is_default"] and row["sweep"]]
+    labels = dict.fromkeys(row["label"] for row in swept)
+    panels = {}
+    for source in dict.fromkeys(row["source"] for row in swept):
+        of_source = {row["label"]: row for row in swept if row["source"] == source}
+        for name, title in (("accuracy", "accuracy"), ("frechet_distance", "Frechet distance")):
+            lines = [_sweep_line(label, of_source.get(label), name) for label in labels]
+            panels[f"{source.replace('_', '-')}: {title}"] = lines
     return panels
+
+
+def _sweep_line(label: str, row: Row | None, name: str) -> Series:
+    if row is None:
+        return Series(label, [1.0], [[math.nan]])  # draws nothing
+    ratios = [float(value) / float(row["strength"]) for value in row["sweep"]]
+    return Series(label, ratios, [[record[name] for record in row["sweep"].values()]])
 
 
 def _page(summary: dict[str, Any], figures: dict[str, bytes], medium: Medium) -> Page:

@@ -2,6 +2,7 @@
 """The demo's figures and its report page."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,11 @@ def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles, medium: Medi
         title=f"Importance weight w(t) on held-out {medium.noun}",
         level_label=medium.level_label,
     )
+    rewards = _reward_panels(runs)
     return {
         "samples": png_bytes(_samples(summary, runs, files, medium)),
         "quality": png_bytes(quality_figure(_quality_panels(runs, medium))),
-        "rewards": png_bytes(reward_figure(_reward_panels(runs))),
+        **({"rewards": png_bytes(reward_figure(rewards))} if rewards else {}),
         "importance_weight": png_bytes(curves),
     }
 
@@ -74,11 +76,8 @@ def _by_arm(results: Runs) -> dict[str, list[dict[str, Any]]]:
 
 def _series(label: str, runs: list[dict[str, Any]], name: str) -> Series:
     steps = [record["step"] for record in runs[0]["records"]]
-    return Series(label, steps, [[record[name] for record in run["records"]] for run in runs])
-
-
-def _is_measured(name: str, runs: list[dict[str, Any]]) -> bool:
-    return name in runs[0]["records"][0]
+    # NaN draws nothing, and leaves the other lines their colours.
+    return Series(label, steps, [[record.get(name, math.nan) for record in run["records"]] for run in runs])
 
 
 def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles, medium: Medium) -> dict[str, list[float]]:
@@ -101,7 +100,7 @@ def _reward_panels(results: Runs) -> dict[str, tuple[Series, Series]]:
             _series("rejected", runs, "held_out_rejected"),
         )
         for arm, runs in _by_arm(results).items()
-        if _is_measured("held_out_chosen", runs)
+        if "held_out_chosen" in runs[0]["records"][0]
     }
 
 
@@ -117,7 +116,7 @@ def _quality_panels(results: Runs, medium: Medium) -> dict[str, list[Series]]:
     }
     arms = _by_arm(results)
     return {
-        title: [_series(find_arm(arm).label, runs, name) for arm, runs in arms.items() if _is_measured(name, runs)]
+        title: [_series(find_arm(arm).label, runs, name) for arm, runs in arms.items()]
         for name, title in panels.items()
     }
 
@@ -172,7 +171,7 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     page.heading(f"{source.replace('_', '-').capitalize()}: {medium.sources[source]}")
     for sentence in summary["verdict"][source]:
         page.paragraph(sentence, "verdict")
-    page.table(*_table(summary, source, medium))
+    page.table(*table(summary, source, medium))
     page.figure(
         figures["samples"],
         medium.sheet_caption,
@@ -185,13 +184,14 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
         "measurement.",
         "Line charts of accuracy, Frechet distance, diversity, implicit accuracy and masked share over steps",
     )
-    page.figure(
-        figures["rewards"],
-        "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both fall: "
-        f"the model then prefers the chosen {medium.noun.removesuffix('s')} only by getting worse at the rejected one "
-        "faster.",
-        "Line charts of chosen and rejected reward over steps, one panel per method",
-    )
+    if "rewards" in figures:
+        page.figure(
+            figures["rewards"],
+            "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both "
+            f"fall: the model then prefers the chosen {medium.noun.removesuffix('s')} only by getting worse at the "
+            "rejected one faster.",
+            "Line charts of chosen and rejected reward over steps, one panel per method",
+        )
     page.figure(
         figures["importance_weight"],
         f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler; for the base also "
@@ -213,7 +213,8 @@ def _protocol(settings: dict[str, Any]) -> str:
     )
 
 
-def _table(summary: dict[str, Any], source: str, medium: Medium) -> tuple[list[str], list[list[str]]]:
+def table(summary: dict[str, Any], source: str, medium: Medium) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one comparison."""
     accuracies = ("accuracy", *(f"{name}_accuracy" for name in medium.attributes), "second_accuracy")
     header = ["method", "beta", "accuracy", *medium.attributes, "second verifier"]
     header += ["Frechet", "diversity", "implicit accuracy", "masked"]

@@ -82,7 +82,8 @@ def _figure(**options: Any):
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+    style = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+    return style if index < len(COLOURS) else {**style, "marker": MARKERS[index // len(COLOURS)]}
 
 
 def _clean(axes, title: str, x_label: str, y_label: str) -> None:

@@ -4,8 +4,11 @@
 import argparse
 import os
 import shlex
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from trl_sipo.errors import ConfigurationError
 
@@ -107,16 +110,12 @@ def run(command: str, argv: list[str]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Inherited by the training processes: what transformers says while it is imported would break the progress bar.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    protocol = comparison_from(arguments) if arguments.baselines else settings_from(arguments)
+    start = _protocol(arguments)
     workers = arguments.workers if arguments.workers is not None else min(os.cpu_count() or 1, 8)
     if workers < 1:
         raise ConfigurationError(f"--workers must be at least 1, got {workers}.")
     from trl_sipo.demo.arm import DemoFiles
 
-    if arguments.baselines:
-        from trl_sipo.demo.baselines import run_baselines as run_protocol
-    else:
-        from trl_sipo.demo.demo import run_demo as run_protocol
     if arguments.video:
         from trl_sipo.demo.video.clips import CLIPS as medium
     else:
@@ -124,7 +123,7 @@ def run(command: str, argv: list[str]) -> None:
     output = arguments.output or _default_output(arguments)
     base = retrain(output / "base", workers, video=arguments.video) if arguments.retrain else medium.base
     files = DemoFiles(output, base)
-    summary = run_protocol(protocol, files, medium, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
+    summary = start(files, medium, workers=workers, command=shlex.join(["trl-sipo", command, *argv]))
     print()
     for part, sentences in summary["verdict"].items():
         print(f"{part.replace('_', '-')}:")
@@ -132,6 +131,18 @@ def run(command: str, argv: list[str]) -> None:
             print(f"- {sentence}")
     kept = f" ({summary['num_runs_kept']} runs were there already)" if summary["num_runs_kept"] else ""
     print(f"\n{summary['seconds']:.0f} s{kept}. Open {output / 'report.html'}; numbers are in summary.json.")
+
+
+def _protocol(arguments: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+    """What the options ask for, to be called with files and medium; what is wrong with them is said first."""
+    if arguments.baselines:
+        from trl_sipo.demo.baselines import run_baselines
+
+        return partial(run_baselines, comparison_from(arguments))
+    settings = settings_from(arguments)
+    from trl_sipo.demo.demo import run_demo
+
+    return partial(run_demo, settings)
 
 
 def _default_output(arguments: argparse.Namespace) -> Path:
