@@ -4,7 +4,8 @@
     python benchmarks/interval_coverage.py --output coverage.json
 
 A prompt's own win rate is drawn from a beta distribution, so that its samples are alike; a tenth of the outcomes are
-ties. The nominal values are 0.95 and at most 0.05. The standard error of a row is 0.007 at 1,000 trials.
+ties, or in the last rows nearly all, as with a verifier that both models nearly always satisfy. The nominal values are
+0.95 and at most 0.05. The standard error of a row is 0.007 at 1,000 trials.
 """
 
 import argparse
@@ -17,17 +18,18 @@ from tqdm.auto import tqdm
 from trl_sipo.evaluation.statistics import Clusters, clustered_interval, sign_flip_test
 
 TIES = 0.1
+MANY_TIES = 0.99
 CONCENTRATION = 2.0  # of the beta distribution: an intra-cluster correlation of 1 / 3
 SAMPLES_PER_PROMPT = 4
 
 
-def outcomes(generator: np.random.Generator, num_prompts: int, win_rate: float) -> tuple[Clusters, float]:
+def outcomes(generator: np.random.Generator, num_prompts: int, win_rate: float, ties: float) -> tuple[Clusters, float]:
     """Simulated outcomes, and the true mean: a tie pulls it towards one half."""
     rates = generator.beta(CONCENTRATION * win_rate, CONCENTRATION * (1 - win_rate), size=num_prompts)
     wins = generator.binomial(1, rates[:, None], size=(num_prompts, SAMPLES_PER_PROMPT)).astype(float)
-    wins = np.where(generator.random(wins.shape) < TIES, 0.5, wins)
+    wins = np.where(generator.random(wins.shape) < ties, 0.5, wins)
     counts = np.full(num_prompts, float(SAMPLES_PER_PROMPT))
-    return Clusters(wins.sum(1), counts), (1 - TIES) * win_rate + TIES / 2
+    return Clusters(wins.sum(1), counts), (1 - ties) * win_rate + ties / 2
 
 
 def percentile_interval(clusters: Clusters, num_resamples: int, seed: int) -> tuple[float, float]:
@@ -38,12 +40,14 @@ def percentile_interval(clusters: Clusters, num_resamples: int, seed: int) -> tu
     return float(low), float(high)
 
 
-def measure(num_prompts: int, win_rate: float, trials: int, num_resamples: int = 999) -> dict[str, float]:
+def measure(
+    num_prompts: int, win_rate: float, trials: int, num_resamples: int = 999, ties: float = TIES
+) -> dict[str, float]:
     """One row of the table."""
     generator = np.random.default_rng([num_prompts, round(1000 * win_rate)])
     covered, plain, width, rejected = 0, 0, 0.0, 0
     for trial in range(trials):
-        clusters, truth = outcomes(generator, num_prompts, win_rate)
+        clusters, truth = outcomes(generator, num_prompts, win_rate, ties)
         interval = clustered_interval(clusters, bounds=(0.0, 1.0), num_resamples=num_resamples, seed=trial)
         covered += interval.low <= truth <= interval.high
         width += interval.high - interval.low
@@ -53,6 +57,7 @@ def measure(num_prompts: int, win_rate: float, trials: int, num_resamples: int =
     return {
         "prompts": num_prompts,
         "win_rate": win_rate,
+        "ties": ties,
         "coverage": covered / trials,
         "mean_width": width / trials,
         "percentile_coverage": plain / trials,
@@ -69,13 +74,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args(argv)
     cells = [(prompts, rate) for prompts in arguments.prompts for rate in arguments.win_rates]
-    rows = [measure(*cell, arguments.trials) for cell in tqdm(cells, unit="cell")]
-    print("| prompts | win rate | covered | width | percentile bootstrap covers | test rejects 'alike' |")
-    print("|---|---|---|---|---|---|")
+    options = [(*cell, TIES) for cell in cells] + [(prompts, 0.5, MANY_TIES) for prompts in arguments.prompts]
+    rows = [measure(*cell, arguments.trials, ties=ties) for *cell, ties in tqdm(options, unit="cell")]
+    print("| prompts | win rate | ties | covered | width | percentile bootstrap covers | test rejects 'alike' |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['prompts']} | {row['win_rate']} | {row['coverage']:.3f} | {row['mean_width']:.3f} "
-            f"| {row['percentile_coverage']:.3f} | {row['rejected']:.3f} |"
+            f"| {row['prompts']} | {row['win_rate']} | {row['ties']} | {row['coverage']:.3f} "
+            f"| {row['mean_width']:.3f} | {row['percentile_coverage']:.3f} | {row['rejected']:.3f} |"
         )
     if arguments.output:
         arguments.output.write_text(json.dumps({"trials": arguments.trials, "rows": rows}, indent=1) + "\n")

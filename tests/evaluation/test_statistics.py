@@ -49,6 +49,8 @@ def test_agreement_of_all_prompts_is_no_certainty():
     assert (always.estimate, always.high) == (1.0, 1.0) and always.low == pytest.approx(low)
     ties = clustered_interval(by_cluster([0.5] * 20, range(20)), bounds=(0, 1))
     assert ties.low < 0.5 < ties.high
+    unbounded = clustered_interval(by_cluster([0.0] * 20, range(20)))
+    assert (unbounded.low, unbounded.high) == (-np.inf, np.inf)
     one = clustered_interval(by_cluster([1.0, 0.0], ["a", "a"]), bounds=(0, 1))
     assert (one.low, one.high) == (0, 1)
 
@@ -110,3 +112,35 @@ def test_intervals_cover_the_truth_everywhere(num_prompts, win_rate):
     row = measure(num_prompts, win_rate, trials=1000)
     assert row["coverage"] > 0.93
     assert win_rate != 0.5 or row["rejected"] < 0.072
+
+
+@pytest.mark.parametrize("num_others", [1, 2, 3])
+def test_a_few_prompts_that_differ_do_not_take_all_certainty_away(num_others):
+    # In more than 2.5 % of the resamples none of them is drawn; a bootstrap-t then has no end on that side.
+    wins = np.ones(200)
+    wins[:num_others] = 0
+    interval = clustered_interval(by_cluster(wins, range(200)), bounds=(0, 1))
+    exact = stats.binomtest(200 - num_others, 200).proportion_ci(method="exact")
+    assert exact.low - 0.012 < interval.low <= exact.low and interval.high <= 1
+    ties = np.full(200, 0.5)
+    ties[:num_others] = 1
+    interval = clustered_interval(by_cluster(ties, range(200)), bounds=(0, 1))
+    assert 0.48 < interval.low < 0.5 < interval.high < 0.53, "two wins of 200 say nothing of who wins"
+    gains = clustered_interval(by_cluster(2 * ties - 1, range(200)))
+    assert -0.04 < gains.low < 0 < gains.high < 0.06
+
+
+def test_an_interval_has_the_unit_of_its_values():
+    values = np.random.default_rng(2).normal(0.1, 1, 40)
+    one, small = (clustered_interval(by_cluster(scale * values, range(40))) for scale in (1.0, 1e-14))
+    assert (1e-14 * one.low, 1e-14 * one.high) == pytest.approx((small.low, small.high), rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1])
+def test_intervals_cover_where_nearly_all_samples_tie(share):
+    generator, covered = np.random.default_rng(0), 0
+    for trial in range(200):
+        outcomes = np.where(generator.random(100) < share, generator.choice([0.0, 1.0], 100), 0.5)
+        interval = clustered_interval(by_cluster(outcomes, range(100)), bounds=(0, 1), num_resamples=299, seed=trial)
+        covered += interval.low <= 0.5 <= interval.high
+    assert covered / 200 > 0.9

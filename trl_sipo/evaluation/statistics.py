@@ -86,9 +86,9 @@ def clustered_interval(
         seed: Of the bootstrap.
 
     Returns:
-        The mean and its interval. Of one cluster nothing can be said: the interval is `bounds`. Where all clusters
-        have the same mean the bootstrap would say that there is no doubt; the interval then allows for a share of
-        other clusters that as many draws miss with probability (1 - level) / 2 ("rule of three").
+        The mean and its interval. Of one cluster nothing can be said: the interval is `bounds`. Where all clusters but
+        a few have the same mean, resamples without any of the few show no doubt at all, and the bootstrap has no ends;
+        the interval then is that of [`_rare_interval`], which allows for others that were not drawn.
 
     Raises:
         ConfigurationError: `level` or `num_resamples` out of range.
@@ -98,39 +98,80 @@ def clustered_interval(
     mean, tail = clusters.mean, (1 - level) / 2
     if len(clusters.sums) == 1:
         return Interval(mean, *bounds, level)
-    error = float(_standard_error(clusters.sums, clusters.counts, np.ones((1, len(clusters.sums))))[0])
-    if error <= 1e-12 * max(abs(mean), 1.0):
-        missed = 1 - tail ** (1 / len(clusters.sums))
-        ends = [mean if np.isinf(bound) else mean + missed * (bound - mean) for bound in bounds]
-        return Interval(mean, *ends, level)
-    ratios = _studentised(clusters, num_resamples, np.random.default_rng(seed))
+    ratios, error = _studentised(clusters, num_resamples, np.random.default_rng(seed))
     # "nearest" does not average an infinity, of a resample without spread, into its neighbour.
     upper, lower = np.quantile(ratios, [1 - tail, tail], method="nearest")
+    if error == 0 or np.isinf([upper, lower]).any():
+        return Interval(mean, *_rare_interval(clusters, bounds, tail), level)
     low, high = np.clip([mean - upper * error, mean - lower * error], *bounds)
     return Interval(mean, float(low), float(high), level)
 
 
-def _standard_error(sums: np.ndarray, counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Of the mean over clusters that were each drawn so often: draws (resamples, clusters) -> (resamples,)."""
-    total = draws @ counts
-    mean = (draws @ sums) / total
-    deviation = (sums - mean[:, None] * counts) ** 2
-    num_clusters = len(sums)
-    return np.sqrt((draws * deviation).sum(1) * num_clusters / (num_clusters - 1)) / total
-
-
-def _studentised(clusters: Clusters, num_resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """(resample's mean - mean) / resample's standard error, (num_resamples,); infinite where that error is 0."""
-    sums, counts, mean = clusters.sums, clusters.counts, clusters.mean
-    even = np.full(len(sums), 1 / len(sums))
-    parts = []
+def _studentised(clusters: Clusters, num_resamples: int, generator: np.random.Generator) -> tuple[np.ndarray, float]:
+    """(resample's mean - mean) / resample's standard error, (num_resamples,), infinite where that error is 0; and the
+    standard error of the mean itself."""
+    num_clusters, counts = len(clusters.sums), clusters.counts
+    net = clusters.sums - clusters.mean * counts
+    unit = float(abs(net / counts).max())
+    if unit <= 1e-12 * float(abs(clusters.sums / counts).max()):  # but for rounding
+        return np.zeros(num_resamples), 0.0
+    net = net / unit
+    columns = np.stack([net, counts, net**2, net * counts, counts**2], axis=1)
+    distance, error = _means_and_errors(np.ones((1, num_clusters)) @ columns, num_clusters)
+    own, parts = unit * float(error[0]), []
     for start in range(0, num_resamples, _CHUNK):
-        draws = generator.multinomial(len(sums), even, size=min(_CHUNK, num_resamples - start)).astype(np.float64)
-        distance = (draws @ sums) / (draws @ counts) - mean
-        error = _standard_error(sums, counts, draws)
-        infinite = np.copysign(np.where(distance == 0, 0.0, np.inf), distance)
-        parts.append(np.divide(distance, error, out=infinite, where=error > 1e-12))
-    return np.concatenate(parts)
+        size = min(_CHUNK, num_resamples - start)
+        drawn = generator.integers(num_clusters, size=(size, num_clusters)) + num_clusters * np.arange(size)[:, None]
+        draws = np.bincount(drawn.ravel(), minlength=size * num_clusters).reshape(size, num_clusters)
+        distance, error = _means_and_errors(draws.astype(np.float64) @ columns, num_clusters)
+        infinite = np.copysign(np.where(abs(distance) < 1e-12, 0.0, np.inf), distance)
+        parts.append(np.divide(distance, error, out=infinite, where=error > 0))
+    return np.concatenate(parts), own
+
+
+def _means_and_errors(totals: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means and their standard errors, (resamples,) each.
+
+    Args:
+        totals: (resamples, 5): sums over the clusters of net, count, net^2, net * count and count^2.
+    """
+    net, count, net_squared, net_count, count_squared = totals.T
+    mean = net / count
+    squares = net_squared - 2 * mean * net_count + mean**2 * count_squared  # of net - mean * count
+    squares[squares <= 1e-12 * net_squared] = 0  # what rounding leaves of it
+    return mean, np.sqrt(squares * num_clusters / (num_clusters - 1)) / count
+
+
+def _rare_interval(clusters: Clusters, bounds: tuple[float, float], tail: float) -> tuple[float, float]:
+    """The mean's interval where most clusters have one mean: from it, as far as others may pull to either side.
+
+    How far the others pull is a mean of values in [0, 1], times the distance to a bound, or where there is none, to
+    the value that lies farthest. Chernoff (1952) bounds such a mean whatever its distribution. If all clusters agree
+    the ends are those of Clopper and Pearson (1934) for a trial that never came out otherwise; without bounds there
+    are none.
+    """
+    means, weights = clusters.sums / clusters.counts, clusters.counts / clusters.counts.sum()
+    usual = float(np.sort(means)[len(means) // 2])
+    ends = []
+    for bound, sign in zip(bounds, (-1, 1), strict=True):
+        reach = float(abs(means - usual).max()) if np.isinf(bound) else abs(bound - usual)
+        if reach == 0:  # at a bound, or no bound, and not even one value to tell how far others lie
+            ends.append(bound)
+            continue
+        share = float(weights @ np.maximum(sign * (means - usual), 0)) / reach
+        ends.append(usual + sign * reach * _chernoff_bound(min(share, 1.0), 1 / float(weights.max()), tail))
+    return ends[0], ends[1]
+
+
+def _chernoff_bound(share: float, number: float, tail: float) -> float:
+    """The largest mean q in [share, 1] with which `number` trials in [0, 1] do not make `share` rarer than `tail`."""
+    low, high = share, 1.0
+    for _ in range(60):  # halvings: as exact as a float is
+        q = (low + high) / 2
+        missed = (1 - share) * np.log((1 - share) / (1 - q)) if share < 1 else 0.0
+        divergence = missed + (share * np.log(share / q) if share else 0.0)
+        low, high = (q, high) if number * divergence <= -np.log(tail) else (low, q)
+    return low
 
 
 def sign_flip_test(clusters: Clusters, *, null: float = 0.0, num_flips: int = 9999, seed: int = 0) -> float:
@@ -153,7 +194,8 @@ def sign_flip_test(clusters: Clusters, *, null: float = 0.0, num_flips: int = 99
         return float((abs(flips @ net) >= observed).mean())
     generator, reached = np.random.default_rng(seed), 1
     for start in range(0, num_flips, _CHUNK):
-        flips = generator.choice([-1.0, 1.0], size=(min(_CHUNK, num_flips - start), len(net)))
+        size = (min(_CHUNK, num_flips - start), len(net))
+        flips = generator.integers(2, size=size, dtype=np.int8) * 2.0 - 1
         reached += int((abs(flips @ net) >= observed).sum())
     return reached / (num_flips + 1)
 
