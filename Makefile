@@ -1,6 +1,7 @@
 # make demo and make test set up everything: they need Python and make, nothing else.
 #   PYTHON       the interpreter that .venv is made from (python3)
 #   ARGS         passed to the demo:   make demo ARGS="--quick"
+#   OUTPUT       folder of the pipeline: make pipeline OUTPUT=my_output
 #   PYTEST_ARGS  passed to pytest:     make test PYTEST_ARGS="-m slow tests/trainer"
 #   WORKERS      pytest processes:     make test WORKERS=4
 .POSIX:
@@ -8,7 +9,9 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS =
+OUTPUT = pipeline_output
 PYTEST_ARGS =
+OUTPUT = pipeline_output
 
 BIN = .venv/bin
 INPUTS = setup.cfg setup.py constraints.txt
@@ -16,6 +19,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 
 help:
 	@echo 'make demo    set up .venv and run the demo (ARGS="--quick" for the short one)'
+	@echo 'make pipeline  set up .venv and go from prompts to a better model: feedback, sipo, evaluate, online'
 	@echo 'make test    set up .venv and run the tests (PYTEST_ARGS="-m slow" for the slow ones)'
 	@echo 'make check   lint, docstrings, import contracts, types'
 	@echo 'make style   format the code and sort the imports'
@@ -24,6 +28,9 @@ help:
 
 demo: .venv/stamp-demo
 	$(BIN)/trl-sipo demo $(ARGS)
+
+pipeline: .venv/stamp-demo
+	TRL_SIPO=$(BIN)/trl-sipo OUTPUT=$(OUTPUT) sh examples/pipeline.sh
 
 # One thread each, so that the workers do not fight over the cores.
 test: .venv/stamp-test
@@ -51,7 +58,7 @@ build: .venv/stamp-test
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv build dist *.egg-info demo_output
+	rm -rf .venv build dist *.egg-info demo_output pipeline_output
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -81,4 +88,4 @@ clean:
 	$(INSTALL) -e '.[test,dev]'
 	@touch .venv/stamp-demo $@
 
-.PHONY: help demo test check lint contracts types style build clean
+.PHONY: help demo pipeline test check lint contracts types style build clean

@@ -22,6 +22,10 @@ class NumericalError(RuntimeError):
     """A computation gave NaN or infinity. It comes while running: the model or a pair is at fault."""
 
 
+class RewardError(RuntimeError):
+    """A scorer failed, or answered what is no score. It comes while running: the scorer is at fault."""
+
+
 class StorageError(RuntimeError):
     """A file cannot be written: no space is left, say. It comes while running."""
 
@@ -51,3 +55,22 @@ class Preempted(SystemExit):
             f"SIGTERM: stopped after step {self.step} and saved {self.checkpoint}, from which "
             "`resume_from_checkpoint=True` continues."
         )
+
+
+class RoundsPreempted(Preempted):
+    """A run of rounds was asked to stop (SIGTERM), and leaves as [`Preempted`] does.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: str):
+        super().__init__(folder, 0)
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return f"SIGTERM: stopped. What is done is kept in {self.folder}, and the same command continues."
+
+
+EXPECTED_ERRORS = (BackboneError, ConfigurationError, DatasetError, NumericalError, RewardError, StorageError)
+"""What a command explains in one line, without a traceback, and leaves with status 2."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.adapters.backbone_cases import (
+    BACKBONES,
     PROMPTS,
     BackboneCase,
 )
@@ -234,3 +235,25 @@ def test_a_float32_vae_decodes_the_samples_of_a_bfloat16_denoiser_in_float32(cas
     assert drawn.shape == case.media_shape and drawn.dtype == torch.float32 and drawn.isfinite().all()
     assert -1 <= drawn.min() < drawn.max() <= 1
     assert "decode" not in vars(adapter.pipeline.vae)
+
+
+@each_backbone
+def test_what_a_prompt_gives_in_a_batch_is_what_it_gives_alone(case):
+    """To rounding: prompts of other lengths are padded together, and each starts from its own noise."""
+    adapter = adapter_for(case.build())
+
+    def drawn(*numbers: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(number) for number in numbers]
+        prompts = [PROMPTS[number] for number in numbers]
+        return adapter.sample_batch(prompts, **case.size, num_inference_steps=2, generators=generators)
+
+    together = drawn(0, 1)
+    assert together.shape == (2, *case.media_shape)
+    for number in range(2):
+        torch.testing.assert_close(together[number], drawn(number)[0], rtol=0, atol=1e-4)
+
+
+def test_a_batch_needs_a_generator_for_each_of_its_prompts():
+    adapter = adapter_for(BACKBONES[0].build())
+    with pytest.raises(ConfigurationError, match="1 generators for 2 prompts"):
+        adapter.sample_batch(PROMPTS, **BACKBONES[0].size, generators=[torch.Generator()])

@@ -23,7 +23,7 @@ from trl_sipo.cli.main import main
 from trl_sipo.core.parameterization import prediction_target
 from trl_sipo.core.precision import per_sample
 from trl_sipo.scripts.audit import AUDITS
-from trl_sipo.scripts.audit_weights import LORA_FILES, load_adapter, make_parser
+from trl_sipo.scripts.audit_weights import load_adapter, make_parser
 
 LEVELS = 10
 MODELS = {
@@ -258,7 +258,7 @@ MISTAKES = {
     "threshold": (["--mask_threshold", "1"], "mask_threshold"),
     "range": (["--timestep_range", "0.9", "0.1"], "`timestep_range` must be two increasing fractions"),
     "shift": (["--timestep_shift", "3"], "timestep_shift"),
-    "no_lora": (["--lora", "./no_lora"], LORA_FILES[0]),
+    "no_lora": (["--lora", "./no_lora"], "There is no LoRA './no_lora'"),
 }
 
 

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import sd15_profile
-from trl_sipo.core.importance import clip_log_weight, log_importance_weight, pair_log_weight, timestep_mask
+from trl_sipo.core.importance import (
+    clip_log_weight,
+    log_importance_weight,
+    pair_log_weight,
+    sequence_log_weight,
+    timestep_mask,
+)
 from trl_sipo.core.noise_schedule import FlowSchedule, VPSchedule
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.errors import ConfigurationError
@@ -154,3 +160,23 @@ def test_clip_range_outside_the_open_interval(clip_range):
 def test_mask_threshold_outside_the_interval(mask_threshold):
     with pytest.raises(ConfigurationError, match="mask_threshold="):
         timestep_mask(torch.zeros(1), mask_threshold)
+
+
+def test_the_weight_of_a_completion_is_the_geometric_mean_over_its_tokens():
+    policy = [torch.tensor([0.5, 0.1]), torch.tensor([0.3, 0.2, 0.9])]
+    sampled = [torch.tensor([0.25, 0.4]), torch.tensor([0.1, 0.1, 0.6])]
+    sums = [torch.stack([token.log().sum() for token in tokens]).requires_grad_() for tokens in (policy, sampled)]
+    log_weight = sequence_log_weight(*sums, torch.tensor([2, 3]))
+    ratios = [(ours / theirs).double() for ours, theirs in zip(policy, sampled, strict=True)]
+    expected = [ratio.prod() ** (1 / len(ratio)) for ratio in ratios]
+    assert log_weight.exp().tolist() == pytest.approx([value.item() for value in expected], rel=1e-6)
+    assert log_weight[0] < 0 < log_weight[1]
+    (gradient,) = torch.autograd.grad(log_weight.sum(), sums[0])
+    assert gradient.tolist() == pytest.approx([1 / 2, 1 / 3])
+
+
+def test_the_weight_of_a_completion_is_wide_and_defined_without_tokens():
+    logps = torch.tensor([-300.0, 0.0], dtype=torch.bfloat16)
+    log_weight = sequence_log_weight(logps, torch.tensor([-299.0, 0.0]), torch.tensor([10, 0]))
+    assert log_weight.dtype == torch.float32
+    assert log_weight.tolist() == pytest.approx([-0.1, 0.0])

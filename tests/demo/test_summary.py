@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from trl_sipo.demo.images import IMAGES
+from trl_sipo.demo.report import table
 from trl_sipo.demo.settings import FULL, QUICK, DemoSettings, Part
 from trl_sipo.demo.summary import aggregate, measures, verdict
 from trl_sipo.errors import ConfigurationError
@@ -66,6 +67,23 @@ def test_the_verdict_claims_a_difference_only_when_every_pair_of_seeds_shows_it(
 def test_the_verdict_sets_sipo_against_a_well_chosen_beta():
     text = sentences_of([run("sipo", 0, [0.9, 0.7]), run("dpo_best", 0, [0.9, 0.95])])
     assert "SIPO at beta 2 against Diffusion-DPO at beta 2000" in text and "Accuracy lower (70% against 95%)" in text
+
+
+def test_what_a_method_does_not_have_is_left_out():
+    sft = run("sft", 0, [0.9, 0.8])
+    for record in sft["records"]:
+        for name in ("held_out_accuracies", "held_out_chosen", "held_out_rejected"):
+            del record[name]
+    runs = [sft, run("dpo@50", 0, [0.9, 0.8])]
+    summary = summary_of(runs)
+    methods = summary["parts"]["off_policy"]["methods"]
+    assert "held_out_accuracies" not in methods["sft"]["final"] and "reward" in methods["sft"]["final"]
+    text = sentences_of(runs)
+    assert "SFT ends at 80%" in text and "Diffusion-DPO, beta 50 ends at 80%" in text
+    # A share that was not measured is an empty cell; a beta is that of the arm, not of the protocol.
+    _, (_, first, second) = table(summary | {"base": dict.fromkeys(measures(IMAGES), 0.5)}, "off_policy", IMAGES)
+    assert (first[0], first[1], first[-2]) == ("SFT", "", "")
+    assert (second[1], second[-2]) == ("50", "50%")
 
 
 def test_the_ceiling_is_said_with_class_and_colour_apart():

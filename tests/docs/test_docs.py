@@ -16,7 +16,16 @@ from trl import DPOConfig
 import trl_sipo
 from tests.docs.pages import PAGES, ROOT, SOURCE, anchors, blocks, inline_code, links, read
 from tests.oracles import sd15_profile
-from trl_sipo import DiffusionDPOConfig, DiffusionPolyDPOConfig, DiffusionSIPOConfig
+from trl_sipo import (
+    DiffusionD3POConfig,
+    DiffusionDPOConfig,
+    DiffusionKTOConfig,
+    DiffusionMaPOConfig,
+    DiffusionPolyDPOConfig,
+    DiffusionSFTConfig,
+    DiffusionSIPOConfig,
+    SIPOConfig,
+)
 from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
@@ -28,7 +37,10 @@ from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
-CONFIGS = (DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig)
+CONFIGS = (
+    DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig, DiffusionKTOConfig, DiffusionMaPOConfig,
+    DiffusionSFTConfig, DiffusionD3POConfig,
+)  # fmt: skip
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 SHELL = [block for page in PAGES for block in blocks(page, "bash")]
 CODE = [code for page in PAGES for code in inline_code(page)]
@@ -70,7 +82,7 @@ def test_settings_in_python_exist(block):
 
 def test_settings_in_running_text_exist():
     """`DiffusionSIPOConfig(...)` in backticks, and `name=value` of a setting; capitals are the shell's."""
-    known = {field.name for config in CONFIGS for field in fields(config)} | {"None"}
+    known = {field.name for config in (*CONFIGS, SIPOConfig) for field in fields(config)} | {"None"}
     calls = [code for code in CODE if re.match(r"Diffusion\w+Config\(", code)]
     settings = [code for code in CODE if re.match(r"\w+=", code)]
     assert len(calls) >= 2 and len(settings) > 10
@@ -188,11 +200,12 @@ def test_every_logged_key_is_explained():
     keys = set(pair_statistics(PairErrors(one, one, one, one), one, one, one, keep, beta=1.0, clip_range=0.1))
     page = read(SOURCE / "metrics.md")
     explained = set(re.findall(r"^\| `([\w/]+)`", page, re.M))
+    of_text = {"sipo/chosen_importance_weight", "sipo/rejected_importance_weight"}
     of_runs = {"sipo/empty_batches", "sipo/masked_levels", "sipo/skipped_steps"}
-    assert explained >= keys | of_runs | {"loss", "grad_norm"}
+    assert explained >= keys | of_runs | {"loss", "grad_norm", "kl"}
     prefixes = "rewards|logps|sipo|drift"
-    mentioned = set(re.findall(rf"\b(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
-    assert len(mentioned) > 8 and mentioned <= keys | of_runs
+    mentioned = set(re.findall(rf"(?<![\w/])(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
+    assert len(mentioned) > 8 and mentioned <= keys | of_runs | of_text
 
 
 def test_conversions_of_beta_are_those_of_the_code():

@@ -33,7 +33,7 @@ def run_ranks(
     Raises:
         AssertionError: A process failed, or did not end in time; with what it said.
     """
-    context = _fork_server()
+    context = fork_server()
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     errors = [directory / f"error-{rank}.txt" for rank in range(processes)]
@@ -48,7 +48,8 @@ def run_ranks(
     assert all(rank.exitcode == 0 for rank in ranks), f"exit codes {[rank.exitcode for rank in ranks]}\n{said}"
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
+    """The context of processes that are forked from a server which has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.runs"])
     path = os.environ.get("PYTHONPATH", "")

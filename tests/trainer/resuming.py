@@ -12,15 +12,19 @@ _TIMED = ("runtime", "per_second")
 
 def end_of(trainer: Any) -> dict[str, Any]:
     """Weights, reference, optimiser, scheduler and random state, and all rows of the log but their times."""
-    rows = [{key: row[key] for key in row if not key.endswith(_TIMED)} for row in trainer.state.log_history]
     return {
         "weights": dict(trainer.unwrapped_model.named_parameters()),
         "reference": None if trainer.ref_model is None else trainer.ref_model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "random": torch.get_rng_state(),
-        "log": rows,
+        "log": untimed(trainer.state.log_history),
     }
+
+
+def untimed(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a log without their times."""
+    return [{key: row[key] for key in row if not key.endswith(_TIMED)} for row in log]
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:

@@ -30,7 +30,7 @@ from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import method_classes
 
 LANGUAGE_MODEL_FIELDS = {
-    "loss_type": ["hinge"],
+    "loss_type": ["apo_zero"],
     "loss_weights": [1.0],
     "max_length": 512,
     "truncation_mode": "keep_end",

@@ -113,6 +113,20 @@ def test_a_trained_lora_goes_on_as_the_policy(kind, tmp_path):
     assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if ".default." not in name)
 
 
+def test_a_trained_lora_is_compared_with_its_base_when_asked(tmp_path):
+    """The reference is the adapter switched off: no second LoRA, and a policy that starts elsewhere."""
+    expected = predict(tiny_stable_diffusion())
+    pipeline = _with_loaded_lora(tiny_stable_diffusion(), tmp_path)
+    trainer = make_trainer(DPO, tmp_path / "run", model=pipeline, is_lora=False, lora_reference="base", max_steps=2)
+    assert set(trainer.model.peft_config) == {"default"}
+    assert torch.equal(_reference_prediction(trainer), expected)
+    assert not torch.allclose(predict(trainer.adapter.pipeline), expected, atol=1e-4)
+    policy = trained_weights(trainer)
+    trainer.train()
+    assert changed(policy, trained_weights(trainer))
+    assert torch.equal(_reference_prediction(trainer), expected)
+
+
 def test_a_trained_lora_with_a_given_reference(tmp_path):
     pipeline, other = _with_peft_model(tiny_stable_diffusion()), _moved(tiny_stable_diffusion())
     expected = predict(other)

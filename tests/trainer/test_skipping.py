@@ -301,5 +301,5 @@ def test_deepspeed_is_refused(tmp_path):
     from trl_sipo.trainer.metrics_recorder import make_recorder
 
     with pytest.raises(ConfigurationError, match="DeepSpeed"):
-        make_recorder(trainer, is_own_reference=True)
+        make_recorder(trainer, starts_at_reference=True)
     assert trained_weights(trainer)

@@ -25,6 +25,7 @@ from trl_sipo.trainer._trl_compat import ReportableConfig
 from trl_sipo.trainer.base_trainer import DiffusionPreferenceTrainer
 from trl_sipo.trainer.reproduction import NONFINITE_FOLDER
 from trl_sipo.trainer.resumable import ResumableTrainer
+from trl_sipo.trainer.text_sipo_trainer import SIPOTrainer
 
 PACKAGE = Path(trl_sipo.__file__).parent
 
@@ -39,6 +40,7 @@ SIGNATURES = {
     callbacks.SyncRefModelCallback.__init__: ("self", "ref_model", "accelerator"),
     DPOTrainer._prepare_dataset: ("self", "dataset", "processing_class", "args", "dataset_name"),
     DPOTrainer._set_signature_columns_if_needed: ("self",),
+    DPOTrainer.compute_ref_log_probs: ("self", "model", "inputs"),
     DPOTrainer._compute_loss: ("self", "model", "inputs", "return_outputs"),
     DPOTrainer.compute_loss: ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     DPOTrainer.prediction_step: ("self", "model", "inputs", "prediction_loss_only", "ignore_keys"),
@@ -83,8 +85,8 @@ def test_signatures(function):
 
 
 def test_our_overrides_take_what_they_are_called_with():
-    ours = {**vars(ResumableTrainer), **vars(DiffusionPreferenceTrainer)}
-    for name, function in ours.items():
+    ours = [*vars(ResumableTrainer).items(), *vars(DiffusionPreferenceTrainer).items(), *vars(SIPOTrainer).items()]
+    for name, function in ours:
         theirs = getattr(DPOTrainer, name, None)
         if not inspect.isfunction(function) or theirs is None or name in ("__init__", "evaluation_loop"):
             continue
@@ -128,6 +130,15 @@ def test_what_begins_with_an_underscore_is_not_uploaded():
     for function in (transformers.Trainer.push_to_hub, transformers.Trainer._push_from_checkpoint):
         assert 'ignore_patterns=["_*"' in inspect.getsource(function)
     assert not list(filter_repo_objects([f"{NONFINITE_FOLDER}/step-000001.json"], ignore_patterns=["_*"]))
+
+
+def test_what_the_text_trainer_takes_out_of_trls_loss():
+    """One pass of the policy, called in this way, and a reference that is read from the batch."""
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert source.count(" = model(") == 2  # the second for `return_outputs`
+    assert "outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)" in source
+    assert 'ref_chosen_logps, ref_rejected_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]' in source
+    assert "outputs.log_probs[:, -seq_len:]" in source and "loss + self.router_aux_loss_coef * aux_loss" in source
 
 
 def test_the_loss_is_not_scaled_twice():

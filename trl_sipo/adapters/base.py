@@ -5,7 +5,6 @@ An adapter never samples noise or time and never computes a target: it encodes p
 the way the pipeline calls it in inference, and saves and loads what was trained.
 """
 
-import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from trl_sipo.adapters import lora, weightless
 from trl_sipo.adapters.call_defaults import call_default
+from trl_sipo.adapters.sampling import draw_batch
 from trl_sipo.adapters.wrappers import unwrap_denoiser
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
 from trl_sipo.errors import BackboneError, ConfigurationError
@@ -339,8 +339,15 @@ class BackboneAdapter(ABC):
     # Sampling
 
     def sample(
+        self, prompt: str, height: int, width: int, *, generator: torch.Generator | None = None, **options: Any
+    ) -> Tensor:
+        """Draw one prompt: (3, H, W), or (3, F, H, W) of a video model. See [`sample_batch`]."""
+        generators = None if generator is None else [generator]
+        return self.sample_batch([prompt], height, width, generators=generators, **options)[0]
+
+    def sample_batch(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         height: int,
         width: int,
         *,
@@ -348,60 +355,25 @@ class BackboneAdapter(ABC):
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         frame_rate: float | None = None,
-        generator: torch.Generator | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """Draw one prompt with the pipeline itself.
+        """Draw some prompts at once with the pipeline itself.
 
         The VAE decodes in its own dtype, whatever the denoiser's and inside autocast too.
 
         Args:
             guidance_scale: None takes the default of the pipeline's call.
             frame_rate: frames per second, for pipelines that are told them; None takes the default of the call.
+            generators: one per prompt, so that its noise does not depend on the others. None: torch's global one.
 
         Returns:
-            Pixels (3, H, W), or (3, F, H, W) of a video model, float32 in [-1, 1], on the CPU.
+            Pixels (B, 3, H, W), or (B, 3, F, H, W) of a video model, float32 in [-1, 1], on the CPU.
 
         Raises:
-            ConfigurationError: a guidance scale for a pipeline whose call takes none.
+            ConfigurationError: a guidance scale for a pipeline whose call takes none; not one generator per prompt.
         """
-        known = inspect.signature(self.pipeline.__call__).parameters
-        options: dict[str, Any] = {} if guidance_scale is None else {self.guidance_argument: guidance_scale}
-        if not options.keys() <= known.keys():
-            raise ConfigurationError(
-                f"guidance_scale={guidance_scale}, but the call of {self.pipeline_class_name} takes none: leave it."
-            )
-        if self.is_video:
-            options["num_frames"] = num_frames
-        if frame_rate is not None and "frame_rate" in known:
-            options["frame_rate"] = frame_rate
-        with self._decoding_in_own_dtype():
-            output = self.pipeline(
-                prompt=prompt,  # by name: the first argument of some is an image
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                generator=generator,
-                output_type="pt",
-                **self.sampling_options,
-                **options,
-            )
-        pixels = output.frames[0].transpose(0, 1) if self.is_video else output.images[0]
-        return pixels.float().cpu() * 2 - 1
-
-    @contextmanager
-    def _decoding_in_own_dtype(self) -> Iterator[None]:
-        vae = self.pipeline.vae
-        decode = vae.decode
-
-        def decode_in_own_dtype(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(vae.device.type, enabled=False):
-                return decode(latents.to(vae.dtype), *args, **kwargs)
-
-        vae.decode = decode_in_own_dtype
-        try:
-            yield
-        finally:
-            del vae.decode
+        steps, scale = num_inference_steps, guidance_scale
+        return draw_batch(self, prompts, height, width, num_frames, steps, scale, frame_rate, generators)
 
     # LoRA
 

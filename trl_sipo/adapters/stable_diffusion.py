@@ -67,13 +67,13 @@ class StableDiffusionAdapter(BackboneAdapter):
             width // self.spatial_multiple,
         )
 
-    def sample(self, prompt: str, height: int, width: int, **options: Any) -> Tensor:
+    def sample_batch(self, prompts: Sequence[str], height: int, width: int, **options: Any) -> Tensor:
         """As the base class, without the pipeline's safety checker, which puts black images in the place of some."""
         # Not by assignment: the pipeline would note that it has no checker, and no longer save it.
         components = vars(self.pipeline)
         checker, components["safety_checker"] = components["safety_checker"], None
         try:
-            return super().sample(prompt, height, width, **options)
+            return super().sample_batch(prompts, height, width, **options)
         finally:
             components["safety_checker"] = checker
 

@@ -14,8 +14,16 @@ COMMANDS = {
     "dpo": ("trl_sipo.scripts.train", "train with Diffusion-DPO"),
     "sipo": ("trl_sipo.scripts.train", "train with SIPO or DPO-C&M"),
     "poly-dpo": ("trl_sipo.scripts.train", "train with Poly-DPO"),
+    "kto": ("trl_sipo.scripts.train", "train with Diffusion-KTO, on images that are liked or not"),
+    "mapo": ("trl_sipo.scripts.train", "train with MaPO, on pairs, without a reference"),
+    "d3po": ("trl_sipo.scripts.train", "train with D3PO, on pairs of recorded trajectories"),
+    "sft": ("trl_sipo.scripts.train", "fine-tune on liked images, or on the chosen ones of pairs"),
+    "sipo-text": ("trl_sipo.scripts.train_text", "train a language model with SIPO"),
     "encode": ("trl_sipo.scripts.encode", "encode pairs once, to train without the VAE and the text encoders"),
     "demo": ("trl_sipo.scripts.demo", "watch Diffusion-DPO collapse and SIPO hold, on a CPU, in minutes"),
+    "feedback": ("trl_sipo.scripts.feedback", "sample a model, score the samples, and make preference pairs"),
+    "evaluate": ("trl_sipo.scripts.evaluate", "compare models by rewards and held-out pairs, with error bars"),
+    "online": ("trl_sipo.scripts.online", "rounds of sampling, ranking and training on what the policy draws"),
     "audit": ("trl_sipo.scripts.audit", "look before training: which noise levels SIPO would mask"),
     "data": ("trl_sipo.scripts.data", "look at preference data on its own: what is broken, repeated or noisy"),
     "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),
@@ -48,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
         # And bitsandbytes, which peft imports, that a kernel of its own for CPUs is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError
+    from trl_sipo.errors import EXPECTED_ERRORS
 
     try:
         import_module(COMMANDS[argv[0]][0]).run(argv[0], argv[1:])
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"trl-sipo {argv[0]}: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # its text, if any, says how to go on

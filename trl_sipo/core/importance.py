@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importance weights of a timestep, w = p_theta(x_s | x_t) / q(x_s | x_t, x_0), and the mask they give.
+"""Importance weights, w = p_theta(x_s | x_t) / q(x_s | x_t, x_0) of a timestep, and the mask they give.
 
 SIPO (Eq. 5, 12, 19). Everything is in the log domain: at the clean end w underflows and 1 / w overflows, and clipping
-after the exponential leaves NaN gradients.
+after the exponential leaves NaN gradients. Of a language model's completion there is one weight too.
 """
 
 import math
@@ -48,6 +48,25 @@ def log_importance_weight(error: Tensor, rho_squared: Tensor) -> Tensor:
     assert error.shape == rho_squared.shape, (error.shape, rho_squared.shape)
     error, rho_squared = widen(error, rho_squared)
     return -(rho_squared / 2) * error
+
+
+def sequence_log_weight(logps: Tensor, sampled_logps: Tensor, lengths: Tensor) -> Tensor:
+    """log w of one completion y of a language model, `(log p_theta(y | x) - log mu(y | x)) / |y|`.
+
+    w is the geometric mean over the tokens of p_theta / mu, mu the policy that wrote the completion: the ratio of GSPO
+    (2507.18071), per sequence and normalised by its length. Unlike [`log_importance_weight`] it may exceed 0.
+
+    Args:
+        logps: `(batch,)` log-probability of the completion under the policy, summed over its tokens.
+        sampled_logps: `(batch,)`, of the same tokens under the policy that wrote them.
+        lengths: `(batch,)` number of these tokens; 0 (nothing left by truncation) gives log w = 0 with equal sums.
+
+    Returns:
+        `(batch,)`, float32 or wider; differentiable w.r.t. `logps`.
+    """
+    assert logps.shape == sampled_logps.shape == lengths.shape, (logps.shape, sampled_logps.shape, lengths.shape)
+    logps, sampled_logps = widen(logps, sampled_logps)
+    return (logps - sampled_logps) / lengths.clamp(min=1)
 
 
 def pair_log_weight(chosen: Tensor, rejected: Tensor) -> Tensor:

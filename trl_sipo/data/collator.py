@@ -13,6 +13,8 @@ _TENSOR_KEYS = (
     "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents", "chosen_std", "rejected_std",
 )  # fmt: skip
 _KEYS = (*_TENSOR_KEYS, "frame_rate", "label")
+BATCH_KEYS = ("prompt", *_KEYS, "conditioning", "pair_index", "pair_numbers")
+"""What a batch may hold."""
 
 
 @dataclass(frozen=True)

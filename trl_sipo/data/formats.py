@@ -5,17 +5,24 @@ A label, where there is one, is the share of votes for the first image: 1 means 
 that the second is, 0.5 is a tie. Labels in between only say which image is preferred, and ties, which then teach
 nothing, are dropped; unless the labels are to be trained as probabilities (`soft_labels`), to which a tie is one
 more. Rows without a label are dropped in any case.
+
+A row may also hold a single image, whose label, where there is one, says whether it is liked. Methods that learn from
+single images take pairs apart for that: see `Arms`.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, LargeList, List
 
 from trl_sipo.errors import ConfigurationError, DatasetError
+
+Arms = Literal["pair", "chosen", "each"]
+"""What a sample is made of: both arms of a pair; the chosen arm alone, or a liked image; or each arm by itself, with
+the label 1 (chosen, or liked) or 0."""
 
 TIE = 0.5
 _LONGEST_PROMPT = 100_000  # characters
@@ -29,29 +36,42 @@ class PreferenceFormat:
     Args:
         name: the key in `FORMATS`.
         prompt: column of the prompt, a string or TRL's conversational form.
-        first, second: columns of the two arms; the first is the preferred one unless `label` says otherwise.
+        first, second: columns of the two arms; the first is the preferred one unless `label` says otherwise. Rows of
+            a single image have no second, and their label says whether it is liked.
         label: column of the share of votes for `first`, in [0, 1]; None: `first` is always preferred.
         label_required: without the label it could not be known which arm is preferred.
         has_label: column that is False in rows nobody has judged; None: all rows are judged.
         holds_latents: the arms are encoded latents (nested lists or arrays of floats), not images or videos.
         soft_labels: the labels are trained as probabilities: pairs come with them, and ties are pairs.
+        arms: what samples are made of.
     """
 
     name: str
     prompt: str
     first: str
-    second: str
+    second: str | None = None
     label: str | None = None
     label_required: bool = False
     has_label: str | None = None
     holds_latents: bool = False
     soft_labels: bool = False
+    arms: Arms = "pair"
+
+    @property
+    def media_columns(self) -> tuple[str, ...]:
+        """The columns of the arms."""
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+    @property
+    def samples_per_row(self) -> int:
+        """Samples that `samples` makes of a row."""
+        return len(self.media_columns) if self.arms == "each" else 1
 
     @property
     def required_columns(self) -> tuple[str, ...]:
         """The columns without which a dataset is not of this format."""
         label = (self.label,) if self.label_required and self.label is not None else ()
-        return (self.prompt, self.first, self.second, *label)
+        return (self.prompt, *self.media_columns, *label)
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -60,7 +80,7 @@ class PreferenceFormat:
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column that is read, in order, once each."""
-        return (self.prompt, self.first, self.second, *self.label_columns)
+        return (self.prompt, *self.media_columns, *self.label_columns)
 
     def with_soft_labels(self) -> "PreferenceFormat":
         """The same columns, with labels that are trained as probabilities.
@@ -74,6 +94,25 @@ class PreferenceFormat:
                 "(the probability that the first arm is preferred, in [0, 1]), or leave `soft_labels` off."
             )
         return replace(self, soft_labels=True)
+
+    def with_arms(self, arms: Arms) -> "PreferenceFormat":
+        """The same columns, with samples made of other arms.
+
+        Raises:
+            DatasetError: rows of a single image are no pairs, or have no label to tell whether it is liked.
+        """
+        if self.second is None and arms == "pair":
+            raise DatasetError(
+                f"the rows hold one {self.first!r} each, and pairs are needed: the columns `chosen` and `rejected`. "
+                "DiffusionSFTTrainer learns from single images, and DiffusionKTOTrainer from single images that are "
+                "liked or not."
+            )
+        if self.second is None and arms == "each" and self.label is None:
+            raise DatasetError(
+                f"the rows hold one {self.first!r} each, and nothing says which of them are liked: give the column "
+                "`label`, true or 1 for those that are."
+            )
+        return replace(self, arms=arms, soft_labels=self.soft_labels and arms == "pair")
 
     def is_unlabelled(self, row: Mapping[str, Any]) -> bool:
         """Whether nobody has judged this pair: `has_label` is False, or the label is null."""
@@ -91,13 +130,23 @@ class PreferenceFormat:
             return False
         return _as_label(row[self.label], self.label, where) == TIE
 
+    def is_disliked(self, row: Mapping[str, Any], *, where: str = "a row") -> bool:
+        """Whether a row of a single image is of no use, since only liked ones are wanted; False for a pair.
+
+        Raises:
+            DatasetError: the label is not a number in [0, 1].
+        """
+        if self.second is not None or self.arms != "chosen" or self.label is None or self.is_unlabelled(row):
+            return False
+        return _as_label(row[self.label], self.label, where) < TIE
+
     def is_swapped(self, row: Mapping[str, Any], *, where: str = "a row") -> bool:
         """Whether the second arm is the preferred one.
 
         Raises:
             DatasetError: the label is not a number in [0, 1].
         """
-        if self.label is None or self.is_unlabelled(row):
+        if self.second is None or self.label is None or self.is_unlabelled(row):
             return False
         return _as_label(row[self.label], self.label, where) < TIE
 
@@ -105,7 +154,8 @@ class PreferenceFormat:
         """A row under the canonical names: `{"prompt": str, "chosen": ..., "rejected": ...}`, the arms as stored.
 
         With soft labels there is `"label"` too, the probability that `chosen` is preferred, in [0.5, 1]; of a tie, the
-        first arm is called so.
+        first arm is called so. A single image is called `chosen`, and so is what is wanted of a pair of which only the
+        chosen arm is.
 
         Raises:
             DatasetError: the prompt is no text, the label is not a number in [0, 1], or the row is no pair (a tie or
@@ -119,11 +169,30 @@ class PreferenceFormat:
         if self.is_swapped(row, where=where):
             chosen, rejected = rejected, chosen
         prompt = read_prompt(row[self.prompt], where=f"{where}, column {self.prompt!r}")
-        pair = {"prompt": prompt, "chosen": row[chosen], "rejected": row[rejected]}
+        pair = {"prompt": prompt, "chosen": row[chosen]}
+        if rejected is not None and self.arms != "chosen":
+            pair["rejected"] = row[rejected]
         if self.soft_labels:
             label = float(row[self.label])
             pair["label"] = max(label, 1 - label)
         return pair
+
+    def samples(self, row: Mapping[str, Any], *, where: str = "a row") -> list[dict[str, Any]]:
+        """What `read` gives, taken apart into `samples_per_row` samples.
+
+        Where each arm is a sample by itself, it is `{"prompt", "chosen", "label"}` with a label of 1 or 0.
+
+        Raises:
+            DatasetError: as `read`.
+        """
+        pair = self.read(row, where=where)
+        if self.arms != "each":
+            return [pair]
+        labels = [1.0, 0.0] if self.second is not None else [float(row[self.label] > TIE)]
+        arms = [pair[arm] for arm in ("chosen", "rejected") if arm in pair]
+        return [
+            {"prompt": pair["prompt"], "chosen": arm, "label": label} for arm, label in zip(arms, labels, strict=True)
+        ]
 
 
 FORMATS: dict[str, PreferenceFormat] = {
@@ -136,30 +205,42 @@ FORMATS: dict[str, PreferenceFormat] = {
     "latents": PreferenceFormat(
         "latents", "prompt", "chosen_latents", "rejected_latents", label="label", holds_latents=True
     ),
+    # Of single images: the label is whether it is liked.
+    "images": PreferenceFormat("images", "prompt", "image", label="label"),
+    "videos": PreferenceFormat("videos", "prompt", "video", label="label"),
+    "image_latents": PreferenceFormat("image_latents", "prompt", "latents", label="label", holds_latents=True),
 }
+PAIRS = {name: fmt for name, fmt in FORMATS.items() if fmt.second is not None}
 
 
-def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
+def detect_format(column_names: Iterable[str], arms: Arms | None = "pair") -> PreferenceFormat:
     """The format whose required columns are all there, with the optional columns that are not taken out.
+
+    Args:
+        column_names: of the dataset. Where they fit pairs, single images beside them are left alone.
+        arms: what samples are to be made of; None: whatever the rows hold.
 
     Raises:
         DatasetError: no format fits, or more than one; lists the columns found, the formats known, and what is missing
-            from the nearest.
+            from the nearest. Or samples of these arms cannot be made of its rows.
     """
     found = list(column_names)
-    fitting = [fmt for fmt in FORMATS.values() if set(fmt.required_columns) <= set(found)]
+    of_pairs = [fmt for fmt in PAIRS.values() if set(fmt.required_columns) <= set(found)]
+    fitting = of_pairs or [fmt for fmt in FORMATS.values() if set(fmt.required_columns) <= set(found)]
     if len(fitting) > 1:
         names = " and ".join(repr(fmt.name) for fmt in fitting)
         raise DatasetError(f"the columns {found} fit the formats {names}; remove the columns of one (remove_columns)")
     if fitting:
         fmt = fitting[0]
-        return replace(
+        fmt = replace(
             fmt,
             label=fmt.label if fmt.label in found else None,
             has_label=fmt.has_label if fmt.has_label in found else None,
         )
-    known = "; ".join(f"{fmt.name}: {', '.join(fmt.required_columns)}" for fmt in FORMATS.values())
-    nearest = max(FORMATS.values(), key=lambda fmt: len(set(fmt.required_columns) & set(found)))
+        return fmt if arms is None else fmt.with_arms(arms)
+    wanted = PAIRS if arms == "pair" else FORMATS
+    known = "; ".join(f"{fmt.name}: {', '.join(fmt.required_columns)}" for fmt in wanted.values())
+    nearest = max(wanted.values(), key=lambda fmt: len(set(fmt.required_columns) & set(found)))
     missing = [column for column in nearest.required_columns if column not in found]
     advice = ""
     if len(missing) < len(nearest.required_columns):
@@ -180,13 +261,15 @@ class RowSelection:
         num_ties: rows whose label is 0.5; pairs too where labels are soft.
         num_unlabelled: rows that nobody has judged.
         num_swapped: kept rows in which the second arm is the preferred one.
-        num_dropped: rows that are no pairs.
+        num_disliked: rows of a single image that is not wanted.
+        num_dropped: rows that are no pairs, or of no use.
     """
 
     kept: np.ndarray
     num_ties: int = 0
     num_unlabelled: int = 0
     num_swapped: int = 0
+    num_disliked: int = 0
     num_dropped: int = 0
 
 
@@ -220,11 +303,15 @@ def select_pairs(dataset: Dataset, fmt: PreferenceFormat) -> RowSelection:
     labels = label_values(dataset, fmt)
     unlabelled, ties = np.isnan(labels), labels == TIE
     keep = ~unlabelled if fmt.soft_labels else ~unlabelled & ~ties
+    is_single, low = fmt.second is None, labels < TIE
+    disliked = low & is_single & (fmt.arms == "chosen")
+    keep &= ~disliked
     return RowSelection(
         kept=np.flatnonzero(keep),
         num_ties=int(ties.sum()),
         num_unlabelled=int(unlabelled.sum()),
-        num_swapped=int((labels[keep] < TIE).sum()),
+        num_swapped=0 if is_single else int(low[keep].sum()),
+        num_disliked=int(disliked.sum()),
         num_dropped=int((~keep).sum()),
     )
 
@@ -241,7 +328,7 @@ def drop_ties(dataset: Dataset, fmt: PreferenceFormat) -> tuple[Dataset, int]:
 def undecoded(dataset: Dataset | IterableDataset, fmt: PreferenceFormat) -> Dataset | IterableDataset:
     """Only the columns that `fmt` reads, as plain Python values, with images and videos left as they are stored.
 
-    Decoding then happens in `open_image` and `open_clips`, which name the row that does not open.
+    Decoding then happens in `open_image` and `open_arms_clips`, which name the row that does not open.
 
     Raises:
         DatasetError: the dataset has a transform (`set_transform`), whose results cannot be foreseen from its columns.

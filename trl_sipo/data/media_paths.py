@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset, LargeList, List, Value, Video
 
-from trl_sipo.data.formats import FORMATS, without_decoding
+from trl_sipo.data.formats import FORMATS, PAIRS, without_decoding
 from trl_sipo.data.preference_dataset import first_row
 from trl_sipo.data.readers import READERS
 from trl_sipo.data.stored import is_address, looks_like_text, quoted_path
@@ -158,15 +158,21 @@ def _path_columns(dataset: Dataset | IterableDataset) -> list[str]:
     Of a stream, those of media too, whose bytes are read row by row in any case.
     """
     if dataset.features is None:  # a stream whose types are not known before it is read
-        return [column for column in first_row(dataset) if column in _arms()]  # the first cell may be null
+        return _arms(first_row(dataset))  # the first cell may be null
     is_stream = isinstance(dataset, IterableDataset)
-    arms = {column: feature for column, feature in dataset.features.items() if column in _arms()}
+    arms = {column: dataset.features[column] for column in _arms(dataset.features)}
     return [column for column, feature in arms.items() if _holds_paths(feature) or (is_stream and _is_media(feature))]
 
 
-def _arms() -> set[str]:
-    arms = {column for fmt in FORMATS.values() if not fmt.holds_latents for column in (fmt.first, fmt.second)}
-    return arms | {column for reader in READERS.values() for column in reader.paths}
+def _arms(columns: Iterable[str]) -> list[str]:
+    """Those of some columns that hold images or videos; single ones beside pairs are not read."""
+    found = set(columns)
+    layouts = [*(fmt.required_columns for fmt in PAIRS.values()), *(reader.columns for reader in READERS.values())]
+    has_pairs = any(set(layout) <= found for layout in layouts)
+    formats = (PAIRS if has_pairs else FORMATS).values()
+    arms = {column for fmt in formats if not fmt.holds_latents for column in fmt.media_columns}
+    arms |= {column for reader in READERS.values() for column in reader.paths}
+    return [column for column in columns if column in arms]
 
 
 def _absolute(path: Any, folders: list[Path], roots: Sequence[str], where: str) -> Any:
@@ -196,7 +202,7 @@ def _check_structs(dataset: Dataset, roots: Sequence[str]) -> set[str]:
         The columns that name addresses, which are refused when they are opened.
     """
     fetched = set()
-    columns = [column for column in dataset.features if column in _arms()]
+    columns = _arms(dataset.features)
     for column in (name for name in columns if _is_media(dataset.features[name])):
         rows = dataset.select_columns([column]).with_format("arrow")
         for start in range(0, len(rows), _ROWS_AT_A_TIME):

@@ -3,7 +3,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -12,24 +12,25 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from trl_sipo.data.formats import PreferenceFormat, detect_format, select_pairs, undecoded
+from trl_sipo.data.formats import Arms, PreferenceFormat, detect_format, select_pairs, undecoded
 from trl_sipo.data.images import open_image
 from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.data.stored import file_states, stored_value
 from trl_sipo.data.transforms import PairedTransform
-from trl_sipo.data.video import ClipSampler, open_clips
+from trl_sipo.data.video import ClipSampler, open_arms_clips
 from trl_sipo.errors import ConfigurationError, DatasetError
 
 _MAX_WORKERS = 1024
 
 
 class PreferenceDataset(torch.utils.data.Dataset):
-    """The pairs of a `datasets.Dataset`, ties and unlabelled rows left out.
+    """The samples of a `datasets.Dataset`, mostly pairs; ties and unlabelled rows are left out.
 
     Item `i` is `{"prompt": str, "chosen_pixels", "rejected_pixels": float32 (3, height, width) in [-1, 1],
     "pair_index": i}`. Of videos, the pixels are (3, frames, height, width), and there is `"frame_rate"`, a float. Of
     latents, there are `"chosen_latents"`, `"rejected_latents"` instead: float32 of the stored shape. With soft labels
-    (`PreferenceFormat.with_soft_labels`), there is `"label"`, a float.
+    (`PreferenceFormat.with_soft_labels`), there is `"label"`, a float. A sample of one arm
+    (`PreferenceFormat.with_arms`) has the chosen one alone, and where each arm is a sample, `"label"` is 1.0 or 0.0.
 
     Images and videos are decoded in `__getitem__`, so in the workers of a data loader. The start of the clip, the crop
     and the flip come from a generator seeded by (seed, epoch, pair index): workers, batch size, order and number of
@@ -73,6 +74,13 @@ class PreferenceDataset(torch.utils.data.Dataset):
         self._row_numbers = selection.kept
         self._epoch = _shared_integers(1)
 
+    def with_arms(self, arms: Arms) -> "PreferenceDataset":
+        """The same rows, with samples made of other arms. Raises DatasetError where they cannot be."""
+        if arms == self.fmt.arms:
+            return self
+        options = {"transform": self.transform, "seed": self.seed, "clip": self.clip, "numbers": self._numbers}
+        return PreferenceDataset(self._rows, self.fmt.with_arms(arms), **options)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the starts, crops and flips of this epoch. Reaches running (persistent) workers."""
         self._epoch[0] = epoch
@@ -83,27 +91,27 @@ class PreferenceDataset(torch.utils.data.Dataset):
         parts = (self._rows._fingerprint, self._row_numbers.tobytes(), self.fmt, self.transform, self.clip)
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
         # Rows that hold paths stay what they are when the files behind them are made anew.
-        for column in (self.fmt.first, self.fmt.second):
+        for column in self.fmt.media_columns:
             for chunk in self._rows.data.column(column).chunks:
                 digest.update(repr(list(file_states(chunk))).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._row_numbers)
+        return len(self._row_numbers) * self.fmt.samples_per_row
 
     def row_number(self, index: int) -> int:
-        """What the row of a pair is called."""
-        position = int(self._row_numbers[index])
+        """What the row of a sample is called."""
+        position = int(self._row_numbers[index // self.fmt.samples_per_row])
         return position if self._numbers is None else int(self._numbers[position])
 
     def stored_row(self, index: int) -> dict[str, Any]:
-        """The row of a pair as it is stored, nothing decoded."""
-        return self._rows[int(self._row_numbers[index])]
+        """The row of a sample as it is stored, nothing decoded."""
+        return self._rows[int(self._row_numbers[index // self.fmt.samples_per_row])]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]  # negative indices count from the end; beyond it, IndexError
         where = f"row {self.row_number(index)}"
-        pair = self.fmt.read(self.stored_row(index), where=where)
+        pair = self.fmt.samples(self.stored_row(index), where=where)[index % self.fmt.samples_per_row]
         if self.fmt.holds_latents:
             return {**read_latents(pair, where=where), **_label(pair), "pair_index": index}
         generator = seeded_generator(self.seed, int(self._epoch[0]), index)
@@ -154,6 +162,12 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
         parts = ("stream", self.fmt, self.transform, self.clip)
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
+    def with_arms(self, arms: Arms) -> "StreamingPreferenceDataset":
+        """The same stream, with samples made of other arms. Raises DatasetError where they cannot be."""
+        stream = copy.copy(self)
+        stream.fmt = self.fmt if arms == self.fmt.arms else self.fmt.with_arms(arms)
+        return stream
+
     def without_media_of(self, known: np.ndarray) -> "StreamingPreferenceDataset":
         """The same stream, in which some pairs are `{"pair_index": ...}` alone, so that their media are not decoded.
 
@@ -192,11 +206,11 @@ class StreamingPreferenceDataset(torch.utils.data.IterableDataset):
                 slot[1] += 1
             elif not self.fmt.soft_labels and self.fmt.is_tie(row, where=where):
                 slot[0] += 1
-            else:
-                yield self._item(row, where)
+            elif not self.fmt.is_disliked(row, where=where):
+                for sample in self.fmt.samples(row, where=where):
+                    yield self._item(sample, where)
 
-    def _item(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        pair = self.fmt.read(row, where=where)
+    def _item(self, pair: Mapping[str, Any], where: str) -> dict[str, Any]:
         index = pair_fingerprint(pair)
         place = np.searchsorted(self._without_media, index)
         if place < len(self._without_media) and self._without_media[place] == index:
@@ -242,12 +256,14 @@ def stream_rows(dataset: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def open_arms(pair: Mapping[str, Any], *, where: str) -> tuple[Image.Image, Image.Image]:
-    """Both images of a pair, as RGB. Raises DatasetError naming the row and the arm."""
-    return (
-        open_image(pair["chosen"], where=f"{where}, the chosen image"),
-        open_image(pair["rejected"], where=f"{where}, the rejected image"),
-    )
+def arms_of(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms of a sample by name, the chosen one first."""
+    return {arm: pair[arm] for arm in ("chosen", "rejected") if arm in pair}
+
+
+def open_arms(pair: Mapping[str, Any], *, where: str) -> tuple[Image.Image, ...]:
+    """The images of a sample, as RGB. Raises DatasetError naming the row and the arm."""
+    return tuple(open_image(value, where=f"{where}, the {arm} image") for arm, value in arms_of(pair).items())
 
 
 def of_videos(clip: ClipSampler | None) -> ClipSampler | None:
@@ -261,17 +277,17 @@ def read_latents(pair: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     Raises:
         DatasetError: latents that are no regular array of finite numbers, or of different shapes.
     """
-    latents = {arm: _latent_array(pair[arm], f"{where}, the {arm} latents") for arm in ("chosen", "rejected")}
+    latents = {arm: _latent_array(value, f"{where}, the {arm} latents") for arm, value in arms_of(pair).items()}
     shapes = [tuple(array.shape) for array in latents.values()]
-    if shapes[0] != shapes[1]:
+    if shapes[0] != shapes[-1]:
         raise DatasetError(f"{where}: chosen and rejected latents differ in shape, {shapes[0]} and {shapes[1]}")
     return {"prompt": pair["prompt"], **{f"{arm}_latents": array for arm, array in latents.items()}}
 
 
 def pair_fingerprint(pair: Mapping[str, Any]) -> int:
-    """A 63-bit hash of the prompt and of both arms as they are stored: the same on every worker and process."""
+    """A 63-bit hash of the prompt and of the arms as they are stored: the same on every worker and process."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in (pair["prompt"], pair["chosen"], pair["rejected"]):
+    for part in (pair["prompt"], *arms_of(pair).values()):
         content = _stored_bytes(part)
         digest.update(len(content).to_bytes(8, "big"))  # so that parts cannot run into each other
         digest.update(content)
@@ -314,12 +330,13 @@ def _pixels(
 ) -> dict[str, Any]:
     assert transform is not None, "checked on construction"
     rate = {}
+    media: Sequence[Any]
     if clip is None:
-        arms = open_arms(pair, where=where)
+        media = open_arms(pair, where=where)
     else:
-        *arms, rate["frame_rate"] = open_clips(pair["chosen"], pair["rejected"], clip, generator, where=where)
-    chosen, rejected = transform(*arms, generator)
-    return {"prompt": pair["prompt"], "chosen_pixels": chosen, "rejected_pixels": rejected, **rate}
+        media, rate["frame_rate"] = open_arms_clips(arms_of(pair), clip, generator, where=where)
+    pixels = zip(arms_of(pair), transform.of_arms(media, generator), strict=True)
+    return {"prompt": pair["prompt"], **{f"{arm}_pixels": tensor for arm, tensor in pixels}, **rate}
 
 
 def _label(pair: Mapping[str, Any]) -> dict[str, float]:

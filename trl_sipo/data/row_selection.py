@@ -33,7 +33,7 @@ def row_key(fmt: PreferenceFormat, row: Mapping[str, Any]) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for column in fmt.columns:
-        parts = _stored_parts(row[column]) if column in (fmt.first, fmt.second) else [_text(row[column])]
+        parts = _stored_parts(row[column]) if column in fmt.media_columns else [_text(row[column])]
         for part in parts:
             digest.update(len(part).to_bytes(8, "big"))  # so that parts cannot run into each other
             digest.update(part)
@@ -118,7 +118,7 @@ def remaining_rows(
 
 
 def _unlisted_rows(dataset: Dataset, listed: Mapping[int, str | None]) -> np.ndarray:
-    fmt = detect_format(dataset.column_names)
+    fmt = detect_format(dataset.column_names, arms=None)
     rows = undecoded(dataset, fmt)
     for number, key in listed.items():
         if number >= len(dataset):
@@ -142,7 +142,7 @@ def _stream_without_rows(dataset: IterableDataset, listed: Mapping[int, str | No
             "`skip_rows` lists rows without their keys, which alone tell the rows of a stream. Take a list that has "
             "them, such as the `bad_rows.jsonl` of `trl-sipo data check`, or read the data without streaming."
         )
-    fmt = detect_format(stream_columns(dataset))
+    fmt = detect_format(stream_columns(dataset), arms=None)
     logger.warning("Leaving out the %d rows of a stream that are listed.", len(listed))
     return undecoded(dataset, fmt).filter(lambda row: row_key(fmt, row) not in keys)
 
@@ -161,7 +161,7 @@ def confident_pairs(dataset: Dataset | IterableDataset, minimum: float) -> Datas
 
 def _confident_rows(dataset: Dataset, minimum: float) -> np.ndarray:
     _label_column(dataset.column_names, minimum)
-    labels = label_values(dataset, detect_format(dataset.column_names))
+    labels = label_values(dataset, detect_format(dataset.column_names, arms=None))
     kept = np.flatnonzero(np.maximum(labels, 1 - labels) >= minimum)  # NaN, a row without a label, is left out
     logger.warning("Leaving out %d of %d rows below min_confidence.", len(dataset) - len(kept), len(dataset))
     return kept
@@ -171,7 +171,7 @@ def _label_column(columns: list[str], minimum: float) -> str:
     """Which column has the labels that a smallest confidence is held against."""
     if not 0.5 <= minimum <= 1:
         raise ConfigurationError(f"`min_confidence` is a share of votes for one side, in [0.5, 1]; got {minimum}.")
-    label = detect_format(columns).label
+    label = detect_format(columns, arms=None).label
     if label is None:
         raise ConfigurationError(f"`min_confidence={minimum}` needs labels, but the dataset has none. Remove it.")
     return label

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resize, crop and flip, the same for both arms of a pair and for all frames. PIL and torch only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,11 @@ class PairedTransform:
         Raises:
             ConfigurationError: a random crop or flip without a generator.
         """
+        first, second = self.of_arms((chosen, rejected), generator)
+        return first, second
+
+    def of_arms(self, arms: Iterable[Media], generator: torch.Generator | None = None) -> list[torch.Tensor]:
+        """Transform the arms of a sample, one or several, all with the same crop and flip; as `__call__`."""
         left, top, flip = 0.5, 0.5, False
         if self.is_random:
             if generator is None:
@@ -81,7 +86,7 @@ class PairedTransform:
             draws = torch.rand(3, generator=generator).tolist()  # all three always, so that options do not interact
             left, top = (0.5, 0.5) if self.center_crop else (draws[0], draws[1])
             flip = self.random_flip and draws[2] < 0.5
-        return self._apply(chosen, left, top, flip), self._apply(rejected, left, top, flip)
+        return [self._apply(media, left, top, flip) for media in arms]
 
     def centred(self, media: Media) -> torch.Tensor:
         """One arm, cropped at the centre and not mirrored."""

@@ -26,7 +26,7 @@ from trl_sipo.data.formats import (
 )
 from trl_sipo.data.frame_source import FrameSource
 from trl_sipo.data.images import verify_image
-from trl_sipo.data.preference_dataset import of_videos, read_latents, stream_columns, stream_rows
+from trl_sipo.data.preference_dataset import arms_of, of_videos, read_latents, stream_columns, stream_rows
 from trl_sipo.data.stored import VIDEO_INSTEAD, is_address, looks_like_text
 from trl_sipo.data.video import ClipSampler, checked_length, common_rate, open_video, read_clip
 from trl_sipo.errors import DatasetError
@@ -69,9 +69,9 @@ def check_preference_dataset(
     Returns:
         `format`, `num_rows`, `num_ties`, `num_unlabelled`, `num_swapped` (pairs whose second column is preferred),
         `num_pairs`, `num_checked`, and of those checked `num_identical_arms`, `num_unequal_sizes` and `smallest_side`
-        (pixels; None for latents); of videos also what `_video_report` says, and `num_decoded`, of which the three
-        before are then. For a stream, the number of rows, ties, unlabelled and pairs are of the rows looked at, and
-        `streaming` is True.
+        (pixels; None for latents); of rows of a single image `num_disliked`, those left out as such; of videos also
+        what `_video_report` says, and `num_decoded`, of which the three before are then. For a stream, the number of
+        rows, ties, unlabelled and pairs are of the rows looked at, and `streaming` is True.
 
     Raises:
         DatasetError: with the rows concerned and what to do.
@@ -108,6 +108,7 @@ def _check_table(
         "num_ties": selection.num_ties,
         "num_unlabelled": selection.num_unlabelled,
         "num_swapped": selection.num_swapped,
+        **({} if fmt.second else {"num_disliked": selection.num_disliked}),
         "num_pairs": len(selection.kept),
         **_check_arms(((int(row), rows[int(row)]) for row in _with_progress(checked, kind)), fmt, clip, decoded),
     }
@@ -120,6 +121,7 @@ def _refuse_nothing_left(selection: RowSelection, num_rows: int) -> None:
         raise DatasetError(
             f"no pair is left to learn from: of {num_rows} rows {selection.num_ties} are ties (label 0.5) and "
             f"{selection.num_unlabelled} have no label"
+            + (f", and {selection.num_disliked} are not liked (label below 0.5)" if selection.num_disliked else "")
         )
 
 
@@ -133,7 +135,8 @@ def _check_stream(
         raise DatasetError("the dataset is empty: the stream has no rows")
     unlabelled = {number for number, row in rows if fmt.is_unlabelled(row)}
     ties = {number for number, row in rows if fmt.is_tie(row, where=f"row {number}")}
-    dropped = unlabelled if fmt.soft_labels else unlabelled | ties
+    disliked = {number for number, row in rows if fmt.is_disliked(row, where=f"row {number}")}
+    dropped = unlabelled if fmt.soft_labels else unlabelled | ties | disliked
     pairs = [(number, row) for number, row in rows if number not in dropped]
     report = {
         "format": fmt.name,
@@ -142,6 +145,7 @@ def _check_stream(
         "num_ties": len(ties),
         "num_unlabelled": len(unlabelled),
         "num_swapped": sum(fmt.is_swapped(row) for _, row in pairs),
+        **({} if fmt.second else {"num_disliked": len(disliked)}),
         "num_pairs": len(pairs),
         **_check_arms(iter(pairs), fmt, clip, {number for number, _ in pairs}),
     }
@@ -168,7 +172,7 @@ def _check_prompts(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray) -> No
 def _check_stored_media(rows: Dataset, fmt: PreferenceFormat, kept: np.ndarray, kind: str) -> None:
     """Images or videos that are missing or empty, from the lengths of stored bytes and the sizes of files alone."""
     problems = []
-    for column in (fmt.first, fmt.second):
+    for column in fmt.media_columns:
         found = _stored_media(rows, column)
         if found is None:
             continue
@@ -275,8 +279,8 @@ def _check_arms(
     clip: ClipSampler | None,
     decoded: Collection[int],
 ) -> dict[str, Any]:
-    """Open both arms of each row; of videos, decode those of the rows `decoded`."""
-    pairs: list[tuple[_Arm, _Arm]] = []
+    """Open the arms of each row; of videos, decode those of the rows `decoded`."""
+    pairs: list[tuple[_Arm, ...]] = []
     num_identical = 0
     problems = []
     for number, row in rows:
@@ -288,41 +292,41 @@ def _check_arms(
         where = f"row {number}"
         if clip is not None and not fmt.holds_latents:
             look = _decoded_arm if number in decoded else _indexed_arm
-            chosen, rejected = _video_arms(pair, clip, look, where, problems)
+            opened = _video_arms(pair, clip, look, where, problems)
         else:
-            chosen, rejected = _still_arms(pair, fmt, where, problems)
-        if chosen is None or rejected is None:
+            opened = _still_arms(pair, fmt, where, problems)
+        if not opened:
             continue
-        if chosen.content is not None:
-            num_identical += (chosen.content, chosen.size) == (rejected.content, rejected.size)
-        pairs.append((replace(chosen, content=None), replace(rejected, content=None)))
+        if len(opened) > 1 and opened[0].content is not None:
+            num_identical += (opened[0].content, opened[0].size) == (opened[1].content, opened[1].size)
+        pairs.append(tuple(replace(arm, content=None) for arm in opened))
     _raise_all(problems, "")
     arms = [arm for pair in pairs for arm in pair]
     report = {
         "num_checked": len(pairs),
         "num_identical_arms": num_identical,
-        "num_unequal_sizes": sum(chosen.size != rejected.size for chosen, rejected in pairs),
+        "num_unequal_sizes": sum(opened[0].size != opened[-1].size for opened in pairs),
         "smallest_side": min((min(arm.size) for arm in arms if arm.size is not None), default=None),
     }
-    return report if clip is None or fmt.holds_latents else {**report, **_video_report(arms)}
+    if clip is None or fmt.holds_latents:
+        return report
+    return {**report, **_video_report(arms), "num_decoded": sum(opened[0].size is not None for opened in pairs)}
 
 
-def _still_arms(
-    pair: Mapping[str, Any], fmt: PreferenceFormat, where: str, problems: list[str]
-) -> tuple[_Arm, _Arm] | tuple[None, None]:
-    """Both images or latents; None where one does not open, of which `problems` then says why."""
+def _still_arms(pair: Mapping[str, Any], fmt: PreferenceFormat, where: str, problems: list[str]) -> tuple[_Arm, ...]:
+    """The images or latents; none where one does not open, of which `problems` then says why."""
     try:
         if fmt.holds_latents:
             return _latent_arms(pair, where)
-        return _image_arm(pair, "chosen", where), _image_arm(pair, "rejected", where)
+        return tuple(_image_arm(pair, arm, where) for arm in arms_of(pair))
     except DatasetError as error:
         problems.append(str(error))
-        return None, None
+        return ()
 
 
-def _latent_arms(pair: Mapping[str, Any], where: str) -> tuple[_Arm, _Arm]:
+def _latent_arms(pair: Mapping[str, Any], where: str) -> tuple[_Arm, ...]:
     latents = read_latents(pair, where=where)
-    return _Arm(latents["chosen_latents"].numpy().tobytes()), _Arm(latents["rejected_latents"].numpy().tobytes())
+    return tuple(_Arm(latents[f"{arm}_latents"].numpy().tobytes()) for arm in arms_of(pair))
 
 
 def _image_arm(pair: Mapping[str, Any], arm: str, where: str) -> _Arm:
@@ -336,24 +340,24 @@ def _video_arms(
     look: Callable[[FrameSource, ClipSampler], _Arm],
     where: str,
     problems: list[str],
-) -> tuple[_Arm, _Arm] | tuple[None, None]:
+) -> tuple[_Arm, ...]:
     """Both are opened even if the first is broken, so that all broken files are named at once."""
     videos, arms = [], []
-    for arm in ("chosen", "rejected"):
+    for arm in arms_of(pair):
         try:
             video = open_video(pair[arm], frame_rate=clip.rate, where=f"{where}, the {arm} video")
             arms.append(look(video, clip))
             videos.append(video)
         except DatasetError as error:
             problems.append(str(error))
-    if len(videos) < 2:
-        return None, None
+    if len(videos) < len(arms_of(pair)):
+        return ()
     try:
-        common_rate(*videos, clip, where=where)
+        common_rate(videos, clip, where=where)
     except DatasetError as error:
         problems.append(str(error))
-        return None, None
-    return arms[0], arms[1]
+        return ()
+    return tuple(arms)
 
 
 def _decoded_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
@@ -375,10 +379,10 @@ def _indexed_arm(video: FrameSource, clip: ClipSampler) -> _Arm:
 
 
 def _video_report(arms: Sequence[_Arm]) -> dict[str, Any]:
-    """`shortest_frames`, `longest_frames` (at `frame_rate`, if set), `frame_rates`, `num_irregular`, `num_decoded`.
+    """`shortest_frames`, `longest_frames` (at `frame_rate`, if set), `frame_rates`, `num_irregular`.
 
     `frame_rates` are those of the files, with the number of videos of each; irregular are videos whose frames are not
-    all shown for as long; decoded are pairs.
+    all shown for as long.
     """
     lengths = [arm.num_frames for arm in arms if arm.num_frames is not None]
     rates = Counter(arm.rate for arm in arms if arm.rate is not None)
@@ -387,7 +391,6 @@ def _video_report(arms: Sequence[_Arm]) -> dict[str, Any]:
         "longest_frames": max(lengths, default=None),
         "frame_rates": dict(sorted(rates.items())),
         "num_irregular": sum(arm.is_irregular for arm in arms),
-        "num_decoded": sum(arm.size is not None for arm in arms) // 2,
     }
 
 

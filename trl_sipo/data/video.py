@@ -113,14 +113,20 @@ def open_clips(
             of different rates while `frame_rate` is not set.
         ConfigurationError: a random start without a generator.
     """
-    arms = {"chosen": chosen, "rejected": rejected}
+    clips, rate = open_arms_clips({"chosen": chosen, "rejected": rejected}, sampler, generator, where=where)
+    return clips[0], clips[1], rate
+
+
+def open_arms_clips(
+    arms: Mapping[str, Any], sampler: ClipSampler, generator: torch.Generator | None = None, *, where: str
+) -> tuple[list[list[PIL.Image.Image]], float]:
+    """The same frames of the videos of one or two arms, and their frames per second; as `open_clips`."""
     videos = [
         open_video(value, frame_rate=sampler.rate, where=f"{where}, the {arm} video") for arm, value in arms.items()
     ]
-    rate = common_rate(*videos, sampler, where=where)
+    rate = common_rate(videos, sampler, where=where)
     start = _draw_start(videos, sampler, generator)
-    chosen_clip, rejected_clip = (read_clip(video, sampler.fitting(video), start) for video in videos)
-    return chosen_clip, rejected_clip, float(rate)
+    return [read_clip(video, sampler.fitting(video), start) for video in videos], float(rate)
 
 
 def open_video(value: Any, *, frame_rate: Fraction | None = None, where: str = "the video") -> FrameSource:
@@ -157,17 +163,18 @@ def open_video(value: Any, *, frame_rate: Fraction | None = None, where: str = "
     raise DatasetError(f"{where}: expected {EXPECTED['video']}, found {described(value, 'video')}")
 
 
-def common_rate(chosen: FrameSource, rejected: FrameSource, sampler: ClipSampler, *, where: str) -> Fraction:
-    """Frames per second of the clips of a pair.
+def common_rate(videos: Sequence[FrameSource], sampler: ClipSampler, *, where: str) -> Fraction:
+    """Frames per second of the clips of one arm or of both.
 
     Raises:
         DatasetError: unless `frame_rate` is set, the arms are of different rates or do not say theirs.
     """
     if sampler.rate is not None:
         return sampler.rate
-    for video in (chosen, rejected):
+    for video in videos:
         if video.rate is None:
             raise DatasetError(f"{video.name} does not say its frames per second: set `frame_rate`")
+    chosen, rejected = videos[0], videos[-1]
     if abs(chosen.rate - rejected.rate) > _RATE_TOLERANCE * chosen.rate:
         raise DatasetError(
             f"{where}: the chosen video has {float(chosen.rate):.6g} frames per second and the rejected one "

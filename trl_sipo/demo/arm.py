@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.loading import load_preference_dataset
 from trl_sipo.demo.medium import Medium
-from trl_sipo.demo.settings import ARMS, Arm, DemoSettings
+from trl_sipo.demo.settings import Arm, DemoSettings, find_arm
 from trl_sipo.demo.verifier import Verifier, load_verifiers
 from trl_sipo.evaluation.importance_curve import importance_weight_curve
 from trl_sipo.evaluation.metrics import frechet_distance, within_group_diversity
@@ -133,6 +134,8 @@ class MeasureCallback(TrainerCallback):
         self.records: list[dict[str, Any]] = []
         self.pipeline: DiffusionPipeline | None = None
         self.samples = torch.empty(0)
+        self.step_seconds = 0.0
+        self._step_began = 0.0
         self._masked: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -140,8 +143,13 @@ class MeasureCallback(TrainerCallback):
         if logs and "sipo/masked_fraction" in logs:
             self._masked.append(logs["sipo/masked_fraction"])
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Look at the clock of this process, which does not count what others do to the machine."""
+        self._step_began = time.process_time()
+
     def on_step_end(self, args, state, control, **kwargs):
         """Say that a step is done."""
+        self.step_seconds += time.process_time() - self._step_began
         self.report(1)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -158,7 +166,9 @@ class MeasureCallback(TrainerCallback):
             "rewards/margins",
             "drift/chosen_error",
         ):
-            record[name.replace("rewards/", "held_out_").replace("drift/", "held_out_")] = metrics[f"eval_{name}"]
+            # A method without pairs, or without a reference, has not all of them.
+            if f"eval_{name}" in metrics:
+                record[name.replace("rewards/", "held_out_").replace("drift/", "held_out_")] = metrics[f"eval_{name}"]
         record["masked_share"] = sum(self._masked) / len(self._masked) if self._masked else 0.0
         self._masked.clear()
         self.records.append(record)
@@ -176,22 +186,40 @@ def draw(pipeline: DiffusionPipeline, prompts: list[Any], settings: DemoSettings
             module.train(was_training)
 
 
+def method_options(arm: Arm, settings: DemoSettings, medium: Medium) -> dict[str, Any]:
+    """What the protocol says about the method: its strength and grid, without what the method does not have."""
+    shared = {
+        "beta": settings.best_beta if arm.uses_best_beta else settings.beta,
+        "importance_steps": settings.importance_steps,
+        "precompute_latents": True,
+        **medium.training_options,
+    }
+    if arm.method == "poly-dpo":
+        shared["poly_alpha"] = settings.poly_alpha
+    if arm.method == "d3po":
+        shared |= {"trajectory_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    meaningless = method_classes(arm.method)[0].rejected_fields
+    return {name: value for name, value in shared.items() if name not in meaningless} | arm.overrides
+
+
+def samples_per_pair(config_class: Any) -> int:
+    """How many samples of a batch a pair is: two where its arms are taken apart."""
+    return 2 if config_class.arms == "each" else 1
+
+
 def make_config(arm: Arm, seed: int, settings: DemoSettings, medium: Medium, directory: Path):
     """The method's configuration for one run."""
-    options = {"importance_steps": settings.importance_steps, **medium.training_options, **arm.overrides}
-    if arm.method == "poly-dpo":
-        options["poly_alpha"] = settings.poly_alpha
-    return method_classes(arm.method)[0](
+    config_class = method_classes(arm.method)[0]
+    return config_class(
         output_dir=str(directory),
-        beta=settings.best_beta if arm.uses_best_beta else settings.beta,
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size * samples_per_pair(config_class),
         per_device_eval_batch_size=64,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        eval_on_start=True,
+        eval_on_start=settings.measures_start,
         save_strategy="no",
         logging_steps=10,
         report_to=[],
@@ -199,9 +227,8 @@ def make_config(arm: Arm, seed: int, settings: DemoSettings, medium: Medium, dir
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        precompute_latents=True,
         disable_tqdm=True,
-        **options,
+        **method_options(arm, settings, medium),
     )
 
 
@@ -220,9 +247,11 @@ def run_arm(
         report: Called with the number of steps that have been done since the last call.
 
     Returns:
-        `{"source", "arm", "seed", "records", "weight_curve", "log"}`; see `MeasureCallback` for a record.
+        `{"source", "arm", "seed", "records", "step_seconds", "weight_curve", "log"}`; see `MeasureCallback` for a
+        record. `step_seconds` are those of the processor in all optimiser steps; `weight_curve` is None unless the
+        protocol measures it.
     """
-    arm = ARMS[arm_name]
+    arm = find_arm(arm_name)
     directory = files.run_directory(source, arm_name, seed)
     directory.mkdir(parents=True, exist_ok=True)
     callback = MeasureCallback(settings, files, medium, report)
@@ -241,7 +270,10 @@ def run_arm(
         "arm": arm_name,
         "seed": seed,
         "records": callback.records,
-        "weight_curve": weight_curve(trainer.adapter, source, settings.importance_steps, files, medium),
+        "step_seconds": callback.step_seconds,
+        "weight_curve": weight_curve(trainer.adapter, source, settings.importance_steps, files, medium)
+        if settings.measures_weights
+        else None,
         "log": [row for row in trainer.state.log_history if "rewards/chosen" in row],
     }
     save_file({"images": to_bytes(callback.samples)}, directory / "images.safetensors")

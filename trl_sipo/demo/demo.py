@@ -58,18 +58,18 @@ def run_demo(
     check_plotting()
     hush_libraries()
     files.root.mkdir(parents=True, exist_ok=True)
-    base = _prepare(settings, files, medium, workers)
-    num_kept = _run_all(settings, files, medium, workers)
+    base = prepare(settings, files, medium, workers)
+    num_kept = train_all(settings, files, medium, workers)
     results = [json.loads(files.result(part.source, *run).read_text()) for part in settings.parts for run in part.runs]
     parts = {part.source: [run for run in results if run["source"] == part.source] for part in settings.parts}
     summary = {
         "command": command,
         "settings": asdict(settings),
-        "environment": _environment(),
+        "environment": environment(),
         # Of this call; runs that were there already took theirs before.
         "seconds": round(time.perf_counter() - started, 1),
         "num_runs_kept": num_kept,
-        "ceiling": _ceiling(files),
+        "ceiling": ceiling(files),
         "base": base,
         "parts": {
             source: {
@@ -88,7 +88,7 @@ def run_demo(
     return summary
 
 
-def _prepare(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: int) -> dict[str, Any]:
+def prepare(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: int) -> dict[str, Any]:
     """The measures of the base; pairs and base are made unless they are there for the same protocol."""
     path, digest = files.root / "base.json", protocol_digest(settings, files)
     record = json.loads(path.read_text()) if path.is_file() else {}
@@ -110,7 +110,7 @@ def _prepare(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: 
     return record
 
 
-def _run_all(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: int) -> int:
+def train_all(settings: DemoSettings, files: DemoFiles, medium: Medium, workers: int) -> int:
     """Train what is not there yet; returns the number of runs that were."""
     runs = [(part.source, *run) for part in settings.parts for run in part.runs]
     todo = [run for run in runs if not files.result(*run).is_file()]
@@ -185,13 +185,13 @@ def _work(
         run_arm(source, arm, seed, settings, files, medium, report)
 
 
-def _ceiling(files: DemoFiles) -> dict[str, Any]:
+def ceiling(files: DemoFiles) -> dict[str, Any]:
     """The verifiers' own accuracies on real test media, as they are and after the autoencoder."""
     log = json.loads(files.training_log.read_text())
     return {name: log["verifiers"][name]["accuracy_on_real_test_photographs"] for name in TRAINING_SPLITS}
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     packages = ("trl-sipo", "trl", "torch", "diffusers", "transformers")
     return {
         "python": platform.python_version(),

@@ -30,6 +30,7 @@ from trl_sipo.demo.fashion import (
 from trl_sipo.demo.latents import decode, encode
 from trl_sipo.demo.medium import Medium, evenly_spaced, pairs_per_prompt
 from trl_sipo.demo.model import load_pipeline_assets
+from trl_sipo.demo.own_data import self_play_pairs, trajectory_pairs
 from trl_sipo.demo.pairs import off_policy_pairs, on_policy_pairs
 from trl_sipo.demo.sampling import prompt_ids, sample_images
 from trl_sipo.demo.settings import HELD_OUT_SEED_OFFSET, SOURCES, DemoSettings
@@ -109,22 +110,26 @@ class ImageMedium(Medium):
         *,
         held_out: bool,
     ) -> datasets.Dataset:
-        """PNG pairs, see `pairs`."""
+        """PNG pairs, or trajectories; see `pairs` and `own_data`."""
         train_prompts, held_out_prompts = split_prompts()
         prompts, count = (held_out_prompts, settings.num_held_out) if held_out else (train_prompts, settings.num_pairs)
         seed = settings.data_seed + (HELD_OUT_SEED_OFFSET if held_out else 0)
-        if source == "on_policy":
-            pairs = on_policy_pairs(
-                pipeline,
-                verifier,
-                prompts,
-                groups_per_prompt=pairs_per_prompt(count, prompts),
-                seed=seed,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-            )
-        else:
-            pairs = off_policy_pairs(verifier, prompts, pairs_per_prompt=pairs_per_prompt(count, prompts), seed=seed)
+        number = pairs_per_prompt(count, prompts)
+        sampler = {
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+        }
+        makers = {
+            "off_policy": lambda: off_policy_pairs(verifier, prompts, pairs_per_prompt=number, seed=seed),
+            "on_policy": lambda: on_policy_pairs(
+                pipeline, verifier, prompts, groups_per_prompt=number, seed=seed, **sampler
+            ),
+            "trajectories": lambda: trajectory_pairs(
+                pipeline, verifier, prompts, groups_per_prompt=number, seed=seed, **sampler
+            ),
+            "self_play": lambda: self_play_pairs(pipeline, prompts, pairs_per_prompt=number, seed=seed, **sampler),
+        }
+        pairs = makers[source]()
         return pairs.shuffle(seed=seed).select(range(min(count, len(pairs))))
 
     def chosen_latents(

@@ -2,6 +2,8 @@
 """The demo's figures and its report page."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from safetensors.torch import load_file
 from trl_sipo.adapters import adapter_for
 from trl_sipo.demo.arm import DemoFiles, weight_curve
 from trl_sipo.demo.medium import Medium
-from trl_sipo.demo.settings import ARMS
+from trl_sipo.demo.settings import find_arm
+from trl_sipo.demo.summary import beta_of
 from trl_sipo.reporting.figures import (
     Series,
     importance_weight_figure,
@@ -55,10 +58,11 @@ def _figures(summary: dict[str, Any], runs: Runs, files: DemoFiles, medium: Medi
         title=f"Importance weight w(t) on held-out {medium.noun}",
         level_label=medium.level_label,
     )
+    rewards = _reward_panels(runs)
     return {
         "samples": png_bytes(_samples(summary, runs, files, medium)),
         "quality": png_bytes(quality_figure(_quality_panels(runs, medium))),
-        "rewards": png_bytes(reward_figure(_reward_panels(runs))),
+        **({"rewards": png_bytes(reward_figure(rewards))} if rewards else {}),
         "importance_weight": png_bytes(curves),
     }
 
@@ -72,7 +76,8 @@ def _by_arm(results: Runs) -> dict[str, list[dict[str, Any]]]:
 
 def _series(label: str, runs: list[dict[str, Any]], name: str) -> Series:
     steps = [record["step"] for record in runs[0]["records"]]
-    return Series(label, steps, [[record[name] for record in run["records"]] for run in runs])
+    # NaN draws nothing, and leaves the other lines their colours.
+    return Series(label, steps, [[record.get(name, math.nan) for record in run["records"]] for run in runs])
 
 
 def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles, medium: Medium) -> dict[str, list[float]]:
@@ -84,14 +89,18 @@ def _curves(summary: dict[str, Any], results: Runs, files: DemoFiles, medium: Me
     }
     for arm, runs in _by_arm(results).items():
         columns = zip(*(run["weight_curve"] for run in runs), strict=True)
-        curves[f"{ARMS[arm].label}, end"] = [sum(column) / len(runs) for column in columns]
+        curves[f"{find_arm(arm).label}, end"] = [sum(column) / len(runs) for column in columns]
     return curves
 
 
 def _reward_panels(results: Runs) -> dict[str, tuple[Series, Series]]:
     return {
-        ARMS[arm].label: (_series("chosen", runs, "held_out_chosen"), _series("rejected", runs, "held_out_rejected"))
+        find_arm(arm).label: (
+            _series("chosen", runs, "held_out_chosen"),
+            _series("rejected", runs, "held_out_rejected"),
+        )
         for arm, runs in _by_arm(results).items()
+        if "held_out_chosen" in runs[0]["records"][0]
     }
 
 
@@ -107,19 +116,34 @@ def _quality_panels(results: Runs, medium: Medium) -> dict[str, list[Series]]:
     }
     arms = _by_arm(results)
     return {
-        title: [_series(ARMS[arm].label, runs, name) for arm, runs in arms.items()] for name, title in panels.items()
+        title: [_series(find_arm(arm).label, runs, name) for arm, runs in arms.items()]
+        for name, title in panels.items()
     }
 
 
 def _samples(summary: dict[str, Any], runs: Runs, files: DemoFiles, medium: Medium) -> Image.Image:
     """The same prompts and starting noise for the base and each method's first seed."""
-    samples_per_prompt = summary["settings"]["samples_per_prompt"]
+    firsts = {arm: first for arm, (first, *_) in _by_arm(runs).items()}
+    folders = {
+        find_arm(arm).label: files.run_directory(first["source"], arm, first["seed"]) for arm, first in firsts.items()
+    }
+    return sample_sheet(folders, summary["settings"]["samples_per_prompt"], files, medium)
+
+
+def sample_sheet(
+    folders: Mapping[str, Path], samples_per_prompt: int, files: DemoFiles, medium: Medium
+) -> Image.Image:
+    """Samples of the base and of runs side by side, the same prompts and starting noise in each row.
+
+    Args:
+        folders: Column title -> folder of a run.
+        samples_per_prompt: Of a measurement.
+    """
     prompts, rows = medium.all_prompts(), medium.sheet_rows()
     chosen = [row * samples_per_prompt for row in rows]
     columns = {"base": _pictures(files.base_images, chosen, medium)}
-    for arm, (first, *_) in _by_arm(runs).items():
-        path = files.run_directory(first["source"], arm, first["seed"]) / "images.safetensors"
-        columns[ARMS[arm].label] = _pictures(path, chosen, medium)
+    for title, folder in folders.items():
+        columns[title] = _pictures(folder / "images.safetensors", chosen, medium)
     return sample_grid(columns, [prompts[row].text for row in rows])
 
 
@@ -147,7 +171,7 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
     page.heading(f"{source.replace('_', '-').capitalize()}: {medium.sources[source]}")
     for sentence in summary["verdict"][source]:
         page.paragraph(sentence, "verdict")
-    page.table(*_table(summary, source, medium))
+    page.table(*table(summary, source, medium))
     page.figure(
         figures["samples"],
         medium.sheet_caption,
@@ -160,13 +184,14 @@ def _add_part(page: Page, summary: dict[str, Any], source: str, figures: dict[st
         "measurement.",
         "Line charts of accuracy, Frechet distance, diversity, implicit accuracy and masked share over steps",
     )
-    page.figure(
-        figures["rewards"],
-        "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both fall: "
-        f"the model then prefers the chosen {medium.noun.removesuffix('s')} only by getting worse at the rejected one "
-        "faster.",
-        "Line charts of chosen and rejected reward over steps, one panel per method",
-    )
+    if "rewards" in figures:
+        page.figure(
+            figures["rewards"],
+            "Rewards on held-out pairs: beta * (reference error - policy error) / 2. The margin can grow while both "
+            f"fall: the model then prefers the chosen {medium.noun.removesuffix('s')} only by getting worse at the "
+            "rejected one faster.",
+            "Line charts of chosen and rejected reward over steps, one panel per method",
+        )
     page.figure(
         figures["importance_weight"],
         f"w(t) on a grid of {summary['settings']['importance_steps']} steps, that of the sampler; for the base also "
@@ -188,7 +213,8 @@ def _protocol(settings: dict[str, Any]) -> str:
     )
 
 
-def _table(summary: dict[str, Any], source: str, medium: Medium) -> tuple[list[str], list[list[str]]]:
+def table(summary: dict[str, Any], source: str, medium: Medium) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one comparison."""
     accuracies = ("accuracy", *(f"{name}_accuracy" for name in medium.attributes), "second_accuracy")
     header = ["method", "beta", "accuracy", *medium.attributes, "second verifier"]
     header += ["Frechet", "diversity", "implicit accuracy", "masked"]
@@ -197,26 +223,33 @@ def _table(summary: dict[str, Any], source: str, medium: Medium) -> tuple[list[s
     rows = [["base model", "", *base_cells, f"{base['frechet_distance']:.0f}", f"{base['diversity']:.2f}", "", ""]]
     for arm, method in summary["parts"][source]["methods"].items():
         final = method["final"]
-        beta = summary["settings"]["best_beta" if ARMS[arm].uses_best_beta else "beta"]
+        beta = beta_of(arm, summary["settings"])
         rows.append(
             [
                 method["label"],
-                f"{beta:g}",
-                *(_percent(final[name]) for name in accuracies),
-                _number(final["frechet_distance"], 0),
-                _number(final["diversity"], 2),
-                _percent(final["held_out_accuracies"]),
-                _percent(final["masked_share"]),
+                "" if beta is None else f"{beta:g}",
+                *(percent(final[name]) for name in accuracies),
+                number(final["frechet_distance"], 0),
+                number(final["diversity"], 2),
+                percent(final.get("held_out_accuracies")),
+                percent(final["masked_share"]),
             ]
         )
     return header, rows
 
 
-def _percent(values: dict[str, Any]) -> str:
-    bounds = f" [{values['min']:.0%}, {values['max']:.0%}]" if len(values["values"]) > 1 else ""
-    return f"{values['mean']:.0%}{bounds}"
+def percent(values: dict[str, Any] | None) -> str:
+    """Mean, and smallest and largest of several seeds, of a share; empty where it was not measured."""
+    return _with_bounds(values, ".0%")
 
 
-def _number(values: dict[str, Any], digits: int) -> str:
-    bounds = f" [{values['min']:.{digits}f}, {values['max']:.{digits}f}]" if len(values["values"]) > 1 else ""
-    return f"{values['mean']:.{digits}f}{bounds}"
+def number(values: dict[str, Any] | None, digits: int) -> str:
+    """The same of a number."""
+    return _with_bounds(values, f".{digits}f")
+
+
+def _with_bounds(values: dict[str, Any] | None, form: str) -> str:
+    if values is None:
+        return ""
+    bounds = f" [{values['min']:{form}}, {values['max']:{form}}]" if len(values["values"]) > 1 else ""
+    return f"{values['mean']:{form}}{bounds}"

@@ -17,15 +17,20 @@ class Arm:
         method: Key of `trl_sipo.trainer.methods.METHODS`.
         overrides: Fields of the method's configuration.
         uses_best_beta: Whether it runs at the demo's best beta instead of the small one.
+        strength: The field that says how strongly the pairs act, or how strongly the reference holds; None: there is
+            none.
+        source: The only source whose data the method takes, a key of `SOURCES`; None: it takes pairs of images.
     """
 
     label: str
     method: str
     overrides: dict[str, Any] = field(default_factory=dict)
     uses_best_beta: bool = False
+    strength: str | None = "beta"
+    source: str | None = None
 
 
-# The arms after the fifth are ablations, run on request (`--arms`).
+# The arms after the fifth are ablations and baselines, run on request (`--arms`, `--baselines`).
 ARMS = {
     "dpo": Arm("Diffusion-DPO", "dpo"),
     "dpo_cm": Arm("DPO-C&M", "sipo", {"objective": "dpo_cm"}),
@@ -37,6 +42,14 @@ ARMS = {
     "sipo_50": Arm("SIPO, w on the paper's 50-step grid", "sipo", {"importance_steps": 50}),
     "sipo_redraws": Arm("SIPO, masked levels drawn anew", "sipo", {"mask_redraws": 3}),
     "static_mask": Arm("static mask", "dpo", {"timestep_range": [0.06, 1.0]}),
+    "ipo": Arm("IPO", "dpo", {"loss_type": "ipo"}),
+    "hinge": Arm("hinge loss", "dpo", {"loss_type": "hinge"}),
+    "robust": Arm("Robust DPO", "dpo", {"loss_type": "robust", "label_smoothing": 0.1}),
+    "sft": Arm("SFT", "sft", strength=None),
+    "kto": Arm("Diffusion-KTO", "kto"),
+    "mapo": Arm("MaPO", "mapo", {"beta": 0.1}),  # the weight of a margin, which no matched beta says
+    "d3po": Arm("D3PO", "d3po", source="trajectories"),
+    "spin": Arm("SPIN-Diffusion, one round", "dpo", source="self_play"),
 }
 DEFAULT_ARMS = ("dpo", "dpo_cm", "sipo", "poly_dpo", "dpo_best")
 
@@ -47,7 +60,34 @@ HELD_OUT_SEED_OFFSET = 1000
 SOURCES = {
     "off_policy": "pairs that the base model could not have drawn: photographs, turned and mirrored",
     "on_policy": "pairs sampled from the base model itself",
+    "trajectories": "pairs of what the base model went through while sampling, step by step",
+    "self_play": "photographs, each against a sample of the base model, without a ranking",
 }
+
+# Between the name of an arm and another strength: "dpo@200".
+STRENGTH_MARK = "@"
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of a key of `ARMS`, or of a key with a strength of its own, such as "dpo@200".
+
+    Raises:
+        ConfigurationError: No such arm, one without a strength, or a strength that is no number.
+    """
+    key, mark, value = name.partition(STRENGTH_MARK)
+    if key not in ARMS:
+        raise ConfigurationError(f"Unknown arm {key!r}; known are {', '.join(ARMS)}.")
+    arm = ARMS[key]
+    if not mark:
+        return arm
+    if arm.strength is None:
+        raise ConfigurationError(f"{name!r}: {arm.label} has no strength. Write {key!r}.")
+    try:
+        strength = float(value)
+    except ValueError as error:
+        raise ConfigurationError(f"{name!r}: {value!r} is no number. Write for example '{key}@200'.") from error
+    overrides = {**arm.overrides, arm.strength: strength}
+    return replace(arm, label=f"{arm.label}, {arm.strength} {strength:g}", overrides=overrides, uses_best_beta=False)
 
 
 @dataclass(frozen=True)
@@ -67,9 +107,14 @@ class Part:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ConfigurationError(f"Unknown source {self.source!r}; known are {', '.join(SOURCES)}.")
-        unknown = [name for name in self.arms if name not in ARMS]
-        if unknown or not self.arms:
-            raise ConfigurationError(f"Unknown arms {unknown}; known arms are {', '.join(ARMS)}.")
+        if not self.arms:
+            raise ConfigurationError(f"At least one arm is needed; known arms are {', '.join(ARMS)}.")
+        for name in self.arms:
+            if find_arm(name).source not in (None, self.source):
+                raise ConfigurationError(
+                    f"The arm {name!r} learns from data of its own, not from those of {self.source!r}: run it with "
+                    "`trl-sipo demo --baselines`."
+                )
         if not self.seeds:
             raise ConfigurationError("At least one seed is needed.")
 
@@ -97,6 +142,8 @@ class DemoSettings:
         samples_per_prompt: Images per prompt in a measurement.
         num_inference_steps, guidance_scale: Sampler of the pairs and the measurements; a scale of 1 is no guidance.
         data_seed: Seed of the pairs.
+        measures_start: Whether the first measurement is taken; it is that of the base model, by the same noise.
+        measures_weights: Whether w(t) is measured at the end of each run.
     """
 
     parts: tuple[Part, ...]
@@ -114,6 +161,8 @@ class DemoSettings:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     data_seed: int = 0
+    measures_start: bool = True
+    measures_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.eval_every < 1:

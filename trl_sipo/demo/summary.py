@@ -5,18 +5,19 @@ from statistics import mean
 from typing import Any
 
 from trl_sipo.demo.medium import Medium
-from trl_sipo.demo.settings import ARMS
+from trl_sipo.demo.settings import STRENGTH_MARK, find_arm
 
 # A method has collapsed when it keeps less than this share of the base's accuracy.
 COLLAPSED_SHARE = 0.5
 
 
 def measures(medium: Medium) -> tuple[str, ...]:
-    """Fields of a record that are reported per method at the end of training."""
+    """Fields of a record that are reported per method at the end of training; not every method has all of them."""
     return (
         "accuracy",
         *(f"{name}_accuracy" for name in medium.attributes),
         "second_accuracy",
+        "reward",
         "frechet_distance",
         "diversity",
         "held_out_accuracies",
@@ -39,9 +40,9 @@ def aggregate(results: list[dict[str, Any]], base: dict[str, Any], medium: Mediu
         last = [run["records"][-1] for run in runs]
         collapsed = [record["accuracy"] < COLLAPSED_SHARE * base["accuracy"] for record in last]
         methods[arm] = {
-            "label": ARMS[arm].label,
+            "label": find_arm(arm).label,
             "num_seeds": len(runs),
-            "final": {name: spread([record[name] for record in last]) for name in measures(medium)},
+            "final": {name: spread([record[name] for record in last]) for name in measures(medium) if name in last[0]},
             "best_accuracy": spread([max(record["accuracy"] for record in run["records"]) for run in runs]),
             "num_collapsed": sum(collapsed),
         }
@@ -51,7 +52,7 @@ def aggregate(results: list[dict[str, Any]], base: dict[str, Any], medium: Mediu
 def records(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every run's measurements, for the summary."""
     return [
-        {"method": ARMS[run["arm"]].label, "arm": run["arm"], "seed": run["seed"], "steps": run["records"]}
+        {"method": find_arm(run["arm"]).label, "arm": run["arm"], "seed": run["seed"], "steps": run["records"]}
         for run in results
     ]
 
@@ -77,9 +78,8 @@ def part_verdict(methods: dict[str, Any], settings: dict[str, Any]) -> list[str]
     sentences = []
     for arm, method in methods.items():
         final = method["final"]
-        beta = settings["best_beta" if ARMS[arm].uses_best_beta else "beta"]
         sentences.append(
-            f"{ARMS[arm].label} (beta {beta:g}) ends at {final['accuracy']['mean']:.0%} "
+            f"{method['label']}{_at_beta(arm, settings)} ends at {final['accuracy']['mean']:.0%} "
             f"({_range(final['accuracy'])}), {_fate(method)}, with a Frechet distance of "
             f"{final['frechet_distance']['mean']:.0f} and a diversity of {final['diversity']['mean']:.2f}"
             + (f"; {final['masked_share']['mean']:.0%} of its last pairs were masked." if _masks(arm) else ".")
@@ -94,8 +94,22 @@ def part_verdict(methods: dict[str, Any], settings: dict[str, Any]) -> list[str]
     return sentences
 
 
+def beta_of(arm: str, settings: dict[str, Any]) -> float | None:
+    """What an arm runs with: a strength of its own, or the demo's small or best beta; None: it has none."""
+    found = find_arm(arm)
+    if found.strength is None:
+        return None
+    return found.overrides.get(found.strength, settings["best_beta" if found.uses_best_beta else "beta"])
+
+
+def _at_beta(arm: str, settings: dict[str, Any]) -> str:
+    beta = beta_of(arm, settings)
+    return "" if beta is None or STRENGTH_MARK in arm else f" (beta {beta:g})"
+
+
 def _masks(arm: str) -> bool:
-    return ARMS[arm].method == "sipo" and ARMS[arm].overrides.get("mask", True)
+    found = find_arm(arm)
+    return found.method == "sipo" and found.overrides.get("mask", True)
 
 
 def _range(values: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from trl_sipo.errors import ConfigurationError
 # Okabe and Ito's colour-blind-safe palette; line styles repeat the distinction without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
+# One more than the colours, so that beyond these the pairs of both differ.
+MARKERS = ("*", "o", "s", "^", "D", "v", "P", "X", "<")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,22 @@ class Series:
         return [max(column) for column in zip(*self.values, strict=True)]
 
 
+@dataclass(frozen=True)
+class Point:
+    """One model in two measures, with one value per seed of each.
+
+    Attributes:
+        label: For the legend.
+        x, y: (seeds,).
+        is_hollow: Drawn without a filling, and without a line in the legend.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    is_hollow: bool = False
+
+
 def check_plotting() -> None:
     """Raise [`ConfigurationError`] when matplotlib is not installed; call it before long work that ends in figures."""
     try:
@@ -64,7 +82,8 @@ def _figure(**options: Any):
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+    style = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+    return style if index < len(COLOURS) else {**style, "marker": MARKERS[index // len(COLOURS)]}
 
 
 def _clean(axes, title: str, x_label: str, y_label: str) -> None:
@@ -118,19 +137,70 @@ def reward_figure(panels: Mapping[str, tuple[Series, Series]]):
     return figure
 
 
-def quality_figure(panels: Mapping[str, Sequence[Series]], columns: int = 3):
-    """Several measures over steps, one panel each, one line per method; the band spans the seeds."""
+def quality_figure(
+    panels: Mapping[str, Sequence[Series]], columns: int = 3, *, x_label: str = "step", x_scale: str = "linear"
+):
+    """Several measures over steps, one panel each, one line per method; the band spans the seeds.
+
+    Args:
+        x_label, x_scale: Of what takes the place of the steps, and matplotlib's name of its scale.
+    """
     rows = -(-len(panels) // columns)
     figure = _figure(figsize=(3.6 * columns, 2.9 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (label, series) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, series)
-        _clean(axes, label, "step", "")
+        _clean(axes, label, x_label, "")
+        axes.set_xscale(x_scale)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
     return figure
+
+
+def trade_off_figure(panels: Mapping[str, Sequence[Point]], labels: tuple[str, str], columns: int = 2):
+    """Models in two measures, the first on a logarithmic axis, one panel each; bars span the seeds.
+
+    Args:
+        labels: What the measures are.
+    """
+    rows = -(-len(panels) // columns)
+    figure = _figure(figsize=(4.6 * columns, 3.6 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    names = list(dict.fromkeys(point.label for points in panels.values() for point in points))
+    handles = {}
+    for axes, (title, points) in zip(grid.flat, panels.items(), strict=False):
+        for point in points:
+            index = names.index(point.label)
+            bars = _draw_point(axes, point, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+            if not point.is_hollow:
+                handles[point.label] = bars
+        _clean(axes, title, *labels)
+        axes.set_xscale("log")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_point(axes, point: Point, colour: str, marker: str):
+    centre = (mean(point.x), mean(point.y))
+    (x_below, x_above), (y_below, y_above) = (
+        (middle - min(values), max(values) - middle) for middle, values in zip(centre, (point.x, point.y), strict=True)
+    )
+    return axes.errorbar(
+        centre[0],
+        centre[1],
+        xerr=[[x_below], [x_above]],
+        yerr=[[y_below], [y_above]],
+        marker=marker,
+        color=colour,
+        markerfacecolor="none" if point.is_hollow else colour,
+        linestyle="none",
+        elinewidth=0.8,
+        label=point.label,
+    )
 
 
 def sample_grid(
@@ -158,13 +228,13 @@ def sample_grid(
         draw.text((4, top + row * (cell + gap) + cell // 2 - 8), label, fill="black", font=font)
     for column, (name, images) in enumerate(columns.items()):
         x = left + column * (cell_width + gap)
-        draw.multiline_text((x, 2), _wrapped(name, cell_width, font), fill="black", font=font, spacing=1)
+        draw.multiline_text((x, 2), wrapped(name, cell_width, font), fill="black", font=font, spacing=1)
         for row, image in enumerate(images):
             grid.paste(image.resize((cell_width, cell), Image.Resampling.NEAREST), (x, top + row * (cell + gap)))
     return grid
 
 
-def _wrapped(text: str, width: int, font: Any) -> str:
+def wrapped(text: str, width: int, font: Any) -> str:
     """`text` broken into lines that fit `width` pixels."""
     lines = [""]
     for word in text.split():

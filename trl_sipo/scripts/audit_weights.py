@@ -11,12 +11,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError
+from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 from trl_sipo.printing import ArgumentParser
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
     from trl_sipo.adapters.base import BackboneAdapter
     from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
     from trl_sipo.data.preference_dataset import PreferenceDataset
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from trl_sipo.trainer.encoding import EncodedPairs
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Of the denoiser, and of the second one of a pipeline that has two.
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
 
 
 def make_parser(prog: str = "trl-sipo audit weights") -> argparse.ArgumentParser:
@@ -98,42 +94,17 @@ def load_adapter(arguments: argparse.Namespace) -> "BackboneAdapter":
     import torch
 
     from trl_sipo.adapters import adapter_for, load_pipeline
+    from trl_sipo.generation.models import apply_lora
 
     # As in training: several VAEs overflow in float16.
     dtypes = {"default": getattr(torch, arguments.dtype), "vae": torch.float32}
     pipeline: Any = load_pipeline(arguments.model_name_or_path, dtype=dtypes)
     if arguments.lora is not None:
-        load_lora(pipeline, Path(arguments.lora))
+        apply_lora(pipeline, arguments.lora)
     adapter = adapter_for(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
     adapter.freeze()
     adapter.denoiser.requires_grad_(False)
     return adapter
-
-
-def load_lora(pipeline: "DiffusionPipeline", folder: Path) -> None:
-    """Put what a training run saved on a pipeline, one file for each of its denoisers.
-
-    Raises:
-        BackboneError: There is none, or it is none of this pipeline's.
-    """
-    if not (folder / LORA_FILES[0]).is_file():
-        raise BackboneError(f"There is no LoRA in {str(folder)!r}: {LORA_FILES[0]} is missing. Give a run's folder.")
-    model: Any = pipeline
-    try:
-        if not hasattr(pipeline, "load_lora_weights"):  # diffusers gives this pipeline's denoiser alone the methods
-            model.transformer.load_lora_adapter(str(folder), use_safetensors=True)
-        else:
-            model.load_lora_weights(str(folder), weight_name=LORA_FILES[0], use_safetensors=True)
-        if (folder / LORA_FILES[1]).is_file():
-            options = {"load_into_transformer_2": True, "use_safetensors": True}
-            model.load_lora_weights(str(folder), weight_name=LORA_FILES[1], **options)
-    except Exception as error:  # of a file that is broken, or of other layers, the libraries raise errors of any kind
-        raise BackboneError(f"The LoRA of {str(folder)!r} does not load into this pipeline: {error}") from error
-    # diffusers passes over the LoRA of another kind of denoiser with a warning.
-    if not any(getattr(module, "peft_config", None) for module in model.components.values()):
-        raise BackboneError(
-            f"The LoRA of {str(folder)!r} is not one of a {type(pipeline).__name__}: nothing was loaded."
-        )
 
 
 def load_pairs(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError
+from trl_sipo.errors import EXPECTED_ERRORS, ConfigurationError, DatasetError
 from trl_sipo.printing import ArgumentParser
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def main(argv: list[str]) -> int:
     """As `run`; a mistake of the user is one line and status 2."""
     try:
         run("encode", argv)
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"encode: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trl-sipo dpo | sipo | poly-dpo --config file.yaml [--overrides]`.
+"""`trl-sipo dpo | sipo | poly-dpo | kto | mapo | d3po | sft --config file.yaml [--overrides]`.
 
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trl_sipo.errors import (
-    BackboneError,
+    EXPECTED_ERRORS,
     ConfigurationError,
-    DatasetError,
-    NumericalError,
     Preempted,
-    StorageError,
 )
 from trl_sipo.printing import ArgumentParser, printable, words_without_secrets
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
@@ -34,7 +31,7 @@ _MOST_SETTINGS = 100_000  # values in a configuration file, with what its refere
 
 @dataclass
 class DataArguments:
-    """Which pairs to train on.
+    """Which pairs, or single images, to train on.
 
     Args:
         dataset_name: Hub id, or a local path: a folder of Parquet or JSONL, a saved dataset, `chosen/` and
@@ -140,28 +137,37 @@ def parse(
     Args:
         defaults: Settings where neither says anything.
     """
-    parser = make_parser(method)
+    data_args, training_args, model_args = parse_with(make_parser(method), argv, defaults)
+    check_name("dataset_name", data_args.dataset_name, "preference pairs")
+    check_name("model_name_or_path", model_args.model_name_or_path, "a diffusers pipeline")
+    _check_lora_arguments(model_args)
+    _check_quantization(model_args)
+    check_trackers(training_args.report_to)
+    return data_args, training_args, model_args
+
+
+def check_name(name: str, value: Any, what: str) -> None:
+    """Raise [`ConfigurationError`] unless a hub id or path is given, as text."""
+    if not value:
+        raise ConfigurationError(f"`{name}` is required: a hub id or a local path of {what}.")
+    if not isinstance(value, str):  # as YAML reads 1984
+        raise ConfigurationError(f"`{name}` must be a text, got {value!r:.80}: put it in quotation marks.")
+
+
+def parse_with(parser: "TrlParser", argv: list[str], defaults: dict[str, Any] | None = None) -> tuple[Any, ...]:
+    """What a parser makes of a YAML file and the command line, one object per class of arguments.
+
+    Raises:
+        ConfigurationError: A file that cannot be read, an unknown key, or a value that is none.
+    """
     parser.set_defaults(**(defaults or {}))
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         _check_config_file(*argv[argv.index("--config") + 1 :][:1])
     try:
-        data_args, training_args, model_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+        return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
-    _check_name("dataset_name", data_args.dataset_name, "preference pairs")
-    _check_name("model_name_or_path", model_args.model_name_or_path, "a diffusers pipeline")
-    _check_lora_arguments(model_args)
-    _check_quantization(model_args)
-    _check_trackers(training_args.report_to)
-    return data_args, training_args, model_args
-
-
-def _check_name(name: str, value: Any, what: str) -> None:
-    if not value:
-        raise ConfigurationError(f"`{name}` is required: a hub id or a local path of {what}.")
-    if not isinstance(value, str):  # as YAML reads 1984
-        raise ConfigurationError(f"`{name}` must be a text, got {value!r:.80}: put it in quotation marks.")
 
 
 def _check_config_file(path: str | None = None) -> None:
@@ -244,7 +250,7 @@ def _check_quantization(model_args: ModelArguments) -> None:
         )
 
 
-def _check_trackers(names: list[str]) -> None:
+def check_trackers(names: list[str]) -> None:
     """Before data and weights are read: transformers looks for a tracker's package only when training starts."""
     if not names:
         return
@@ -374,7 +380,7 @@ def main(method: str, data_args: DataArguments, training_args: Any, model_args: 
 def run(
     command: str, argv: list[str], defaults: dict[str, Any] | None = None, program: list[str] | None = None
 ) -> None:
-    """Entry point of the three training commands.
+    """Entry point of the training commands.
 
     Args:
         command: A key of `METHODS`.
@@ -413,7 +419,7 @@ def run_as_script(method: str, argv: list[str], defaults: dict[str, Any] | None 
     program = sys.argv[: len(sys.argv) - len(argv)]
     try:
         run(method, argv, defaults, program)
-    except (BackboneError, ConfigurationError, DatasetError, NumericalError, StorageError) as error:
+    except EXPECTED_ERRORS as error:
         from trl_sipo.trainer.process_group import end_process
 
         print(f"{method}: {printable(error)}", file=sys.stderr)

@@ -8,6 +8,7 @@ user's run.
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -26,6 +27,7 @@ from trl_sipo.trainer.sharding import is_sharded, shard_reference
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "TextForward",
     "SyncRefModelCallback",
     "disable_dropout_in_model",
     "get_comet_experiment_url",
@@ -35,6 +37,7 @@ __all__ = [
     "make_config_reportable",
     "policy_left_unprepared",
     "prepare_reference_model",
+    "text_forward",
     "use_adapter",
 ]
 
@@ -141,3 +144,58 @@ def policy_left_unprepared(trainer: DPOTrainer) -> Iterator[None]:
             for name in names:
                 model.__dict__.pop(name, None)
             model.__dict__.update(before)
+
+
+@dataclass(frozen=True)
+class TextForward:
+    """What `DPOTrainer` computes of a batch of pairs of completions, and otherwise keeps to itself.
+
+    Attributes:
+        result: What its `_compute_loss` returned: its own loss, with the outputs where they were asked for.
+        log_probs: Of the policy, (2 * batch, length - 1): per token, 0 outside of the completions; chosen ones first.
+        ref_logps: Of the reference, (2 * batch,): summed over the completions.
+        aux_loss: The load-balancing term of the policy, scaled; 0.0 where it has none.
+    """
+
+    result: Any
+    log_probs: torch.Tensor
+    ref_logps: torch.Tensor
+    aux_loss: torch.Tensor | float
+
+
+def text_forward(trainer: DPOTrainer, model: Any, inputs: dict[str, Any], return_outputs: bool) -> TextForward:
+    """One forward pass of policy and reference, in which TRL records its own metrics.
+
+    TRL computes passes, loss and metrics in one method that gives out the loss alone. The policy is handed to it in a
+    wrapper that keeps its output, and the reference's log-probabilities as if they had been precomputed. Goes when TRL
+    separates the passes from the loss.
+
+    Args:
+        trainer: A text trainer that is initialised.
+        model: The policy, as the trainer wraps it.
+        inputs: The batch, without columns that are not TRL's.
+        return_outputs: As `compute_loss` is told.
+    """
+    if not trainer.precompute_ref_logps:
+        reference = trainer.model if trainer.ref_model is None else trainer.ref_model
+        chosen, rejected = trainer.compute_ref_log_probs(reference, inputs)
+        inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    outputs: list[Any] = []
+
+    def recorded(**kwargs: Any) -> Any:
+        outputs.append(model(**kwargs))
+        return outputs[-1]
+
+    was_precomputed, trainer.precompute_ref_logps = trainer.precompute_ref_logps, True
+    try:
+        result = DPOTrainer._compute_loss(trainer, recorded, inputs, return_outputs)
+    finally:
+        trainer.precompute_ref_logps = was_precomputed
+    # An adapter that puts tokens of its own in front of the others lengthens the output.
+    length = inputs["completion_mask"].size(1) - 1
+    return TextForward(
+        result,
+        outputs[0].log_probs[:, -length:],
+        torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]),
+        trainer.router_aux_loss_coef * outputs[0].aux_loss if trainer.aux_loss_enabled else 0.0,
+    )

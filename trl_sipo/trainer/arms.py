@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors of a denoiser on the two arms of pairs: in one pass over both, or arm by arm.
+"""The errors of a denoiser on the arms of samples: of pairs in one pass over both, or arm by arm.
 
 The loss depends on each arm through one scalar per pair, its mean squared error. So the arms need not pass the network
 together: one after the other gives the same gradient, with the activations of one arm alive at a time.
@@ -50,21 +50,20 @@ def noised_arm(
 
 
 def arm_errors(
-    adapter: BackboneAdapter,
-    denoiser: torch.nn.Module,
-    chosen: NoisedArm,
-    rejected: NoisedArm,
-    *,
-    split: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared errors of both arms, (batch,) float32 each.
+    adapter: BackboneAdapter, denoiser: torch.nn.Module, *arms: NoisedArm, split: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Mean squared errors of each arm, (batch,) float32.
 
     Args:
+        arms: One, or the chosen and the rejected one.
         split: Keep the activations of one arm at a time: those of the chosen arm are computed again in the backward
             pass, after that of the rejected one. One forward pass of one arm more, for about half the activations.
 
     Arms of different shapes pass the denoiser one after the other in any case.
     """
+    if len(arms) == 1:
+        return (arm_error(adapter, denoiser, *arms),)
+    chosen, rejected = arms
     if not split and chosen.noisy_latents.shape == rejected.noisy_latents.shape:
         return arm_error(adapter, denoiser, _on_top_of_one_another(chosen, rejected)).chunk(2)
     if not split or not torch.is_grad_enabled():

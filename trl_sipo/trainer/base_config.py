@@ -2,7 +2,8 @@
 """Fields that every diffusion preference trainer shares. A `DPOConfig`; language-model-only fields are rejected."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -11,67 +12,17 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 from trl_sipo.core.beta import BETA_CONVENTIONS, check_beta
 from trl_sipo.core.objectives._preference_nll import check_label_smoothing
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
+from trl_sipo.data.formats import Arms
 from trl_sipo.data.video import ClipSampler
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.printing import without_secrets
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.compilation import check_compile_backend
+from trl_sipo.trainer.rejected_fields import REJECTED_FIELDS, default_of, reject_fields
 from trl_sipo.trainer.safety_config import SafetyConfig
 from trl_sipo.trainer.setting_types import check_types
 
 MAX_TIMESTEP = 999
-
-# Besides the default, what TRL's own `__post_init__` and the command line's parser make of it.
-_NEUTRAL_VALUES: dict[str, tuple] = {
-    "loss_type": ("sigmoid",),
-    "pad_to_multiple_of": (None,),
-    "include_num_input_tokens_seen": (False,),
-    "train_sampling_strategy": ("sequential",),
-}
-
-# Fields that `DPOConfig` and `TrainingArguments` bring and that mean nothing for a diffusion model, or are not offered
-# yet. Each with the way out. A value other than the default raises: nothing is silently ignored.
-REJECTED_FIELDS = {
-    "loss_type": "the trainer class names its objective: choose DiffusionDPOTrainer, DiffusionSIPOTrainer or "
-    "DiffusionPolyDPOTrainer",
-    "loss_weights": "use `sft_weight` to add a denoising term on the chosen images",
-    "max_length": "prompts are cut at the length that the pipeline uses in inference",
-    "truncation_mode": "prompts are cut at the length that the pipeline uses in inference",
-    "padding_free": "it concerns token sequences",
-    "pad_to_multiple_of": "it concerns token sequences",
-    "pad_token": "it concerns token sequences",
-    "router_aux_loss_coef": "it concerns mixture-of-experts language models",
-    "ld_alpha": "it concerns sequence lengths",
-    "f_divergence_type": "only the reverse KL is defined for the diffusion objectives here",
-    "f_alpha_divergence_coef": "only the reverse KL is defined for the diffusion objectives here",
-    "use_weighting": "WPO weights are token probabilities; for importance weights use DiffusionSIPOTrainer",
-    "discopop_tau": "it belongs to a language-model loss",
-    "activation_offloading": "use `gradient_checkpointing=True`",
-    "use_liger_kernel": "its kernels replace language-model layers",
-    "liger_kernel_config": "its kernels replace language-model layers",
-    "neftune_noise_alpha": "it adds noise to token embeddings",
-    "include_num_input_tokens_seen": "it counts tokens",
-    "dataset_num_proc": "images are decoded in the data loader: use `dataloader_num_workers`",
-    "bf16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
-    "fp16_full_eval": "evaluation runs in the precision of training; it would change the weights that are trained",
-    "label_smoothing_factor": "use `label_smoothing`, the probability that a preference label is flipped",
-    "use_cache": "it caches the keys and values of a language model's tokens",
-    "average_tokens_across_devices": "it counts tokens",
-    "train_sampling_strategy": "pairs of images have no length to group by: use 'random' or 'sequential'",
-    "length_column_name": "pairs of images have no length",
-    "label_names": "which image is preferred is read from the columns of the dataset; `compute_metrics` is given the "
-    "chosen and rejected rewards, with labels 0",
-    "include_for_metrics": "`compute_metrics` is given the chosen and rejected rewards, with labels 0; to look at "
-    "more, override `prediction_step`",
-    "do_predict": "call `predict()`",
-    "enable_jit_checkpoint": "every run saves itself on SIGTERM, when the step that it is in has ended",
-}
-
-
-def _default_of(config_field) -> object:
-    if config_field.default is not MISSING:
-        return config_field.default
-    return config_field.default_factory() if config_field.default_factory is not MISSING else MISSING
 
 
 @dataclass
@@ -108,6 +59,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             reference model. They are kept on disk for other runs with the same reference, data and noise. Of a stream,
             what training will read is read before.
         num_ref_draws: Draws per pair of `precompute_ref_log_probs`. Each is seen once in as many epochs.
+        lora_reference: What a LoRA that came with the model, and is trained further, is compared with: "copy", a
+            frozen copy of it, or "base", the model with its adapter switched off, as for a new LoRA.
         attention_backend: The kernel that computes attention, by diffusers' names ("native", "flash",
             "_native_cudnn"); it is tried before anything is loaded. `None` leaves the choice to PyTorch. U-Nets,
             Stable Diffusion 3 and CogVideoX take no other.
@@ -146,8 +99,14 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         sample_seed: Seed of the grids; the same for every grid and for the base model beside it.
     """
 
-    default_beta: ClassVar[float] = 5000.0
-    """The method's `beta` where none is given, in the Diffusion-DPO convention."""
+    default_beta: ClassVar[float | None] = 5000.0
+    """The method's `beta` where none is given, in the Diffusion-DPO convention; `None`: it has no beta."""
+    rejected_fields: ClassVar[Mapping[str, str]] = REJECTED_FIELDS
+    """Fields that mean nothing to the method, each with the way out."""
+    arms: ClassVar[Arms] = "pair"
+    """What a sample of the method is made of."""
+    has_reference: ClassVar[bool] = True
+    """Whether the method compares with a reference."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     beta: float | None = field(
@@ -189,6 +148,10 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
     num_ref_draws: int = field(
         default=8,
         metadata={"help": "Draws of noise level and noise per pair for which the reference is precomputed."},
+    )
+    lora_reference: str = field(
+        default="copy",
+        metadata={"help": "Reference of a LoRA that came with the model: a frozen copy of it, or the base model."},
     )
     attention_backend: str | None = field(
         default=None,
@@ -257,7 +220,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
 
     def __post_init__(self):
         # Before TRL's own __post_init__, which rewrites some of these fields.
-        reject_language_model_fields(self)
+        reject_fields(self)
         if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
             self.sample_prompts = [self.sample_prompts]
         for name in ("resolution", "timesteps"):  # one number may stand for a list of one
@@ -299,6 +262,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             )
 
     def _check_beta(self) -> None:
+        if self.default_beta is None:
+            return
         if self.beta_convention not in BETA_CONVENTIONS:
             raise ConfigurationError(
                 f"Unknown `beta_convention` {self.beta_convention!r}; known are {sorted(BETA_CONVENTIONS)}."
@@ -317,9 +282,11 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         check_label_smoothing(self.label_smoothing)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ConfigurationError(f"`sft_weight` must be zero or positive, got {self.sft_weight}.")
+        if self.lora_reference not in ("copy", "base"):
+            raise ConfigurationError(f"`lora_reference` must be 'copy' or 'base', got {self.lora_reference!r}.")
         if not self.sync_ref_model:
             for config_field in fields(self):
-                value, default = getattr(self, config_field.name), _default_of(config_field)
+                value, default = getattr(self, config_field.name), default_of(config_field)
                 if config_field.name in ("ref_model_sync_steps", "ref_model_mixup_alpha") and value != default:
                     raise ConfigurationError(
                         f"`{config_field.name}={value}` only acts with `sync_ref_model=True`, which moves the "
@@ -435,6 +402,13 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         }
         return [setting for setting, is_set in settings.items() if is_set]
 
+    def latent_shape_of(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the latents of an arm are stored in, from that of one image or clip."""
+        return latent_shape
+
+    def check_rows(self, dataset: Any, name: str) -> None:
+        """Raise [`DatasetError`] when a dataset lacks what the method needs beside prompts and arms; here nothing."""
+
     def _check_samples(self) -> None:
         if self.sample_every_steps < 0:
             raise ConfigurationError(f"`sample_every_steps` must be zero or more, got {self.sample_every_steps}.")
@@ -470,21 +444,3 @@ def _secret_in(options: dict[str, Any]) -> str | None:
         elif isinstance(value, str) and value and ("token" in str(name) or without_secrets(value) != value):
             return str(name)
     return None
-
-
-def reject_language_model_fields(config: DPOConfig) -> None:
-    """Raise when a field that means nothing here was set to anything but its default.
-
-    Raises:
-        ConfigurationError: Names the field, its value and the way out.
-    """
-    for config_field in fields(config):
-        if config_field.name not in REJECTED_FIELDS:
-            continue
-        value, default = getattr(config, config_field.name), _default_of(config_field)
-        if value == default or value in _NEUTRAL_VALUES.get(config_field.name, ()):
-            continue
-        raise ConfigurationError(
-            f"`{config_field.name}={value!r}` has no meaning for a diffusion model: "
-            f"{REJECTED_FIELDS[config_field.name]}. Remove it (default: {default!r})."
-        )

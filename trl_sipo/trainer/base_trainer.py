@@ -11,7 +11,8 @@ The step, for a batch of pairs concatenated as [chosen; rejected]:
     loss          =   compute_pair_loss(logit, weight, keep)
 
 What a method changes, it changes in one of the hooks: `sample_noise_levels`, `compute_importance_weights`,
-`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`.
+`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`. One without pairs or without a reference, which its
+configuration says, has samples of one arm, no `ref_error`, and a `pair_loss` of its own.
 """
 
 import math
@@ -20,7 +21,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from peft import PeftConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from trl_sipo.core.beta import to_diffusion_dpo_beta
+from trl_sipo.core.beta import describe_beta, to_diffusion_dpo_beta
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
@@ -38,8 +38,7 @@ from trl_sipo.core.objectives.soft_label import soft_label_loss
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transfer import to_device
 from trl_sipo.core.transition import rho_squared
-from trl_sipo.data.collator import DataCollatorForDiffusionPreference
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.data.collator import BATCH_KEYS, DataCollatorForDiffusionPreference
 from trl_sipo.trainer._trl_compat import disable_dropout_in_model, init_trainer, policy_left_unprepared
 from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
@@ -64,7 +63,7 @@ from trl_sipo.trainer.evaluated_pairs import no_pair_dropped
 from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
-from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy
+from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy, own_arguments
 from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.nonfinite import first_broken
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
@@ -90,7 +89,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     Args:
         model: A hub id, a local path, or a loaded `DiffusionPipeline`. A pipeline whose denoiser already carries a
             trained LoRA (a `PeftModel`, or loaded by `pipe.load_lora_weights`) is trained further, with a frozen copy
-            of that LoRA as the reference.
+            of that LoRA as the reference, or the base model: see `lora_reference` of the configuration.
         ref_model: The reference: a denoiser, a pipeline, a hub id or a local path. Only for full fine-tuning; with
             LoRA the reference is the model with its adapter switched off.
         args: The method's configuration.
@@ -114,6 +113,9 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     _tag_names = ["trl", "trl-sipo", "diffusers"]
     config_class: type[DiffusionPreferenceConfig]
+    # Of each sample: what `predict` and `compute_metrics` are given, and what `evaluate` logs for every noise level.
+    predictions: tuple[str, ...] = ("rewards/chosen", "rewards/rejected")
+    metrics_by_level: tuple[str, ...] = ("rewards/accuracies", "rewards/margins")
     # What `sipo/clip_fraction` counts with where nothing is clipped: the range of the SIPO paper.
     clip_range: float = 0.1
     # Times that a masked noise level is drawn anew, where the method masks.
@@ -134,7 +136,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = self._check_args(model, args)
+        args = own_arguments(self, model, args)
         end_at_once_on_errors(args.world_size)
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         keeps_reference = ref_model is None and (peft_config is not None or is_adapted(model))
@@ -148,7 +150,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.args = args
         self.adapter, denoiser, was_adapted = load_policy(
             *(model, args, peft_config, quantization_config, processing_class),
-            needs_reference_adapter=ref_model is None,
+            needs_reference_adapter=ref_model is None and (args.has_reference or args.sample_every_steps > 0),
             needs_encoders=needs_encoders(args, train_dataset, eval_dataset),
         )
         self._prepare_backbone(denoiser)
@@ -183,7 +185,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self.size = args.size or adapter.default_size
         latent_shape = adapter.latent_shape(*self.size, args.num_frames)
         self.noise_schedule = training_schedule(adapter, args, self.size)
-        self.beta = to_diffusion_dpo_beta(args.beta, args.beta_convention, latent_dims=math.prod(latent_shape))
+        convention = {"convention": args.beta_convention, "latent_dims": math.prod(latent_shape)}
+        self.beta = None if args.beta is None else to_diffusion_dpo_beta(args.beta, **convention)
         self._time_sampler_options = time_sampler_options(args)
         self._encoder = PairEncoder(
             adapter, sample_posterior=args.sample_posterior, caption_dropout=args.caption_dropout
@@ -196,7 +199,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def _prepare_reference(self, ref_model: Any, was_adapted: bool) -> None:
         """What the training step needs of the engine, and the reference, live or precomputed."""
         args = self.args
-        self.recorder = make_recorder(self, is_own_reference=ref_model is None)
+        is_elsewhere = ref_model is not None or (was_adapted and args.lora_reference == "base")
+        self.recorder = make_recorder(self, starts_at_reference=args.has_reference and not is_elsewhere)
         remembered = (self.noise_schedule, self.mask_timesteps, self.mask_redraws)
         self.level_memory = LevelMemory(*remembered, self.accelerator.gather, self.accelerator.device)
         check_strategy(args, self.accelerator)
@@ -264,12 +268,21 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------------------------------------- the step
 
+    @property
+    def predictor(self) -> Any:
+        """What calls the denoiser: the adapter, or something with a `forward` like its own."""
+        return self.adapter
+
+    def draw_noise(self, pairs: EncodedPairs, generators: list[torch.Generator], *, share: bool) -> PairNoise:
+        """Noise of each arm, from the pairs' own generators."""
+        return draw_pair_noise(pairs, generators, share=share)
+
     def noised_arms(self, pairs: EncodedPairs, level: NoiseLevel, noise: PairNoise) -> list[NoisedArm]:
-        """Both arms of the pairs at their noise levels."""
+        """The arms of the pairs at their noise levels."""
         extra, prediction_type = self._extra(pairs), self.adapter.prediction_type
         return [
             noised_arm(latents, arm_noise, level, pairs.conditioning, extra, prediction_type)
-            for latents, arm_noise in zip((pairs.chosen_latents, pairs.rejected_latents), noise, strict=True)
+            for latents, arm_noise in zip(pairs.arms, noise, strict=True)
         ]
 
     def pair_errors(
@@ -280,21 +293,21 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         noise: PairNoise,
         ref_errors: tuple[torch.Tensor, ...] | None = None,
     ) -> PairErrors:
-        """The errors of reference and policy on both arms, reference first.
+        """The errors of reference, if there is one, and policy on all arms, reference first.
 
         Args:
             model: The policy, as the trainer wraps it.
             pairs: The batch, on the training device.
             level: One noise level per pair, (batch,).
-            noise: Of both arms, float32 of the shape of their latents.
+            noise: Of the arms, float32 of the shape of their latents.
             ref_errors: Of the reference, (batch,) each, where they are known.
         """
         arms = self.noised_arms(pairs, level, noise)
         if ref_errors is None:
-            ref_errors = self._reference_errors(arms)
+            ref_errors = self._reference_errors(arms) if self.args.has_reference else ()
         with self.accelerator.autocast():
-            errors = arm_errors(self.adapter, model, *arms, split=self.args.split_pair_backward)
-        return PairErrors(*errors, *(to_device(error, errors[0].device) for error in ref_errors))
+            errors = arm_errors(self.predictor, model, *arms, split=self.args.split_pair_backward)
+        return PairErrors.of_arms(errors, [to_device(error, errors[0].device) for error in ref_errors])
 
     def _reference_errors(self, arms: list[NoisedArm]) -> tuple[torch.Tensor, ...]:
         # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
@@ -304,7 +317,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             self.accelerator.autocast(),
             self.reference.active(self.model, self.unwrapped_model) as ref_model,
         ):
-            return arm_errors(self.adapter, ref_model, *arms)
+            return arm_errors(self.predictor, ref_model, *arms)
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
         """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
@@ -331,27 +344,27 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         return loss, pair_statistics(errors, logit, log_weight, weight, keep, **options)
 
     def _compute_loss(self, model, inputs, return_outputs=False):
-        check_inputs(inputs)
+        check_inputs(inputs, self.args.arms)
         if self.model.training:
             loss, statistics = self._training_loss(model, inputs)
         else:
             loss, statistics = self._evaluation_loss(model, inputs)
         if not return_outputs:
             return loss
-        return loss, torch.stack([statistics["rewards/chosen"], statistics["rewards/rejected"]], dim=1)
+        return loss, torch.stack([statistics[name] for name in self.predictions], dim=1)
 
     def _training_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         level, generators, known = self._draw(pair_numbers(inputs))
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
-        noise = draw_pair_noise(pairs, generators, share=self.args.share_noise)
+        noise = self.draw_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
         kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
         batch = StepBatch(*kept, epoch=self._epoch)
-        broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
-        # What is not finite says nothing about its level.
-        weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
-        statistics |= self.level_memory.record(level, weight, ends_step=self.accelerator.sync_gradients)
+        broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
+        if self.mask_redraws:  # what is not finite says nothing about its level
+            weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
+            statistics |= self.level_memory.record(level, weight, ends_step=self.accelerator.sync_gradients)
         self.recorder.record_training(loss, statistics, broken, batch, self.state.global_step + 1)
         # The mean is over the full batch, never over the kept pairs: a batch with little kept moves the model little.
         return loss.mean(), statistics
@@ -390,15 +403,14 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             generators = pair_generators(pair_index, EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
             known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
-            noise = draw_pair_noise(pairs, generators, share=True)
+            noise = self.draw_noise(pairs, generators, share=True)
             errors = self.pair_errors(model, pairs, level, noise, **known)
             loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
-            names = ("rewards/accuracies", "rewards/margins")
             batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
-            broken = first_broken(pairs, errors, loss, statistics["rewards/margins"])
+            broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
             self.recorder.check_evaluation(broken, batch)
-            by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in names}
+            by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in self.metrics_by_level}
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
         self.recorder.record_evaluation({**by_level, **mean}, inputs["pair_index"])
         return mean["loss"].mean(), mean
@@ -438,19 +450,14 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         """Name of the objective, for people."""
         return self._name
 
+    @property
+    def beta_description(self) -> str:
+        """What beta means, in one line; empty where the method has none."""
+        return describe_beta(self.beta)
+
     def describe_run(self) -> str:
         """What is printed at the start: objective, beta with its convention, reference, noise and resolution."""
         return describe_run(self)
-
-    def _check_args(self, model: Any, args: DiffusionPreferenceConfig | None) -> DiffusionPreferenceConfig:
-        if args is None:
-            name = Path(str(model)).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
-            return self.config_class(f"{name}-{self._name.replace(' ', '-')}")
-        if not isinstance(args, self.config_class):
-            raise ConfigurationError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(args).__name__}."
-            )
-        return args
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -482,10 +489,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # None of our datasets has columns to remove; the collator's keys are what the step reads.
-        self._signature_columns = [
-            "prompt", "pair_index", "chosen_pixels", "rejected_pixels", "chosen_latents", "rejected_latents",
-            "frame_rate", "label", "chosen_std", "rejected_std", "conditioning", "pair_numbers",
-        ]  # fmt: skip
+        self._signature_columns = list(BATCH_KEYS)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -48,6 +48,11 @@ def check_cache(pairs: CachedPairs, args: DiffusionPreferenceConfig, name: str) 
         raise ConfigurationError(
             f"`precompute_latents=True`, but the {name} dataset is a cache of latents already. Leave it off."
         )
+    if args.arms != "pair" and pairs.num_buckets > 1:
+        raise ConfigurationError(
+            f"The {name} cache {str(pairs.folder)!r} has {pairs.num_buckets} pairs of shapes, whose arms cannot be "
+            "batched apart from one another. Encode with one shape, or give the images or videos."
+        )
     wanted = {"resolution": args.size, "num_frames": args.num_frames, "soft_labels": args.soft_labels}
     found = {"resolution": manifest.size, "num_frames": manifest.num_frames, "soft_labels": manifest.soft_labels}
     if args.frame_rate is not None and manifest.num_frames > 1:

@@ -137,6 +137,29 @@ class DivergenceWarningCallback(RememberedCallback):
             logger.warning(message)
 
 
+class MaskedWarningCallback(TrainerCallback):
+    """Warns once when for some training logs nearly all pairs of a language model's data have been masked."""
+
+    def __init__(self):
+        self._masked_logs = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Look at one training log."""
+        if not logs or "sipo/masked_fraction" not in logs or not state.is_world_process_zero:
+            return
+        self._masked_logs = self._masked_logs + 1 if logs["sipo/masked_fraction"] >= MASKED_SHARE else 0
+        if self._masked_logs == MASKED_WINDOW:
+            logger.warning(
+                "Step %d: for %d logs nearly all pairs have been masked, so training has all but stopped: a flat "
+                "curve does not mean that it has converged. Look at `sipo/chosen_importance_weight` and "
+                "`sipo/rejected_importance_weight`. Low from the start, the policy could not have written the data: "
+                "lower `mask_threshold`, or check that recorded log-probabilities are sums over the same tokens. "
+                "Fallen while training: raise `beta`, lower the learning rate, or stop earlier.",
+                state.global_step,
+                MASKED_WINDOW,
+            )
+
+
 def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
     """The callbacks that a trainer's configuration asks for, besides `RunState`."""
     callbacks: list[TrainerCallback] = [

@@ -3,13 +3,13 @@
 
 from typing import Any
 
-from trl_sipo.core.beta import describe_beta
 from trl_sipo.trainer.strategy import strategy_in_force
 
 
 def describe_run(trainer: Any) -> str:
     """Objective, backbone, size, beta with its convention, reference and noise of a trainer."""
     shared = "shared" if trainer.args.share_noise else "separate"
+    within = f", {shared} noise within a pair" if trainer.args.arms == "pair" else ""
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     return "\n".join(
         [
@@ -17,9 +17,9 @@ def describe_run(trainer: Any) -> str:
             f"{describe_media(trainer.size, trainer.args.num_frames)} ({trainer.adapter.prediction_type}, "
             f"{trained:,} trained parameters)",
             f"  {strategy_in_force(trainer.accelerator)}; {_describe_batch(trainer.args)}",
-            f"  {describe_beta(trainer.beta)}",
+            *([f"  {trainer.beta_description}"] if trainer.beta_description else []),
             f"  reference: {trainer.reference.description}",
-            f"  noise levels: {_describe_levels(trainer)}, {shared} noise within a pair",
+            f"  noise levels: {_describe_levels(trainer)}{within}",
         ]
     )
 
@@ -35,7 +35,8 @@ def _describe_batch(args: Any) -> str:
     factors = {"accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
     parts = [f"{args.train_batch_size} per call", *(f"{n} {name}" for name, n in factors.items() if n > 1)]
     pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{pairs} pairs per step" + (f" ({' x '.join(parts)})" if len(parts) > 1 else "")
+    samples = "pairs" if args.arms == "pair" else "samples"
+    return f"{pairs} {samples} per step" + (f" ({' x '.join(parts)})" if len(parts) > 1 else "")
 
 
 def _describe_levels(trainer: Any) -> str:

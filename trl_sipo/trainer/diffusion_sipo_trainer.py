@@ -15,6 +15,20 @@ from trl_sipo.trainer.diffusion_sipo_config import DiffusionSIPOConfig
 # (Eq. 18, 19), DPO-C&M the loss by the weight itself (Eq. 12, 13).
 _OBJECTIVES = {"sipo": (masked_scaled_nll, -1), "dpo_cm": (masked_weighted_nll, 1)}
 
+SIPO_PAPER = {
+    "title": "SIPO: Stabilized and Improved Preference Optimization for Aligning Diffusion Models",
+    "id": "2505.21893",
+    "citation": textwrap.dedent("""\
+        @misc{yang2025sipo,
+            title  = {{SIPO}: Stabilized and Improved Preference Optimization for Aligning Diffusion Models},
+            author = {Yang, Xiaomeng and Tan, Zhiyu and Wang, Junyan and Zhou, Zhijian and Li, Hao},
+            year   = {2025},
+            eprint = {2505.21893},
+            archivePrefix = {arXiv},
+            note   = {first version under the name SDPO},
+        }"""),
+}
+
 
 class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
     """SIPO (`objective="sipo"`) and DPO-C&M (`objective="dpo_cm"`).
@@ -26,19 +40,7 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
 
     _name = "SIPO"
     _tag_names = [*DiffusionPreferenceTrainer._tag_names, "sipo"]
-    _paper = {
-        "title": "SIPO: Stabilized and Improved Preference Optimization for Aligning Diffusion Models",
-        "id": "2505.21893",
-        "citation": textwrap.dedent("""\
-            @misc{yang2025sipo,
-                title  = {{SIPO}: Stabilized and Improved Preference Optimization for Aligning Diffusion Models},
-                author = {Yang, Xiaomeng and Tan, Zhiyu and Wang, Junyan and Zhou, Zhijian and Li, Hao},
-                year   = {2025},
-                eprint = {2505.21893},
-                archivePrefix = {arXiv},
-                note   = {first version under the name SDPO},
-            }"""),
-    }
+    _paper = SIPO_PAPER
     config_class = DiffusionSIPOConfig
 
     @property
@@ -66,10 +68,7 @@ class DiffusionSIPOTrainer(DiffusionPreferenceTrainer):
 
     def mask_timesteps(self, pair_log_weight: torch.Tensor) -> torch.Tensor:
         """Keep the pairs whose importance weight reaches the threshold; (batch,) bool."""
-        if not self.args.mask:
-            return super().mask_timesteps(pair_log_weight)
-        threshold = self.args.mask_threshold
-        return timestep_mask(pair_log_weight, 1 - self.clip_range if threshold is None else threshold)
+        return timestep_mask(pair_log_weight, self.args.lowest_weight)
 
     def compute_pair_loss(self, logit: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """The masked and weighted objective; a pair that is not kept has zero loss and zero gradient; (batch,)."""

@@ -14,6 +14,7 @@ import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.transfer import to_device
+from trl_sipo.data.formats import Arms
 from trl_sipo.data.seeding import seeded_generator
 from trl_sipo.errors import ConfigurationError
 
@@ -25,30 +26,39 @@ TRAIN_STREAM, EVAL_STREAM = 0, 1
 PROMPT_CACHE_BYTES = 2**28
 
 
-PairNoise = tuple[torch.Tensor, torch.Tensor]
-"""Noise of the chosen and of the rejected arm, float32 of the shape of their latents."""
+# The first is that of samples of one arm.
+ARMS = ("chosen", "rejected")
+
+PairNoise = tuple[torch.Tensor, ...]
+"""Noise of each arm that there is, the chosen one first, float32 of the shape of its latents."""
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """A batch of pairs on the training device.
+    """A batch of pairs, or of samples of one arm, on the training device.
 
     Attributes:
-        chosen_latents: (batch, ...) float32, normalised latents of the preferred images or clips.
-        rejected_latents: (batch, ...) float32, of the dispreferred ones.
+        chosen_latents: (batch, ...) float32, normalised latents of the preferred images or clips; of samples of one
+            arm, those that there are.
+        rejected_latents: (batch, ...) float32, of the dispreferred ones; `None` of samples of one arm.
         conditioning: Batched tensors for the denoiser, one row per pair.
         frame_rate: (batch,) frames per second of clips; `None` where it is not known, or for images.
     """
 
     chosen_latents: torch.Tensor
-    rejected_latents: torch.Tensor
+    rejected_latents: torch.Tensor | None
     conditioning: dict[str, torch.Tensor]
     frame_rate: torch.Tensor | None = None
 
     @property
+    def arms(self) -> tuple[torch.Tensor, ...]:
+        """The latents of each arm that there is, the chosen one first."""
+        return tuple(latents for latents in (self.chosen_latents, self.rejected_latents) if latents is not None)
+
+    @property
     def latents(self) -> torch.Tensor:
         """[chosen; rejected], (2 * batch, ...)."""
-        return torch.cat([self.chosen_latents, self.rejected_latents])
+        return torch.cat(self.arms)
 
     @property
     def pair_conditioning(self) -> dict[str, torch.Tensor]:
@@ -79,11 +89,13 @@ def draw_noise(like: torch.Tensor, generators: list[torch.Generator]) -> torch.T
 
 
 def draw_pair_noise(pairs: EncodedPairs, generators: list[torch.Generator], *, share: bool) -> PairNoise:
-    """Noise for both arms: the same one, unless `share` is False or their shapes differ."""
-    chosen = draw_noise(pairs.chosen_latents, generators)
-    if share and pairs.chosen_latents.shape == pairs.rejected_latents.shape:
-        return chosen, chosen
-    return chosen, draw_noise(pairs.rejected_latents, generators)
+    """Noise for each arm: the same one for both, unless `share` is False or their shapes differ."""
+    first = draw_noise(pairs.chosen_latents, generators)
+    others = [
+        first if share and latents.shape == first.shape else draw_noise(latents, generators)
+        for latents in pairs.arms[1:]
+    ]
+    return first, *others
 
 
 class PairEncoder:
@@ -109,15 +121,14 @@ class PairEncoder:
         self, inputs: dict, device: torch.device, generators: list[torch.Generator], *, training: bool
     ) -> EncodedPairs:
         """Encode one batch. Caption dropout and VAE sampling happen only when `training`, from `generators`."""
-        chosen = self._latents(inputs, "chosen", device, generators, training)
-        rejected = self._latents(inputs, "rejected", device, generators, training)
+        latents = {arm: self._latents(inputs, arm, device, generators, training) for arm in arms_of(inputs)}
         conditioning = self._conditioning(inputs, generators, training)
         conditioning = {name: to_device(value, device) for name, value in conditioning.items()}
-        return EncodedPairs(chosen, rejected, conditioning, inputs.get("frame_rate"))
+        return EncodedPairs(latents["chosen"], latents.get("rejected"), conditioning, inputs.get("frame_rate"))
 
     def encoded_once(self, inputs: dict, device: torch.device) -> dict:
         """A batch as a cache gives it, with latents (posterior mean) and conditioning: to encode it again is free."""
-        arms = ("chosen", "rejected")
+        arms = arms_of(inputs)
         latents = {f"{arm}_latents": self._latents(inputs, arm, device, [], training=False) for arm in arms}
         return {**inputs, **latents, "conditioning": self._prompt_rows(inputs)}
 
@@ -172,14 +183,23 @@ def _num_bytes(row: dict[str, torch.Tensor]) -> int:
     return sum(value.nbytes for value in row.values())
 
 
-def check_inputs(inputs: dict) -> None:
-    """Raise [`ConfigurationError`] when a batch lacks what the training step reads (a custom collator, usually)."""
-    has_media = {"chosen_pixels", "rejected_pixels"} <= set(inputs) or {"chosen_latents", "rejected_latents"} <= set(
-        inputs
-    )
-    if not has_media or not {"prompt", "pair_index"} <= set(inputs):
+def arms_of(inputs: dict) -> list[str]:
+    """The arms that a batch has, the chosen one first."""
+    return [arm for arm in ARMS if f"{arm}_pixels" in inputs or f"{arm}_latents" in inputs]
+
+
+def check_inputs(inputs: dict, samples: Arms = "pair") -> None:
+    """Raise [`ConfigurationError`] when a batch lacks what the training step reads (a custom collator, usually).
+
+    Args:
+        samples: What the samples of the method are made of.
+    """
+    arms = ARMS if samples == "pair" else ARMS[:1]
+    needed = {"prompt", "pair_index", *(["label"] if samples == "each" else [])}
+    has_media = any({f"{arm}_{kind}" for arm in arms} <= set(inputs) for kind in ("pixels", "latents"))
+    if not has_media or not needed <= set(inputs):
+        pixels, latents = ("/".join(f"`{arm}_{kind}`" for arm in arms) for kind in ("pixels", "latents"))
         raise ConfigurationError(
-            f"A batch has the keys {sorted(inputs)}, but the training step needs `prompt`, `pair_index` and either "
-            "`chosen_pixels`/`rejected_pixels` or `chosen_latents`/`rejected_latents`. A custom `data_collator` must "
-            "return them; see trl_sipo.data.collator."
+            f"A batch has the keys {sorted(inputs)}, but the training step needs {sorted(needed)} and either "
+            f"{pixels} or {latents}. A custom `data_collator` must return them; see trl_sipo.data.collator."
         )

@@ -11,6 +11,10 @@ METHODS = {
     "dpo": ("DiffusionDPOConfig", "DiffusionDPOTrainer"),
     "sipo": ("DiffusionSIPOConfig", "DiffusionSIPOTrainer"),
     "poly-dpo": ("DiffusionPolyDPOConfig", "DiffusionPolyDPOTrainer"),
+    "kto": ("DiffusionKTOConfig", "DiffusionKTOTrainer"),
+    "mapo": ("DiffusionMaPOConfig", "DiffusionMaPOTrainer"),
+    "d3po": ("DiffusionD3POConfig", "DiffusionD3POTrainer"),
+    "sft": ("DiffusionSFTConfig", "DiffusionSFTTrainer"),
 }
 
 

@@ -95,12 +95,12 @@ class _Recorded:
         return f"Step {self.step}"
 
 
-def make_recorder(trainer: Any, *, is_own_reference: bool) -> "MetricsRecorder":
+def make_recorder(trainer: Any, *, starts_at_reference: bool) -> "MetricsRecorder":
     """The recorder of a trainer that is otherwise made.
 
     Args:
         trainer: A diffusion preference trainer.
-        is_own_reference: Whether its reference is made from the policy.
+        starts_at_reference: Whether its reference is what the policy is before the first step.
 
     Raises:
         ConfigurationError: The engine takes the optimiser's step itself, so that none can be left out.
@@ -114,7 +114,7 @@ def make_recorder(trainer: Any, *, is_own_reference: bool) -> "MetricsRecorder":
     return MetricsRecorder(
         trainer.accelerator,
         trainer._metrics,
-        StartCheck(trainer, is_own_reference=is_own_reference),
+        StartCheck(trainer, starts_at_reference=starts_at_reference),
         ReproductionWriter(trainer),
         trainer.args.max_skipped_steps if skips else None,
     )
@@ -199,7 +199,8 @@ class MetricsRecorder:
             statistics = statistics | {"loss": loss.detach().float()}
         checks = [broken, start_gap(batch.errors)] if self.start_check.is_due else [broken]
         gathered = self.accelerator.gather(torch.stack([*statistics.values(), *checks], dim=1))
-        means, worst = gathered[:, : len(statistics)].mean(0), gathered[:, len(statistics) :].amax(0)
+        # NaN stands for what a sample has not: one that is disliked has no reward of a liked one.
+        means, worst = gathered[:, : len(statistics)].nanmean(0), gathered[:, len(statistics) :].amax(0)
         ends_step = self.accelerator.sync_gradients
         numbers = _Transfer(torch.cat([means, worst]))
         self._last = _Recorded(tuple(statistics), numbers, broken, batch, step, ends_step)
@@ -328,14 +329,20 @@ class MetricsRecorder:
         if "loss" in means and train["loss"] and math.isnan(train["loss"][0]):
             train["loss"].clear()  # it stood for a log without a step that was kept
         for name, value in means.items():
-            train[name].append(value)
-        self._masked_in_step.append(means["sipo/masked_fraction"] == 1.0)
-        if recorded.ends_step:
-            self._empty_batches += all(self._masked_in_step)
-            self._masked_in_step.clear()
-        train["sipo/empty_batches"] = [self._empty_batches]
+            if not math.isnan(value):
+                train[name].append(value)
+        if "sipo/masked_fraction" in means:
+            self._count_empty(means["sipo/masked_fraction"], recorded.ends_step)
+            train["sipo/empty_batches"] = [self._empty_batches]
         if self.skips:
             train["sipo/skipped_steps"] = [self._skipped_steps]
+
+    def _count_empty(self, masked_fraction: float, ends_step: bool) -> None:
+        """A batch is empty when every micro-batch of it is masked altogether."""
+        self._masked_in_step.append(masked_fraction == 1.0)
+        if ends_step:
+            self._empty_batches += all(self._masked_in_step)
+            self._masked_in_step.clear()
 
     def _skip_or_keep(self) -> bool:
         """Whether the step that ends is left out. It waits for the device: the optimiser cannot go on without it."""
@@ -366,8 +373,11 @@ class MetricsRecorder:
     # ----------------------------------------------------------------------------------------------- evaluation
 
     def record_evaluation(self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor) -> None:
-        """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean."""
-        values = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1)).tolist()
+        """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean.
+
+        NaN, of what a pair has not, is left out.
+        """
+        rows = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1)).tolist()
         pairs = self.accelerator.gather_for_metrics(pair_index).tolist()
         if not self.metrics["eval"]:  # another evaluation
             self._evaluated_pairs.clear()
@@ -376,9 +386,10 @@ class MetricsRecorder:
         for pair in pairs:
             self._is_counted.append(pair not in self._evaluated_pairs)
             self._evaluated_pairs.add(pair)
-        new = list(compress(values, self._is_counted))
+        new = list(compress(rows, self._is_counted))
         for name, column in zip(statistics, zip(*new, strict=True), strict=bool(new)):
-            self.metrics["eval"][name].extend(column)
+            if values := [value for value in column if not math.isnan(value)]:
+                self.metrics["eval"][name].extend(values)
 
     def gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Rows of all processes, of the pairs that the last [`record_evaluation`] counted.

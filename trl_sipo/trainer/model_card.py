@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
 from trl_sipo import __version__
-from trl_sipo.core.beta import describe_beta
 from trl_sipo.trainer._trl_compat import get_comet_experiment_url, get_trackio_space_url
 
 _REPORTED_PACKAGES = ("trl", "diffusers", "transformers", "peft", "torch", "datasets")
@@ -39,7 +38,7 @@ def save_run_card(
         tags=tags,
         method=trainer.method_name,
         paper=paper,
-        beta_description=describe_beta(trainer.beta),
+        beta_description=trainer.beta_description,
         pipeline_class=type(pipeline).__name__,
         is_lora=isinstance(trainer.unwrapped_model, PeftModel),
         is_video=trainer.adapter.is_video,

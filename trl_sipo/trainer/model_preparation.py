@@ -4,6 +4,7 @@
 import copy
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 logger = logging.getLogger(__name__)
 
 REFERENCE_ADAPTER_NAME = "ref"  # as in TRL's DPOTrainer
+
+
+def own_arguments(trainer: Any, model: Any, args: DiffusionPreferenceConfig | None) -> DiffusionPreferenceConfig:
+    """The settings of a trainer of a method: those given, or the defaults in a folder that is named after the model.
+
+    Raises:
+        ConfigurationError: They are of another method.
+    """
+    if args is None:
+        name = Path(str(model)).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
+        return trainer.config_class(f"{name}-{trainer._name.replace(' ', '-')}")
+    if not isinstance(args, trainer.config_class):
+        raise ConfigurationError(
+            f"{type(trainer).__name__} takes a {trainer.config_class.__name__}, got {type(args).__name__}."
+        )
+    return args
 
 
 def check_model_arguments(
@@ -55,6 +72,8 @@ def check_model_arguments(
             "Quantized weights cannot be trained: give a `peft_config`, to train a LoRA on them, or leave out "
             "`quantization_config`."
         )
+    if not args.has_reference:
+        _check_no_reference(model, ref_model, args, peft_config)
     if ref_model is not None:
         _check_ref_model(model, ref_model, peft_config)
     if args.sync_ref_model and (peft_config is not None or is_adapted(model)):
@@ -75,6 +94,19 @@ def _check_peft_config(args: DiffusionPreferenceConfig, peft_config: PeftConfig 
         logger.warning(
             "`lora_dropout` is not used, since `disable_dropout=True` (TRL's default: dropout makes policy and "
             "reference differ by chance). Set `disable_dropout=False` to use it."
+        )
+
+
+def _check_no_reference(
+    model: Any, ref_model: Any, args: DiffusionPreferenceConfig, peft_config: PeftConfig | None
+) -> None:
+    method = type(args).__name__.removesuffix("Config")
+    if ref_model is not None:
+        raise ConfigurationError(f"{method} compares with no reference: leave `ref_model` out.")
+    if args.sample_every_steps and peft_config is None and not is_adapted(model):
+        raise ConfigurationError(
+            f"{method} keeps no reference, and in full fine-tuning no base model either, beside which sample grids "
+            "would show the current one. Set `sample_every_steps=0`, or train a LoRA with `peft_config`."
         )
 
 
@@ -127,7 +159,7 @@ def load_policy(
 
     Returns:
         The backbone's adapter (its pipeline holds plain modules, so that it can sample while training), the module to
-        train (a `PeftModel` with LoRA), and whether it came with a trained LoRA, whose frozen copy is the reference.
+        train (a `PeftModel` with LoRA), and whether it came with a trained LoRA.
 
     Raises:
         BackboneError: `model` is no pipeline, or one that no adapter knows.
@@ -148,7 +180,7 @@ def load_policy(
         )
     if was_adapted:
         denoiser = _adopt(adapter)
-        if needs_reference_adapter:
+        if needs_reference_adapter and args.lora_reference == "copy":
             add_reference_adapter(denoiser)
     elif peft_config is not None:
         denoiser = _add_lora(adapter, peft_config)

@@ -83,14 +83,17 @@ def first_broken(pairs: EncodedPairs, errors: PairErrors, loss: torch.Tensor, lo
         loss: Per pair, (batch,).
         logit: (batch,); it may be infinite where a mask makes the loss 0.
     """
-    batch = len(loss)
     embeddings = [_finite_rows(rows) for rows in pairs.conditioning.values() if rows.is_floating_point()]
+
+    def all_of(is_finite: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.ones(len(loss), dtype=torch.bool, device=loss.device), *is_finite]).all(0)
+
     finite = torch.stack(
         [
-            _finite_rows(pairs.chosen_latents) & _finite_rows(pairs.rejected_latents),
-            torch.stack([torch.ones(batch, dtype=torch.bool, device=loss.device), *embeddings]).all(0),
-            errors.ref_chosen.isfinite() & errors.ref_rejected.isfinite(),
-            errors.chosen.isfinite() & errors.rejected.isfinite(),
+            all_of([_finite_rows(latents) for latents in pairs.arms]),
+            all_of(embeddings),
+            all_of([error.isfinite() for error in errors.reference]),
+            all_of([error.isfinite() for error in errors.policy]),
             loss.isfinite() & logit.isfinite(),
         ]
     )

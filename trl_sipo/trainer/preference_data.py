@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
-from trl_sipo.data.formats import PreferenceFormat, detect_format
+from trl_sipo.data.formats import Arms, PreferenceFormat, detect_format
 from trl_sipo.data.preference_dataset import PreferenceDataset, StreamingPreferenceDataset, stream_columns
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.data.validation import check_preference_dataset
@@ -27,6 +27,7 @@ from trl_sipo.trainer.cached_data import (
     settle_for_shapes,
 )
 from trl_sipo.trainer.description import describe_media
+from trl_sipo.trainer.encoding import arms_of
 
 
 class LatentPairs(torch.utils.data.Dataset):
@@ -34,16 +35,18 @@ class LatentPairs(torch.utils.data.Dataset):
 
     Args:
         prompts: One per pair.
-        chosen_latents, rejected_latents: (pairs, ...) float32 on the CPU.
+        chosen_latents, rejected_latents: (pairs, ...) float32 on the CPU; of samples of one arm `rejected_latents` is
+            `None`.
         frame_rate: (pairs,) frames per second of clips; `None` for images.
-        label: (pairs,) probability that the chosen one is preferred; `None` where labels are not soft.
+        label: (pairs,) probability that the chosen one is preferred, or of samples of one arm whether it is liked;
+            `None` without labels.
     """
 
     def __init__(
         self,
         prompts: list[str],
         chosen_latents: torch.Tensor,
-        rejected_latents: torch.Tensor,
+        rejected_latents: torch.Tensor | None,
         frame_rate: torch.Tensor | None = None,
         label: torch.Tensor | None = None,
     ):
@@ -61,16 +64,36 @@ class LatentPairs(torch.utils.data.Dataset):
                 digest.update(values.contiguous().numpy())
         return digest.hexdigest()
 
+    @property
+    def arms(self) -> Arms:
+        """What samples are made of."""
+        if self.rejected_latents is not None:
+            return "pair"
+        return "chosen" if self.of_pair["label"] is None else "each"
+
+    def with_arms(self, arms: Arms) -> "LatentPairs":
+        """The same latents, with samples made of other arms. Raises [`DatasetError`] where they cannot be."""
+        if arms == self.arms:
+            return self
+        if self.rejected_latents is None:
+            raise DatasetError(f"latents in memory that were made for samples of {self.arms!r} cannot give {arms!r}.")
+        rate, count = self.of_pair["frame_rate"], 2 if arms == "each" else 1
+        latents = torch.stack([self.chosen_latents, self.rejected_latents][:count], dim=1).flatten(0, 1)
+        return LatentPairs(
+            [prompt for prompt in self.prompts for _ in range(count)],
+            latents,
+            None,
+            None if rate is None else rate.repeat_interleave(count),
+            torch.tensor([1.0, 0.0]).repeat(len(self)) if arms == "each" else None,
+        )
+
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {
-            "prompt": self.prompts[index],
-            "chosen_latents": self.chosen_latents[index],
-            "rejected_latents": self.rejected_latents[index],
-            "pair_index": index,
-        }
+        item = {"prompt": self.prompts[index], "chosen_latents": self.chosen_latents[index], "pair_index": index}
+        if self.rejected_latents is not None:
+            item["rejected_latents"] = self.rejected_latents[index]
         numbers = {name: float(values[index]) for name, values in self.of_pair.items() if values is not None}
         return {**item, **numbers}
 
@@ -88,20 +111,22 @@ def for_each_split(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
 
 
 def check_dataset(dataset: Any, args: DiffusionPreferenceConfig, name: str) -> Any:
-    """Check a dataset before any long work and print what was found; returns it unchanged.
+    """Check a dataset before any long work and print what was found; returns it.
 
-    Datasets of tensors (`PREPARED`) pass: they were checked when they were made. A cache is held against the
-    settings.
+    Datasets of tensors (`PREPARED`) pass, with samples of the method's arms: they were checked when they were made. A
+    cache is held against the settings.
 
     Raises:
         DatasetError: It is no dataset, or its data cannot be used.
         ConfigurationError: A stream, with settings that need a dataset of known length.
     """
+    if dataset is not None:
+        args.check_rows(dataset, name)
     if isinstance(dataset, CachedPairs):
         check_cache(dataset, args, name)
         settle_for_shapes(dataset, args)
     if isinstance(dataset, PREPARED):
-        return dataset
+        return dataset.with_arms(args.arms)
     if dataset is None:
         raise ConfigurationError(f"`{name}_dataset` is required.")
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
@@ -135,7 +160,7 @@ def row_format(
         ConfigurationError: `soft_labels` without labels.
     """
     columns = stream_columns(dataset) if isinstance(dataset, datasets.IterableDataset) else dataset.column_names
-    fmt = detect_format(columns)
+    fmt = detect_format(columns, args.arms)
     return fmt.with_soft_labels() if args.soft_labels else fmt
 
 
@@ -220,7 +245,7 @@ def _check_latents(
             f"The {name} dataset holds latents, which cannot be encoded anew: {args.random_encoding_settings()[0]} "
             "would have no effect. Remove it, or give the images."
         )
-    expected = adapter.latent_shape(*size, args.num_frames)
+    expected = args.latent_shape_of(adapter.latent_shape(*size, args.num_frames))
     if latents.ndim != len(expected) or latents.shape[0] != expected[0]:
         raise DatasetError(
             f"The {name} dataset holds latents of the shape {tuple(latents.shape)}, but those of this model have "
@@ -238,7 +263,7 @@ def _check_latents(
 def precompute_latents(
     dataset: PreferenceDataset, adapter: BackboneAdapter, args: DiffusionPreferenceConfig, name: str
 ) -> LatentPairs | PreferenceDataset:
-    """Encode both images or clips of every pair once (posterior mean) and keep the latents in memory."""
+    """Encode the images or clips of every sample once (posterior mean) and keep the latents in memory."""
     if dataset.fmt.holds_latents:
         return dataset
     loader = DataLoader(
@@ -255,7 +280,8 @@ def precompute_latents(
         prompts.extend(batch["prompt"])
         for name in numbers.keys() & batch.keys():
             numbers[name].append(batch[name])
-        for arm, parts in latents.items():
-            parts.append(adapter.encode_media(batch[f"{arm}_pixels"]).cpu())
+        for arm in arms_of(batch):
+            latents[arm].append(adapter.encode_media(batch[f"{arm}_pixels"]).cpu())
     of_pair = {name: torch.cat(parts) for name, parts in numbers.items() if parts}
-    return LatentPairs(prompts, torch.cat(latents["chosen"]), torch.cat(latents["rejected"]), **of_pair)
+    chosen, rejected = (torch.cat(parts) if parts else None for parts in latents.values())
+    return LatentPairs(prompts, chosen, rejected, **of_pair)

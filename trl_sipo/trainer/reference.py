@@ -76,21 +76,42 @@ class FrozenModelReference:
         yield self.ref_model
 
 
+class NoReference:
+    """The reference of a method that has none: no pass of it, and no model.
+
+    Args:
+        live: The base of a LoRA, which costs nothing to keep and is shown in sample grids; `None` without one.
+    """
+
+    description = "none"
+
+    def __init__(self, live: Reference | None):
+        self.live = live
+
+    def active(self, model: torch.nn.Module, unwrapped: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
+        """Lend the base of the LoRA."""
+        assert self.live is not None, "check_model_arguments refuses what would need one"
+        return self.live.active(model, unwrapped)
+
+
 def make_reference(trainer: Any, ref_model: Any, was_adapted: bool, *, is_precomputed: bool = False) -> Reference:
     """The reference of a trainer whose model is placed: the given one, the adapter's base or copy, or a frozen copy.
 
     Args:
         trainer: The trainer, initialised as far as its `adapter`, `model` and `accelerator`.
         ref_model: The user's `ref_model` argument, or `None`.
-        was_adapted: Whether the model came with a trained LoRA, whose frozen copy is then the reference.
+        was_adapted: Whether the model came with a trained LoRA; `lora_reference` says what that is compared with.
         is_precomputed: Whether the reference is needed before training alone, when the policy itself can be it.
     """
+    name = REFERENCE_ADAPTER_NAME if was_adapted and trainer.args.lora_reference == "copy" else None
+    if not trainer.args.has_reference:
+        return NoReference(AdapterReference(name) if isinstance(trainer.model, PeftModel) else None)
     if ref_model is not None:
         frozen = load_reference_denoiser(ref_model, trainer.model, trainer.adapter).to(trainer.args.device)
         use_attention_backend(frozen, trainer.args.attention_backend)
         return FrozenModelReference(prepare_reference_model(trainer, frozen), "the given `ref_model`")
     if isinstance(trainer.model, PeftModel):
-        return AdapterReference(REFERENCE_ADAPTER_NAME if was_adapted else None)
+        return AdapterReference(name)
     if is_precomputed:
         return FrozenModelReference(trainer.model.eval(), "the model at the start")
     frozen = copy.deepcopy(trainer.model).requires_grad_(False).eval()

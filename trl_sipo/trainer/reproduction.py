@@ -23,7 +23,7 @@ from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOConfig
 from trl_sipo.trainer.checkpointing import load_weights, save_weights
-from trl_sipo.trainer.encoding import TRAIN_STREAM, EncodedPairs, PairNoise
+from trl_sipo.trainer.encoding import ARMS, TRAIN_STREAM, EncodedPairs, PairNoise
 from trl_sipo.trainer.nonfinite import LINKS, first_broken, gradient_norms
 from trl_sipo.trainer.reference_bank import BankedReference
 from trl_sipo.trainer.sharding import is_sharded
@@ -41,9 +41,9 @@ _FORMAT = 1
 _CONDITIONING = "conditioning."
 # Settings of transformers and TRL on which the numbers of a step depend, beside all of ours.
 _INHERITED_SETTINGS = (
-    "beta", "label_smoothing", "seed", "bf16", "fp16", "disable_dropout", "learning_rate", "optim", "max_grad_norm",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile",
-    "precompute_ref_log_probs", "sync_ref_model",
+    "beta", "label_smoothing", "loss_type", "seed", "bf16", "fp16", "disable_dropout", "learning_rate", "optim",
+    "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "torch_compile", "precompute_ref_log_probs", "sync_ref_model",
 )  # fmt: skip
 
 
@@ -73,18 +73,17 @@ class StepBatch:
         """All of it by name, (batch, ...) each."""
         pairs, level, errors = self.pairs, self.level, self.errors
         tensors = {
-            "chosen_latents": pairs.chosen_latents,
-            "rejected_latents": pairs.rejected_latents,
+            **{f"{arm}_latents": latents for arm, latents in zip(ARMS, pairs.arms, strict=False)},
             "chosen_noise": self.noise[0],
             "alpha_t": level.alpha_t,
             "sigma_t": level.sigma_t,
             "timestep": level.timestep,
             "pair_index": self.pair_index,
-            **{f"errors.{field.name}": getattr(errors, field.name) for field in fields(errors)},
+            **{f"errors.{name}": error for name, error in _of_arms(errors).items()},
             **{_CONDITIONING + name: value for name, value in pairs.conditioning.items()},
         }
-        if self.noise[1] is not self.noise[0]:
-            tensors["rejected_noise"] = self.noise[1]
+        if self.noise[-1] is not self.noise[0]:
+            tensors["rejected_noise"] = self.noise[-1]
         if pairs.frame_rate is not None:
             tensors["frame_rate"] = pairs.frame_rate
         if self.label is not None:
@@ -100,13 +99,14 @@ class StepBatch:
             if name.startswith(_CONDITIONING)
         }
         pairs = EncodedPairs(
-            tensors["chosen_latents"], tensors["rejected_latents"], conditioning, tensors.get("frame_rate")
+            tensors["chosen_latents"], tensors.get("rejected_latents"), conditioning, tensors.get("frame_rate")
         )
+        noise = [tensors["chosen_noise"], tensors.get("rejected_noise", tensors["chosen_noise"])]
         return cls(
             pairs,
             NoiseLevel(tensors["alpha_t"], tensors["sigma_t"], tensors["timestep"]),
-            (tensors["chosen_noise"], tensors.get("rejected_noise", tensors["chosen_noise"])),
-            PairErrors(*(tensors[f"errors.{field.name}"] for field in fields(PairErrors))),
+            tuple(noise[: len(pairs.arms)]),
+            PairErrors(*(tensors.get(f"errors.{field.name}") for field in fields(PairErrors))),
             tensors["pair_index"],
             tensors.get("label"),
         )
@@ -120,7 +120,7 @@ class StepBatch:
         """At most so many bytes of it, and at least one pair: those first whose errors are not finite."""
         if self.num_bytes <= num_bytes:
             return self
-        errors = torch.stack([getattr(self.errors, field.name) for field in fields(self.errors)])
+        errors = torch.stack(list(_of_arms(self.errors).values()))
         count = max(1, len(self.pair_index) * num_bytes // self.num_bytes)
         chosen = errors.isfinite().all(0).int().argsort(stable=True)[:count]
         rows = {name: value[chosen.to(value.device)] for name, value in self.tensors().items()}
@@ -290,12 +290,12 @@ def replay(path: str | Path, trainer: Any, checkpoint: str | Path | None = None)
     batch = StepBatch.of_tensors({name: value.to(device) for name, value in batch.tensors().items()})
     known = {}
     if isinstance(trainer.reference, BankedReference):
-        known["ref_errors"] = (batch.errors.ref_chosen, batch.errors.ref_rejected)
+        known["ref_errors"] = batch.errors.reference
     model = trainer.model.train(description["step"] > 0)  # in evaluation nothing is random
     errors = trainer.pair_errors(model, batch.pairs, batch.level, batch.noise, **known)
     loss, statistics = trainer.pair_loss(errors, batch.level, batch.label)
     loss.mean().backward()
-    broken = first_broken(batch.pairs, errors, loss, statistics["rewards/margins"])
+    broken = first_broken(batch.pairs, errors, loss, statistics.get("rewards/margins", loss))
     norms = gradient_norms(model)
     model.zero_grad()
     return Replay(
@@ -330,4 +330,10 @@ def load_reproduction(path: str | Path) -> tuple[StepBatch, dict[str, Any]]:
 
 def without_gradient(errors: PairErrors) -> PairErrors:
     """The same errors, detached from the graph, so that keeping them keeps no activations."""
-    return replace(errors, **{field.name: getattr(errors, field.name).detach() for field in fields(errors)})
+    return PairErrors(**{name: error.detach() for name, error in _of_arms(errors).items()})
+
+
+def _of_arms(errors: PairErrors) -> dict[str, torch.Tensor]:
+    """By name, those that there are."""
+    named = {field.name: getattr(errors, field.name) for field in fields(errors)}
+    return {name: error for name, error in named.items() if error is not None}

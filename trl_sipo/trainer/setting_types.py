@@ -13,6 +13,7 @@ _NAMES = {
     float: ("a number", "several numbers"),
     str: ("a word or a text", "one or several texts"),
     bool: ("true or false", "several of true and false"),
+    dict: ("settings by name", "several mappings"),
 }
 
 

@@ -26,28 +26,28 @@ _NAMED = 3
 
 
 def start_gap(errors: PairErrors) -> torch.Tensor:
-    """How far apart the predictions of policy and reference are at least, (batch,), the larger of both arms.
+    """How far apart the predictions of policy and reference are at least, (batch,), the largest of all arms.
 
     The difference of the roots of their mean squared errors: by the triangle inequality, it is at most the root mean
     square of the difference of their predictions. No pass more is needed, and a small difference stays small whatever
     the error is.
     """
-    chosen = errors.chosen.detach().sqrt() - errors.ref_chosen.sqrt()
-    rejected = errors.rejected.detach().sqrt() - errors.ref_rejected.sqrt()
-    return torch.maximum(chosen.abs(), rejected.abs())
+    arms = zip(errors.policy, errors.reference, strict=True)
+    return torch.stack([(policy.detach().sqrt() - ref.sqrt()).abs() for policy, ref in arms]).amax(0)
 
 
 class StartCheck:
-    """Checks the first optimiser step that a run takes; afterwards, resumed, and with a `ref_model` it does nothing.
+    """Checks the first optimiser step that a run takes; afterwards, in a resumed run, and where the policy starts
+    elsewhere it does nothing.
 
     Args:
         trainer: A diffusion preference trainer.
-        is_own_reference: Whether the reference is made from the policy.
+        starts_at_reference: Whether the reference is what the policy is before the first step.
     """
 
-    def __init__(self, trainer: Any, *, is_own_reference: bool):
+    def __init__(self, trainer: Any, *, starts_at_reference: bool):
         self.trainer = trainer
-        self._is_over = not (is_own_reference and trainer.args.check_reference)
+        self._is_over = not (starts_at_reference and trainer.args.check_reference)
         self._left_out = 0
 
     @property

@@ -2,7 +2,7 @@
 """Wan with two experts: A14B of Wan 2.2."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class WanExpertsAdapter(WanAdapter):
                     "side of it alone, or load both experts."
                 )
 
-    def sample(self, prompt: str, height: int, width: int, **options: Any) -> Tensor:
+    def sample_batch(self, prompts: Sequence[str], height: int, width: int, **options: Any) -> Tensor:
         """As for one transformer.
 
         Raises:
@@ -115,7 +115,7 @@ class WanExpertsAdapter(WanAdapter):
         for name in LORA_FILES:
             if getattr(self._experts, name) is None:
                 raise ConfigurationError(f"Sampling needs both experts, but the {name} is not loaded.")
-        return super().sample(prompt, height, width, **options)
+        return super().sample_batch(prompts, height, width, **options)
 
     def save_lora(self, denoiser: nn.Module, directory: str | os.PathLike[str]) -> None:
         """Save the `"default"` adapter of a PEFT model, one file per expert; see the class for how to load them."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pairs of a cache as a dataset of tensors."""
 
+import copy
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from trl_sipo.data.cache.broken import BAD_ROWS, is_settled, read_broken
 from trl_sipo.data.cache.manifest import NUMBERS, Manifest, file_samples, is_cache, read_manifest
 from trl_sipo.data.cache.plan import NULL_FILE, PROMPT, latents_file, read_index, text_file
 from trl_sipo.data.cache.shards import OpenFiles, TensorFile
+from trl_sipo.data.formats import Arms
 from trl_sipo.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ class CachedPairs(torch.utils.data.Dataset):
     Item `i`, the `i`-th pair of the data that was encoded, not counting those that were left out as broken, is
     `{"prompt": str, "chosen_latents", "rejected_latents": float32, "conditioning": dict of tensors, "pair_index": i}`;
     with a stored posterior there are `"chosen_std"` and `"rejected_std"`, of clips `"frame_rate"`, and with soft
-    labels `"label"`, a float.
+    labels `"label"`, a float. Of samples of one arm (`with_arms`), the arm is the chosen one.
 
     Args:
         folder: that `trl-sipo encode` wrote.
@@ -68,12 +71,27 @@ class CachedPairs(torch.utils.data.Dataset):
         null = self._files[self.folder / NULL_FILE]
         self._null_layout = {name: (null.dtype(name), null.shape(name)) for name in null.names}
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.arms: Arms = "pair"
+
+    def with_arms(self, arms: Arms) -> "CachedPairs":
+        """The same cache, with samples made of other arms."""
+        pairs = copy.copy(self)
+        pairs.arms = arms
+        return self if arms == self.arms else pairs
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.index) * (2 if self.arms == "each" else 1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
+        if self.arms == "pair":
+            return self._pair(index)
+        number, is_rejected = divmod(index, 2) if self.arms == "each" else (index, 0)
+        sample = one_arm(self._pair(number), "rejected" if is_rejected else "chosen")
+        label = {"label": 1.0 - is_rejected} if self.arms == "each" else {}
+        return {**sample, **label, "pair_index": index}
+
+    def _pair(self, index: int) -> dict[str, Any]:
         file = self._latents_of(index)
         place = int(self.index.row[index])
         stored = {name: file.row(name, place) for name in file.names}
@@ -180,6 +198,13 @@ def _check_embeddings(
                 f"row {row} of its {name!r} has another shape or dtype than that of the empty prompt: {found} of "
                 f"{rows[name].dtype}, and {shape} of {dtype}"
             )
+
+
+def one_arm(pair: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """An arm of a pair as a sample of its own, whose names are those of a chosen arm."""
+    other = "chosen" if arm == "rejected" else "rejected"
+    kept = {name: value for name, value in pair.items() if not name.startswith(f"{other}_") and name != "label"}
+    return {name.replace(f"{arm}_", "chosen_", 1): value for name, value in kept.items()}
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], file: TensorFile, row: int) -> None:

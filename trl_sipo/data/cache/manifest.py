@@ -255,7 +255,7 @@ def data_fingerprint(dataset: datasets.Dataset, fmt: PreferenceFormat, num_pairs
         table = rows[start : start + _ROWS_AT_A_TIME]  # rows in one piece are not copied
         inside = kept[np.searchsorted(kept, start) : np.searchsorted(kept, start + _ROWS_AT_A_TIME)] - start
         for column in fmt.columns:
-            read = _sizes if column in (fmt.first, fmt.second) else pa.Array.to_pylist
+            read = _sizes if column in fmt.media_columns else pa.Array.to_pylist
             values = [value for chunk in table[column].chunks for value in read(chunk)]
             digest.update(repr([values[row] for row in inside]).encode())
     return digest.hexdigest()

@@ -53,11 +53,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(
             f"{str(path)!r} cannot be written: {error}. What was written before is whole. Make room on the disk, or "
             "mend what else is the matter with it, and run the same command again, which goes on from there."
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -141,7 +141,7 @@ def _videos(rows: Dataset | IterableDataset, fmt: PreferenceFormat, options: Che
         return None
     if options.num_frames is None:
         row = first_row(rows) if isinstance(rows, IterableDataset) else rows[0]
-        is_video = any(is_of_videos(row[column]) for column in (fmt.first, fmt.second))
+        is_video = any(is_of_videos(row[column]) for column in fmt.media_columns)
     else:
         is_video = options.num_frames > 1
     return ClipSampler(options.num_frames or 1, options.frame_rate) if is_video else None

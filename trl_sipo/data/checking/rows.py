@@ -99,7 +99,7 @@ class RowCheck:
         """Both are opened even if the first is broken, so that all that is wrong is said at once."""
         opened: list[FrameSource] = []
         arms = []
-        for column in (self.fmt.first, self.fmt.second):
+        for column in self.fmt.media_columns:
             value, where = row[column], f"column {column!r}"
             look = functools.partial(_image, value, where)
             if self.videos is not None:
@@ -108,7 +108,7 @@ class RowCheck:
         if arms[0] is None or arms[1] is None:
             return None
         if self.videos is not None and self.videos.num_frames > 1:  # it is known what clips training will take
-            _attempt(problems, functools.partial(common_rate, *opened, self.videos, where="the row"))
+            _attempt(problems, functools.partial(common_rate, opened, self.videos, where="the row"))
         return arms[0], arms[1]
 
     def _video(self, value: Any, where: str, clip: ClipSampler, opened: list[FrameSource]) -> CheckedArm:

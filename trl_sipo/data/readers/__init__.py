@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl_sipo.data.formats import FORMATS
+from trl_sipo.data.formats import FORMATS, PAIRS
 from trl_sipo.data.preference_dataset import stream_columns
 from trl_sipo.data.readers.hpdv2 import choice_pairs, ranking_pairs
 from trl_sipo.data.readers.hpdv3 import confidence_pair
@@ -80,7 +80,7 @@ def read_source(dataset: Dataset | IterableDataset, name: str | None = None) -> 
 
 
 def _read_recognised(dataset: Dataset | IterableDataset, columns: set[str]) -> Dataset | IterableDataset:
-    if any(set(fmt.required_columns) <= columns for fmt in FORMATS.values()):
+    if any(set(fmt.required_columns) <= columns for fmt in PAIRS.values()):
         return dataset
     fitting = [name for name, reader in READERS.items() if set(reader.columns) <= columns]
     if len(fitting) > 1:

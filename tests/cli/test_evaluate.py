@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo evaluate`, from saved models and a list of prompts to its report."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny_models import tiny_stable_diffusion
+from tests.trainer.runs import DPO, make_trainer, preference_pairs
+from trl_sipo.cli.main import main
+from trl_sipo.reporting.evaluation_tables import markdown, metrics_csv, p_value, with_interval
+
+REWARDS = ["tests.feedback.rewards:redness", "tests.feedback.rewards:brightness"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a base, of a LoRA on it, and of a model whose colours are shifted, prompts and held-out pairs."""
+    root = tmp_path_factory.mktemp("models")
+    pipeline = tiny_stable_diffusion()
+    pipeline.save_pretrained(root / "base")
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias += torch.tensor([0.5, -0.2, -0.2])
+    pipeline.save_pretrained(root / "red")
+    trainer = make_trainer(DPO, root / "run", learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    (root / "prompts.txt").write_text("a cat\na dog\na <b>boat</b>\na house\n")
+    preference_pairs(3, seed=4).to_parquet(root / "pairs.parquet")
+    return root
+
+
+def evaluate(models, output, *options):
+    named = [f"base={models / 'base'}", f"red={models / 'red'}", f"lora={models / 'base'}+{models / 'run'}"]
+    return main(
+        ["evaluate", "--models", *named, "--output", str(output), "--prompts", str(models / "prompts.txt")]
+        + ["--rewards", *REWARDS, "--num_inference_steps", "1", "--samples_per_prompt", "2", "--num_resamples", "200"]
+        + ["--height", "32", "--width", "32", "--device", "cpu", *options]
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluated")
+    pairs = ["--dataset_name", str(models / "pairs.parquet"), "--dataset_split", "train", "--eval_noise_levels", "2"]
+    assert evaluate(models, output, *pairs) == 0
+    return output, json.loads((output / "evaluation.json").read_text())
+
+
+def test_a_redder_model_wins_by_redness_and_is_told_so(evaluated):
+    output, report = evaluated
+    rows = {(row["model"], row["metric"]): row for row in report["metrics"]}
+    assert rows["red", "redness"]["against_base"]["win_rate"]["estimate"] == 1.0
+    assert rows["base", "redness"]["against_base"] is None
+    # Four prompts cannot tell much: the interval and the test say so.
+    assert rows["red", "redness"]["against_base"]["win_rate"]["low"] < 0.6
+    assert rows["red", "redness"]["against_base"]["win_p_value"] == pytest.approx(2 / 16)
+    assert report["variety"]["red"]["drift"]["estimate"] > 0
+    assert report["rewards"]["brightness"]["higher_is_better"] is False
+
+
+def test_implicit_preferences_are_there_for_each_candidate_and_level(evaluated):
+    _, report = evaluated
+    assert set(report["preferences"]) == {"red", "lora"}
+    assert [row["time"] for row in report["preferences"]["lora"]] == [0.25, 0.75, None]
+    # Another decoder draws other pictures, but its denoiser prefers nothing.
+    assert report["preferences"]["red"][-1]["margin"]["estimate"] == 0
+    assert report["preferences"]["lora"][-1]["margin"]["estimate"] != 0
+
+
+def test_every_file_of_the_report_is_whole_and_says_the_same(evaluated):
+    output, report = evaluated
+    text, page = (output / "report.md").read_text(), (output / "report.html").read_text()
+    win_rate = with_interval(report["metrics"][1]["against_base"]["win_rate"], percent=True)
+    assert win_rate in page and win_rate.replace("[", "\\[").replace("]", "\\]") in text
+    rows = list(csv.DictReader((output / "metrics.csv").open()))
+    assert (
+        len(rows) == 6 and float(rows[1]["win_rate"]) == report["metrics"][1]["against_base"]["win_rate"]["estimate"]
+    )
+    assert "trl-sipo evaluate" in page and "<script" not in page
+    for path in (output / "grids").glob("*.png"):
+        assert Image.open(path).width > 100
+    assert len(list((output / "grids").iterdir())) >= 2
+
+
+def test_a_second_run_draws_and_scores_nothing(models, evaluated, monkeypatch, capsys):
+    output, report = evaluated
+    before = {path: path.stat().st_mtime_ns for path in (output / "samples").rglob("*.png")}
+    assert evaluate(models, output) == 0
+    assert {path: path.stat().st_mtime_ns for path in (output / "samples").rglob("*.png")} == before
+    assert "win rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--models", "base=x"], "the base first"),
+        (["--num_shown", "0"], "`--num_shown` must be at least 1"),
+        (["--level", "1.5"], "0 < level < 1"),
+        (["--reward_options", '{"pickscore": {}}'], "pickscore"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--samples_per_prompt", "0"], "samples_per_prompt"),
+    ],
+)
+def test_wrong_options_end_in_one_line_before_anything_is_written(models, tmp_path, capsys, options, words):
+    assert evaluate(models, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_texts_of_others_stay_text():
+    report = {
+        "title": "x",
+        "base": "b",
+        "metrics": [
+            {
+                "model": "=1+1",
+                "metric": "a|b",
+                "category": None,
+                "mean": {"estimate": 0.5, "low": None, "high": 1.0, "level": 0.95},
+                "against_base": None,
+                "corrected_win_p_value": None,
+            }
+        ],
+        "categories": [],
+        "variety": {},
+        "preferences": {},
+        "rewards": {},
+        "settings": {"level": 0.95},
+        "features": "f",
+        "beta": 1.0,
+        "command": "c",
+    }
+    assert "\n'=1+1,a|b,,0.5,,1.0," in metrics_csv(report)
+    assert "| a\\|b | =1+1 | 0.5 \\[-, 1\\] |" in markdown(report)
+    assert (p_value(0.0004), p_value(0.25), p_value(None)) == ("< 0.001", "0.250", "-")
