@@ -3,6 +3,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -276,3 +278,20 @@ def test_options_narrow_the_comparison():
 def test_options_that_do_not_fit_the_comparison_are_refused(argv):
     with pytest.raises(ConfigurationError, match=argv[-1] if argv[0] == "--arms" else argv[0]):
         comparison_from(options(*argv))
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_report_and_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, "-m", "trl_sipo.cli.main", "demo", "--baselines", "--arms", "sft", "--seeds", "0"]
+    command += ["--max-steps", "2", "--workers", "1", "--output", str(tmp_path)]
+    for num_kept in (0, 2):
+        process = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert "off-policy:" in process.stdout
+        assert ("(2 runs were there already)" in process.stdout) == (num_kept == 2)
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [(row["source"], row["arm"], row["strength"]) for row in rows] == [
+        ("off_policy", "sft", ""),
+        ("on_policy", "sft", ""),
+    ]
+    assert not (tmp_path / "figures" / "sweep.png").exists() and (tmp_path / "report.html").is_file()
