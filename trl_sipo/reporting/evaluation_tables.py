@@ -65,6 +65,11 @@ def verdict(report: Report) -> list[str]:
             f"{with_interval(rate, percent=True)}, p {_equals(corrected)} corrected for "
             f"{_num_tests(report)} comparison{'s' * (_num_tests(report) > 1)}."
         )
+    for name, differences in report.get("drawn_otherwise", {}).items():
+        sentences.append(
+            f"{name} was drawn otherwise than {report['base']}, so that not the weights alone are compared: "
+            f"{'; '.join(differences)}."
+        )
     for name, variety in report["variety"].items():
         spread = variety["relative_spread"]
         if spread["high"] is not None and spread["high"] < 1:
