@@ -3,11 +3,13 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 from tests.tiny_models import tiny_clip_tokenizer, tiny_stable_diffusion
@@ -97,6 +99,10 @@ def test_a_second_run_draws_and_scores_nothing(models, evaluated, monkeypatch, c
     assert "win rate" in capsys.readouterr().out
 
 
+def measured_pairs(output):
+    return load_file(output / "errors" / "full.safetensors")["chosen"].shape[1]
+
+
 def test_a_checkpoint_is_measured_on_a_cache_that_was_encoded_with_its_base(models, tmp_path):
     # Saved anew, its encoders are the same weights in other files.
     pipeline = StableDiffusionPipeline.from_pretrained(models / "base")
@@ -112,6 +118,16 @@ def test_a_checkpoint_is_measured_on_a_cache_that_was_encoded_with_its_base(mode
     assert evaluate(models, tmp_path / "out", *named, *pairs) == 0
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["preferences"]["full"][-1]["chosen_drift"]["estimate"] != 0
+    assert measured_pairs(tmp_path / "out") == 3
+    assert evaluate(models, tmp_path / "out", *named, *pairs, "--max_pairs", "2") == 0
+    assert measured_pairs(tmp_path / "out") == 2
+    # The errors are kept, but not when the cache holds other pairs by then.
+    before = (tmp_path / "out" / "errors" / "full.safetensors").read_bytes()
+    preference_pairs(3, seed=5).to_parquet(tmp_path / "others.parquet")
+    shutil.rmtree(cache)
+    assert main([*encode, "--dataset_name", str(tmp_path / "others.parquet")]) == 0
+    assert evaluate(models, tmp_path / "out", *named, *pairs, "--max_pairs", "2") == 0
+    assert (tmp_path / "out" / "errors" / "full.safetensors").read_bytes() != before
     # One with another VAE cannot use it, and says so.
     assert evaluate(models, tmp_path / "other", "--models", named[1], f"red={models / 'red'}", *pairs) == 2
 

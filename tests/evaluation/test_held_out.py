@@ -61,7 +61,7 @@ def test_ties_of_soft_labels_prefer_nothing():
     labelled = pairs.add_column("label", [1.0, 0.5, 0.7])
     soft = errors_of(labelled, soft_labels=True)
     assert soft.prompts == (pairs[0]["prompt"], pairs[2]["prompt"]) and soft.chosen.shape[1] == 2
-    with pytest.raises(DatasetError, match="All 2 held-out pairs are ties"):
+    with pytest.raises(DatasetError, match="All held-out pairs are ties"):
         errors_of(preference_pairs(2).add_column("label", [0.5, 0.5]), soft_labels=True)
 
 

@@ -52,11 +52,13 @@ class HeldOutData:
         rows: As `load_preference_dataset` gives them.
         name: Of the dataset, and what else tells it from others; errors are kept by it.
         args: Resolution, frames, number of noise levels and their seed.
+        max_pairs: Take the first ones only.
     """
 
     rows: Any
     name: str
     args: DiffusionPreferenceConfig
+    max_pairs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def kept_errors(
     # All processes measure, or none: they wait for one another in it.
     if all(gather_object([kept is not None])):
         return kept  # type: ignore[return-value]
-    errors = held_out_errors(model, held_out.rows, held_out.args, is_known_to_fit=is_known_to_fit)
+    options = {"max_pairs": held_out.max_pairs, "is_known_to_fit": is_known_to_fit}
+    errors = held_out_errors(model, held_out.rows, held_out.args, **options)
     if process_state().is_main_process:
         metadata = {"key": key, "times": json.dumps(errors.times), "prompts": json.dumps(errors.prompts)}
         tensors = {"chosen": errors.chosen.contiguous(), "rejected": errors.rejected.contiguous()}
@@ -192,8 +195,10 @@ def kept_errors(
 def _errors_key(model: BackboneAdapter, held_out: HeldOutData) -> str:
     names = ("resolution", "num_frames", "frame_rate", "eval_noise_levels", "eval_noise_seed", "timestep_shift")
     settings = {name: getattr(held_out.args, name) for name in names}
-    # Of the rows, what `datasets` itself knows them by, where it does.
-    rows = {"pairs": len(held_out.rows), "fingerprint": getattr(held_out.rows, "_fingerprint", None)}
+    # Of the rows, what `datasets` itself knows them by, or what a cache says of itself.
+    manifest = getattr(held_out.rows, "manifest", None)
+    fingerprint = getattr(held_out.rows, "_fingerprint", None) if manifest is None else manifest.fingerprint
+    rows = {"pairs": len(held_out.rows), "max_pairs": held_out.max_pairs, "fingerprint": fingerprint}
     data = {"name": held_out.name, **rows, "settings": settings}
     return json.dumps({"model": describe_model(model), "data": data}, sort_keys=True, default=str)
 

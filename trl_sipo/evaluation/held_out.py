@@ -70,6 +70,7 @@ def held_out_errors(
     rows: Any,
     args: DiffusionPreferenceConfig,
     *,
+    max_pairs: int | None = None,
     is_known_to_fit: bool = False,
     show_progress: bool = True,
 ) -> HeldOutErrors:
@@ -81,6 +82,7 @@ def held_out_errors(
         adapter: Of the model as it is to be measured, its LoRA on.
         rows: A preference dataset, as [`load_preference_dataset`] gives it.
         args: Resolution, frames, number of noise levels and their seed, as for `trainer.evaluate()`.
+        max_pairs: Take the first ones only.
         is_known_to_fit: An encoded cache was held against a model with the same encoders, and is not again: the files
             of a checkpoint are not those of the model that it was tuned from.
 
@@ -96,7 +98,7 @@ def held_out_errors(
     levels = evaluation_levels(adapter, training_schedule(adapter, args, size), args)
     encode = PairEncoder(adapter, sample_posterior=False, caption_dropout=0.0)
     collate, device, state = DataCollatorForDiffusionPreference(), adapter.pipeline.device, process_state()
-    share = range(state.process_index, len(pairs), state.num_processes)
+    share = range(len(pairs))[:max_pairs][state.process_index :: state.num_processes]
     denoiser, found = adapter.denoiser, []
     was_training = denoiser.training
     denoiser.eval()
@@ -112,7 +114,7 @@ def held_out_errors(
     denoiser.train(was_training)
     rows_of_all = sorted(gather_object(found), key=lambda row: row[0])
     if not rows_of_all:
-        raise DatasetError(f"All {len(pairs)} held-out pairs are ties, which prefer nothing.")
+        raise DatasetError("All held-out pairs are ties, which prefer nothing.")
     both = torch.stack([errors for _, _, errors in rows_of_all], dim=-1)  # (levels, 2, pairs)
     broken = (~both.isfinite()).any(0).any(0).nonzero()
     if len(broken):

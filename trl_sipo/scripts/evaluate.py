@@ -94,8 +94,6 @@ def held_out_data(arguments: argparse.Namespace) -> "HeldOutData | None":
         format=arguments.dataset_format,
         media_folder=arguments.dataset_media_folder,
     )
-    if arguments.max_pairs is not None and hasattr(rows, "select"):
-        rows = rows.select(range(min(arguments.max_pairs, len(rows))))
     size = None if arguments.height is None else [arguments.height, arguments.width or arguments.height]
     options = {"num_frames": arguments.num_frames, "frame_rate": arguments.frame_rate, "beta": arguments.beta}
     args = DiffusionDPOConfig(  # nothing is trained, nor written there
@@ -108,7 +106,7 @@ def held_out_data(arguments: argparse.Namespace) -> "HeldOutData | None":
         report_to="none",
         **{name: value for name, value in options.items() if value is not None},
     )
-    return HeldOutData(rows, f"{arguments.dataset_name}/{arguments.dataset_split}", args)
+    return HeldOutData(rows, f"{arguments.dataset_name}/{arguments.dataset_split}", args, arguments.max_pairs)
 
 
 def run(command: str, argv: list[str]) -> None:
