@@ -151,6 +151,7 @@ def quality_figure(
     for axes, (label, series) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, series)
         _clean(axes, label, x_label, "")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xscale(x_scale)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
