@@ -254,6 +254,8 @@ def test_the_sentences_name_collapses_and_what_the_second_verifier_does_not_see(
     assert collapses([row("A", [0.9], [1.0])]) == ["No run of the table collapsed."]
     (sentence,) = collapses([row("A", [0.9], [1.0]), row("B", [0.1, 0.9], [1.0, 1.0], num_collapsed=1)])
     assert sentence.endswith("B at 2 (1 of 2).")
+    (sentence,) = collapses([row("SFT", [0.1], [1.0], num_collapsed=1, strength="")])
+    assert sentence.endswith("SFT (1 of 1).")
     (sentence,) = verifier_gap([row("A", [0.4], [1.0]), row("B", [0.7], [1.0])])
     assert "the other: B." in sentence and "B, +20 points" in sentence
 
