@@ -120,8 +120,8 @@ def run_rounds(config: OnlineConfig, *, on_round: Callable[[dict[str, Any]], Non
         on_round: Called on the main process with the record of each round.
 
     Returns:
-        What `online.json` holds: "config", "base" (the base model's evaluation), "rounds" and "weights", one entry
-        for each policy and each round's data that it was measured on.
+        What `online.json` holds: "config"; "rounds", the record of each; and "weights", an entry for each policy and
+        each round's data that it was measured on.
 
     Raises:
         ConfigurationError: Settings that make no sense, or another run's folder.
@@ -249,10 +249,11 @@ def _make_data(run: _Run, number: int) -> dict[str, Any]:
 def _write_pairs(run: _Run, number: int, scored: ScoredSamples | None) -> int:
     """Scores and pairs of a round; returns the number of pairs."""
     config, folder = run.config, run.folder(number)
+    if scored is not None:
+        scored.write(folder / "scores.parquet")
     if run.real is not None:
         return write_self_play_pairs(config, number, folder, run.real)
     assert scored is not None, "the mode `reward` has rewards"
-    scored.write(folder / "scores.parquet")
     return write_feedback(scored, folder, config.feedback, source=run.spec(number).name)["pairs"]
 
 
