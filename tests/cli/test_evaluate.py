@@ -181,7 +181,7 @@ def test_wrong_options_end_in_one_line_before_anything_is_written(models, tmp_pa
 
 def test_texts_of_others_stay_text():
     report = {
-        "title": "x",
+        "title": "<b>x",
         "base": "b",
         "metrics": [
             {
@@ -200,8 +200,9 @@ def test_texts_of_others_stay_text():
         "settings": {"level": 0.95},
         "features": "f",
         "beta": 1.0,
-        "command": "c",
+        "command": "trl-sipo '`a\n## b`'",
     }
     assert "\n'=1+1,a|b,,0.5,,1.0," in metrics_csv(report)
     assert "| a\\|b | =1+1 | 0.5 \\[-, 1\\] |" in markdown(report)
+    assert markdown(report).startswith("# \\<b\\>x\n") and "\n    trl-sipo '`a\n    ## b`'\n" in markdown(report)
     assert (p_value(0.0004), p_value(0.25), p_value(None)) == ("< 0.001", "0.250", "-")

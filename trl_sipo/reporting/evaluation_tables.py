@@ -217,12 +217,17 @@ def _plain(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """The report as Markdown."""
-    lines = [f"# {report['title']}", "", *[f"- {_escaped(sentence)}" for sentence in verdict(report)], ""]
+    lines = [f"# {_escaped(report['title'])}", "", *[f"- {_escaped(sentence)}" for sentence in verdict(report)], ""]
     for table in tables(report):
         lines += markdown_table(table)
     settings = json.dumps(report["settings"], indent=1)
-    lines += ["## How it was made", "", f"`{report['command']}`", "", "```json", settings, "```", ""]
+    lines += ["## How it was made", "", *_code(report["command"]), "", "```json", settings, "```", ""]
     return "\n".join(lines)
+
+
+def _code(text: str) -> list[str]:
+    """Indented, which no character of the text can end."""
+    return [f"    {line}" for line in text.splitlines()]
 
 
 def markdown_table(table: Table) -> list[str]:

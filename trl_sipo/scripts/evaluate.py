@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trl_sipo.evaluation.evaluate import HeldOutData, Measured
     from trl_sipo.reporting.evaluation_page import Grid
 
+_LONGEST_NAME = 80  # of a reward, in the name of a file
 _PACKAGES = ("trl-sipo", "torch", "diffusers", "transformers")
 
 
@@ -196,7 +197,7 @@ def change_grids(measured: "Measured", base: str, count: int) -> list["Grid"]:
 
 
 def _file_name(metric: str) -> str:
-    return "".join(char if char.isalnum() or char in "._-" else "_" for char in metric)
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in metric)[:_LONGEST_NAME]
 
 
 def write_report(output: Path, report: Mapping[str, Any], grids: list["Grid"]) -> None:
