@@ -257,7 +257,7 @@ def test_the_sentences_name_collapses_and_what_the_second_verifier_does_not_see(
     (sentence,) = collapses([row("SFT", [0.1], [1.0], num_collapsed=1, strength="")])
     assert sentence.endswith("SFT (1 of 1).")
     (sentence,) = verifier_gap([row("A", [0.4], [1.0]), row("B", [0.7], [1.0])])
-    assert "the other: B." in sentence and "B, +20 points" in sentence
+    assert "the other: B." in sentence and "B, +20.0 points" in sentence
 
 
 def test_a_markdown_table_has_a_rule_below_its_header():

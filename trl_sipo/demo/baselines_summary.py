@@ -124,7 +124,7 @@ def verifier_gap(rows: Sequence[Row]) -> list[str]:
     gap = final[label]["accuracy"]["mean"] - final[label]["second_accuracy"]["mean"]
     return [
         f"Accuracy by the primary verifier above that by the second, with all seeds of the one above all of the "
-        f"other: {_labels(higher)}. The largest excess of the primary: {label}, {100 * gap:+.0f} points."
+        f"other: {_labels(higher)}. The largest excess of the primary: {label}, {100 * gap:+.1f} points."
     ]
 
 
