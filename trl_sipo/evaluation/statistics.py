@@ -79,7 +79,7 @@ def clustered_interval(
     """Bootstrap-t interval of the mean: clusters are drawn with replacement (Efron 1979; Cameron et al. 2008).
 
     The studentised form, since the percentile one is too short for few clusters: with 8 prompts of 4 images and a win
-    rate of 0.9 it covers 81 % where 95 % are claimed, and this one 96 % (`benchmarks/interval_coverage.py`).
+    rate of 0.9 it covers 81 % where 95 % are claimed, and this one 98 % (`benchmarks/interval_coverage.py`).
 
     Args:
         level: Of confidence, in (0, 1).
