@@ -107,11 +107,12 @@ def masked_share(log: Sequence[Mapping[str, Any]]) -> float:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Mean and 95 % interval of Student's t over seeds."""
+    """Mean, 95 % interval of Student's t, and ends of what was seen, over seeds."""
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     half = STUDENT_T.get(len(values) - 1, math.nan) * spread / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread}
+    seen = {"smallest": min(values), "largest": max(values)}
+    return {"mean": mean, "low": mean - half, "high": mean + half, **seen}
 
 
 def aggregate(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -138,17 +139,33 @@ def aggregate(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
     return found
 
 
+def over_base(found: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """Of the base model, which is the same for all arms of a seed."""
+    return over_seeds([values[0] for values in next(iter(found.values()))["curves"][metric]])
+
+
+def paired(found: Mapping[str, Any], one: str, other: str, metric: str) -> dict[str, dict[str, float]]:
+    """One arm minus another by seed, which share prompts and noise: of the final policies, and of the mean round."""
+    pairs = list(zip(found[one]["curves"][metric], found[other]["curves"][metric], strict=True))
+    return {
+        "final": over_seeds([first[-1] - second[-1] for first, second in pairs]),
+        "mean_of_rounds": over_seeds([statistics.fmean(a[1:]) - statistics.fmean(b[1:]) for a, b in pairs]),
+    }
+
+
 def table(found: Mapping[str, Any]) -> str:
-    """The final policies as Markdown."""
+    """The final policies as Markdown: means over seeds, smallest and largest in brackets."""
 
     def cell(interval: Mapping[str, float], percent: bool = True) -> str:
         show = (lambda value: f"{value:.0%}") if percent else (lambda value: f"{value:.2f}")
-        return f"{show(interval['mean'])} [{show(interval['low'])}, {show(interval['high'])}]"
+        return f"{show(interval['mean'])} [{show(interval['smallest'])}, {show(interval['largest'])}]"
 
     lines = [
         "| method | accuracy, its judge | accuracy, second judge | lowest of any round | win rate against the base, "
         "second judge | spread | drift |",
         "|---|---|---|---|---|---|---|",
+        f"| base model | {cell(over_base(found, 'fashion-correct'))} | "
+        f"{cell(over_base(found, 'fashion-second-correct'))} | | | 1 | 0 |",
     ]
     for arm in found.values():
         final = arm["final"]
@@ -198,7 +215,14 @@ def main() -> None:
     arguments = parser.parse_args()
     found = aggregate(run_all(arguments.runs, arguments.arms, arguments.seeds, arguments.workers))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "online.json").write_text(json.dumps(found, indent=1) + "\n")
+    differences = {
+        f"{arm} minus {arguments.arms[0]}": {
+            metric: paired(found, arm, arguments.arms[0], metric) for metric in METRICS
+        }
+        for arm in arguments.arms[1:]
+    }
+    numbers = {"arms": found, "differences": differences}
+    (arguments.output / "online.json").write_text(json.dumps(numbers, indent=1) + "\n")
     draw_figures(found, arguments.output)
     text = table(found)
     (arguments.output / "table.md").write_text(text + "\n")

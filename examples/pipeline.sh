@@ -29,7 +29,7 @@ $TRL_SIPO feedback --model "base=$BASE" --output "$OUTPUT/feedback" --prompts fa
 echo '== 2. sipo: training on these pairs'
 $TRL_SIPO sipo --model_name_or_path "$BASE" --dataset_name "$OUTPUT/feedback/pairs.parquet" \
     --output_dir "$OUTPUT/sipo" --resume_from_checkpoint auto \
-    --beta 200 --importance_steps 10 --learning_rate 5e-5 --lr_scheduler_type constant --max_steps "$STEPS" \
+    --beta 2000 --importance_steps 10 --learning_rate 5e-5 --lr_scheduler_type constant --max_steps "$STEPS" \
     --per_device_train_batch_size 16 --precompute_latents true --gradient_checkpointing false \
     --use_cpu true --bf16 false --logging_steps 20 --save_steps 60 --save_total_limit 1 --report_to none --disable_tqdm true
 
@@ -41,7 +41,7 @@ $TRL_SIPO evaluate --models "base=$BASE" "sipo=$OUTPUT/sipo" --output "$OUTPUT/e
 
 echo '== 4. online: the same in rounds, each on what the policy draws by then'
 $TRL_SIPO online --config examples/configs/online_demo.yaml --output "$OUTPUT/online" \
-    --rounds "$ROUNDS" --training.max_steps "$((STEPS / ROUNDS))" --training.beta 200 \
+    --rounds "$ROUNDS" --training.max_steps "$((STEPS / ROUNDS))" --training.beta 2000 \
     --sampling.samples_per_prompt "$SAMPLES" --evaluation.samples_per_prompt "$SAMPLES"
 
 echo "== done: open $OUTPUT/evaluation/report.html and $OUTPUT/online/report.html"

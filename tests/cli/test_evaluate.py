@@ -3,16 +3,21 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 
-from tests.tiny_models import tiny_stable_diffusion
+from tests.tiny_models import tiny_clip_tokenizer, tiny_stable_diffusion
 from tests.trainer.runs import DPO, make_trainer, preference_pairs
 from trl_sipo.cli.main import main
 from trl_sipo.reporting.evaluation_tables import markdown, metrics_csv, p_value, with_interval
 
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 REWARDS = ["tests.feedback.rewards:redness", "tests.feedback.rewards:brightness"]
 
 
@@ -94,10 +99,73 @@ def test_a_second_run_draws_and_scores_nothing(models, evaluated, monkeypatch, c
     assert "win rate" in capsys.readouterr().out
 
 
+def measured_pairs(output):
+    return load_file(output / "errors" / "full.safetensors")["chosen"].shape[1]
+
+
+def test_a_checkpoint_is_measured_on_a_cache_that_was_encoded_with_its_base(models, tmp_path):
+    # Saved anew, its encoders are the same weights in other files.
+    pipeline = StableDiffusionPipeline.from_pretrained(models / "base")
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.1
+    pipeline.save_pretrained(tmp_path / "full")
+    (tmp_path / "full" / "vae" / "config.json").open("a").write("\n")
+    cache = tmp_path / "cache"
+    encode = ["encode", "--model_name_or_path", str(models / "base"), "--resolution", "32", "--output", str(cache)]
+    assert main([*encode, "--dataset_name", str(models / "pairs.parquet")]) == 0
+    named = ["--models", f"base={models / 'base'}", f"full={tmp_path / 'full'}"]
+    pairs = ["--dataset_name", str(cache), "--dataset_split", "train", "--eval_noise_levels", "2"]
+    assert evaluate(models, tmp_path / "out", *named, *pairs) == 0
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["preferences"]["full"][-1]["chosen_drift"]["estimate"] != 0
+    assert measured_pairs(tmp_path / "out") == 3
+    assert evaluate(models, tmp_path / "out", *named, *pairs, "--max_pairs", "2") == 0
+    assert measured_pairs(tmp_path / "out") == 2
+    # The errors are kept, but not when the cache holds other pairs by then.
+    before = (tmp_path / "out" / "errors" / "full.safetensors").read_bytes()
+    preference_pairs(3, seed=5).to_parquet(tmp_path / "others.parquet")
+    shutil.rmtree(cache)
+    assert main([*encode, "--dataset_name", str(tmp_path / "others.parquet")]) == 0
+    assert evaluate(models, tmp_path / "out", *named, *pairs, "--max_pairs", "2") == 0
+    assert (tmp_path / "out" / "errors" / "full.safetensors").read_bytes() != before
+    # One with another VAE cannot use it, and says so.
+    assert evaluate(models, tmp_path / "other", "--models", named[1], f"red={models / 'red'}", *pairs) == 2
+
+
+def test_models_that_sample_in_another_way_are_named(models, tmp_path, capsys):
+    pipeline = StableDiffusionPipeline.from_pretrained(models / "base")
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "euler")
+    named = ["--models", f"base={models / 'base'}", f"euler={tmp_path / 'euler'}"]
+    assert evaluate(models, tmp_path / "out", *named) == 0
+    assert "euler was drawn otherwise than base" in capsys.readouterr().out
+    assert "EulerDiscreteScheduler" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_variety_may_be_measured_by_clip(models, tmp_path, capsys):
+    model = CLIPModel(CLIPConfig(text_config=SMALL, vision_config={**SMALL, "image_size": 16, "patch_size": 8}))
+    model.save_pretrained(tmp_path / "clip")
+    tiny_clip_tokenizer().save_pretrained(tmp_path / "clip")
+    assert evaluate(models, tmp_path / "out", "--features", f"clip:{tmp_path / 'clip'}") == 0
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["features"] == f"image embeddings of {tmp_path / 'clip'}"
+    assert 0 < report["variety"]["red"]["base_spread"] < 2, "embeddings have length 1"
+
+
+def test_a_missing_lora_is_told_before_the_base_is_drawn(models, tmp_path, capsys):
+    named = ["--models", f"base={models / 'base'}", f"tuned={models / 'base'}+{tmp_path / 'nowhere'}"]
+    assert evaluate(models, tmp_path / "out", *named) == 2
+    assert "There is no LoRA" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--models", "base=x"], "the base first"),
+        (["--models", "base=./nowhere", "tuned=./nowhere"], "./nowhere"),
+        (["--features", "dino"], "pixels, clip or clip:MODEL"),
+        (["--features", "clip:./nowhere"], "./nowhere"),
+        (["--beta", "0"], "`--beta` must be a positive number"),
         (["--num_shown", "0"], "`--num_shown` must be at least 1"),
         (["--level", "1.5"], "0 < level < 1"),
         (["--reward_options", '{"pickscore": {}}'], "pickscore"),
@@ -113,7 +181,7 @@ def test_wrong_options_end_in_one_line_before_anything_is_written(models, tmp_pa
 
 def test_texts_of_others_stay_text():
     report = {
-        "title": "x",
+        "title": "<b>x",
         "base": "b",
         "metrics": [
             {
@@ -132,8 +200,9 @@ def test_texts_of_others_stay_text():
         "settings": {"level": 0.95},
         "features": "f",
         "beta": 1.0,
-        "command": "c",
+        "command": "trl-sipo '`a\n## b`'",
     }
     assert "\n'=1+1,a|b,,0.5,,1.0," in metrics_csv(report)
     assert "| a\\|b | =1+1 | 0.5 \\[-, 1\\] |" in markdown(report)
+    assert markdown(report).startswith("# \\<b\\>x\n") and "\n    trl-sipo '`a\n    ## b`'\n" in markdown(report)
     assert (p_value(0.0004), p_value(0.25), p_value(None)) == ("< 0.001", "0.250", "-")

@@ -3,6 +3,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -252,8 +254,10 @@ def test_the_sentences_name_collapses_and_what_the_second_verifier_does_not_see(
     assert collapses([row("A", [0.9], [1.0])]) == ["No run of the table collapsed."]
     (sentence,) = collapses([row("A", [0.9], [1.0]), row("B", [0.1, 0.9], [1.0, 1.0], num_collapsed=1)])
     assert sentence.endswith("B at 2 (1 of 2).")
+    (sentence,) = collapses([row("SFT", [0.1], [1.0], num_collapsed=1, strength="")])
+    assert sentence.endswith("SFT (1 of 1).")
     (sentence,) = verifier_gap([row("A", [0.4], [1.0]), row("B", [0.7], [1.0])])
-    assert "the other: B." in sentence and "B, +20 points" in sentence
+    assert "the other: B." in sentence and "B, +20.0 points" in sentence
 
 
 def test_a_markdown_table_has_a_rule_below_its_header():
@@ -276,3 +280,20 @@ def test_options_narrow_the_comparison():
 def test_options_that_do_not_fit_the_comparison_are_refused(argv):
     with pytest.raises(ConfigurationError, match=argv[-1] if argv[0] == "--arms" else argv[0]):
         comparison_from(options(*argv))
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_report_and_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, "-m", "trl_sipo.cli.main", "demo", "--baselines", "--arms", "sft", "--seeds", "0"]
+    command += ["--max-steps", "2", "--workers", "1", "--output", str(tmp_path)]
+    for num_kept in (0, 2):
+        process = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert "off-policy:" in process.stdout
+        assert ("(2 runs were there already)" in process.stdout) == (num_kept == 2)
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert [(row["source"], row["arm"], row["strength"]) for row in rows] == [
+        ("off_policy", "sft", ""),
+        ("on_policy", "sft", ""),
+    ]
+    assert not (tmp_path / "figures" / "sweep.png").exists() and (tmp_path / "report.html").is_file()

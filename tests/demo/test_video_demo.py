@@ -66,7 +66,7 @@ def test_the_report_shows_the_frames_of_every_model(finished):
         "command": "trl-sipo demo --video",
         "environment": {},
         "settings": {name: getattr(TINY, name) for name in TINY.__dataclass_fields__ if name != "parts"},
-        "ceiling": demo_module._ceiling(files),
+        "ceiling": demo_module.ceiling(files),
         "base": base,
         "parts": {"off_policy": {"methods": aggregate(runs, base, CLIPS)}},
     }

@@ -30,8 +30,10 @@ from trl_sipo.core.beta import BETA_CONVENTIONS, describe_beta
 from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
-from trl_sipo.scripts import data_check, demo, encode
+from trl_sipo.online.config import EvaluationSettings, OnlineConfig, make_config, read_settings, with_overrides
+from trl_sipo.scripts import data_check, demo, encode, evaluate, feedback
 from trl_sipo.scripts.audit import AUDITS
+from trl_sipo.scripts.sampling_options import check_sampling_options
 from trl_sipo.scripts.train import DataArguments, ModelArguments, parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
@@ -140,6 +142,24 @@ def test_encode_commands_parse():
         encode.check_arguments(encode.make_parser().parse_args(words[place + 1 :]))
 
 
+@pytest.mark.parametrize("name, command", [("feedback", feedback), ("evaluate", evaluate)])
+def test_commands_that_sample_parse(name, command):
+    lines = [words[2:] for words in _commands() if words[:2] == ["trl-sipo", name]]
+    assert lines
+    for argv in lines:
+        check_sampling_options(command.make_parser().parse_args(argv))
+
+
+def test_online_commands_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [words[2:] for words in _commands() if words[:2] == ["trl-sipo", "online"]]
+    assert len(lines) >= 3
+    for flag, path, *overrides in lines:
+        assert flag == "--config"
+        on_a_cpu = ["--training.use_cpu", "true", "--training.bf16", "false"]
+        assert make_config(with_overrides(read_settings(path), [*overrides, *on_a_cpu])).rounds > 0
+
+
 def test_files_in_commands_exist():
     for words in _commands():
         for word in words:
@@ -151,8 +171,11 @@ def test_options_in_running_text_exist():
     configs = {field.name for config in (*CONFIGS, DataArguments, ModelArguments) for field in fields(config)}
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
-    parsers = (data_check.make_parser(), encode.make_parser(), demo.make_parser())
-    audits = {"lora", "output"} | {action.dest for parser in parsers for action in parser._actions}
+    parsers = [command.make_parser() for command in (data_check, encode, demo, feedback, evaluate)]
+    rounds = {field.name for settings in (OnlineConfig, EvaluationSettings) for field in fields(settings)}
+    audits = (
+        rounds | {"lora", "output", "training"} | {action.dest for parser in parsers for action in parser._actions}
+    )
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`

@@ -9,7 +9,7 @@ import torch
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import DPO, make_config, make_trainer, preference_pairs
 from trl_sipo.adapters import adapter_for
-from trl_sipo.errors import ConfigurationError, NumericalError
+from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 from trl_sipo.evaluation.held_out import held_out_errors, implicit_preferences
 
 BETA = 300.0
@@ -54,6 +54,15 @@ def test_a_model_beside_itself_prefers_nothing():
     base = errors_of(preference_pairs(3))
     overall = implicit_preferences(base, base, beta=BETA)[-1]
     assert (overall.accuracy.estimate, overall.margin.estimate) == (0.5, 0.0)
+
+
+def test_ties_of_soft_labels_prefer_nothing():
+    pairs = preference_pairs(3)
+    labelled = pairs.add_column("label", [1.0, 0.5, 0.7])
+    soft = errors_of(labelled, soft_labels=True)
+    assert soft.prompts == (pairs[0]["prompt"], pairs[2]["prompt"]) and soft.chosen.shape[1] == 2
+    with pytest.raises(DatasetError, match="All held-out pairs are ties"):
+        errors_of(preference_pairs(2).add_column("label", [0.5, 0.5]), soft_labels=True)
 
 
 def test_tables_of_other_pairs_or_levels_are_refused():

@@ -104,6 +104,20 @@ def test_the_report_says_how_rewards_contradict_one_another(scored, tmp_path):
     assert report["rewards"]["brightness"]["higher_is_better"] is False
 
 
+def test_no_pair_left_for_training_is_an_error_too(scored, tmp_path):
+    with pytest.raises(DatasetError, match="All 3 pairs are held out"):
+        write_feedback(scored, tmp_path, FeedbackSettings(held_out_share=0.999999), source="tiny")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_leaves_no_report_of_other_pairs(scored, tmp_path, monkeypatch):
+    write_feedback(scored, tmp_path, FeedbackSettings(), source="tiny")
+    monkeypatch.setattr("trl_sipo.feedback.feedback._ROWS_AT_A_TIME", 0)  # an error in the middle of writing
+    with pytest.raises(ValueError):
+        write_feedback(scored, tmp_path, FeedbackSettings(selection="all"), source="tiny")
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("*.parquet"))
+
+
 def test_no_pair_left_is_an_error_with_the_way_out(scored, tmp_path):
     with pytest.raises(DatasetError, match="smaller margin"):
         write_feedback(scored, tmp_path, FeedbackSettings(min_margin=99.0), source="tiny")

@@ -76,6 +76,9 @@ def test_defaults_are_those_of_the_protocol(material):
         (["--evaluation.max_prompts", "3"], "`evaluation.prompts` is missing"),
         (["--evaluation.prompts", "x", "--evaluation.level", "1"], "0 < level < 1"),
         (["--reward_options", "{clipscore: {}}"], "`reward_options` are given for clipscore"),
+        (["--feedback.min_margin", "wide"], "not supported between"),
+        (["--sampling.guidance_scale", "wide"], "`sampling`: .* not supported between"),
+        (["--rewards", "[a"], "`--rewards .a` is not valid YAML"),
         (["--dtype", "float8"], "`dtype` must be one of"),
     ],
 )

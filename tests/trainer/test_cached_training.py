@@ -21,7 +21,8 @@ from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.cached import Encoded, saved
 from tests.trainer.media import pairs_for
 from tests.trainer.resuming import differences, end_of
-from tests.trainer.runs import PROMPTS, changed, collate_first, logged, picture, snapshot, trained_weights
+from tests.trainer.runs import PROMPTS, Method, changed, collate_first, logged, picture, snapshot, trained_weights
+from trl_sipo import DiffusionKTOConfig, DiffusionKTOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.weightless import ENCODER_NAMES
 from trl_sipo.data.cache.buckets import BucketSampler
@@ -31,6 +32,8 @@ from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.encoding import pair_generators
 
+SFT = Method("sft", DiffusionSFTTrainer, DiffusionSFTConfig)
+KTO = Method("kto", DiffusionKTOTrainer, DiffusionKTOConfig)
 FLOAT32 = ("--dtype", "float32")
 CPU = torch.device("cpu")
 
@@ -241,6 +244,12 @@ def test_each_arm_is_encoded_in_its_own_bucket(shapes):
     expected = adapter_for(tiny_stable_diffusion())
     wide = PairedTransform((24, 40)).centred(load_preference_dataset(shapes.pairs)[12]["chosen"])
     torch.testing.assert_close(pairs[12]["chosen_latents"], expected.encode_media(wide[None])[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [SFT, KTO], ids=lambda method: method.name)
+def test_arms_of_several_shapes_are_not_taken_apart(method, shapes, tmp_path):
+    with pytest.raises(ConfigurationError, match="4 pairs of shapes, whose arms cannot be batched apart"):
+        shapes.trainer(tmp_path, shapes.cache, method=method)
 
 
 def test_batches_of_one_shape_train_and_resume(shapes, tmp_path):

@@ -10,6 +10,7 @@ from trl_sipo.demo.arm import DemoFiles
 from trl_sipo.demo.baselines_summary import Row
 from trl_sipo.demo.medium import Medium
 from trl_sipo.demo.report import number, percent, sample_sheet
+from trl_sipo.demo.settings import find_arm
 from trl_sipo.reporting.figures import Point, Series, quality_figure, trade_off_figure
 from trl_sipo.reporting.page import Page, png_bytes
 
@@ -107,22 +108,18 @@ def _figures(summary: dict[str, Any], files: DemoFiles, medium: Medium) -> dict[
 
 
 def _points(summary: dict[str, Any]) -> dict[str, list[Point]]:
-    """Per source: the base, and each method at its default (hollow) and at the chosen strength."""
+    """Per source: the base, and each method at its default (hollow) and at the chosen strength.
+
+    Methods with data of their own share a panel.
+    """
     base = summary["base"]
-    panels = {}
-    for source in summary["settings"]["arms"]:
-        rows = [row for row in summary["rows"] if row["source"] == source]
-        points = [Point("base model", [base["frechet_distance"]], [base["accuracy"]])]
-        points += [
-            Point(
-                row["label"],
-                row["final"]["frechet_distance"]["values"],
-                row["final"]["accuracy"]["values"],
-                is_hollow=not row["is_best"],
-            )
-            for row in rows
-        ]
-        panels[source.replace("_", "-")] = points
+    panels: dict[str, list[Point]] = {}
+    for row in summary["rows"]:
+        is_own = find_arm(row["method"]).source is not None
+        title = "data of their own" if is_own else row["source"].replace("_", "-")
+        points = panels.setdefault(title, [Point("base model", [base["frechet_distance"]], [base["accuracy"]])])
+        distances, accuracies = (row["final"][name]["values"] for name in ("frechet_distance", "accuracy"))
+        points.append(Point(row["label"], distances, accuracies, is_hollow=not row["is_best"]))
     return panels
 
 

@@ -112,9 +112,7 @@ def collapses(rows: Sequence[Row]) -> list[str]:
     collapsed = [row for row in rows if row["num_collapsed"]]
     if not collapsed:
         return ["No run of the table collapsed."]
-    counts = ", ".join(
-        f"{row['label']} at {row['strength']} ({row['num_collapsed']} of {row['num_seeds']})" for row in collapsed
-    )
+    counts = ", ".join(f"{_named(row)} ({row['num_collapsed']} of {row['num_seeds']})" for row in collapsed)
     return [f"Runs that collapsed, below half of the base's accuracy: {counts}."]
 
 
@@ -126,7 +124,7 @@ def verifier_gap(rows: Sequence[Row]) -> list[str]:
     gap = final[label]["accuracy"]["mean"] - final[label]["second_accuracy"]["mean"]
     return [
         f"Accuracy by the primary verifier above that by the second, with all seeds of the one above all of the "
-        f"other: {_labels(higher)}. The largest excess of the primary: {label}, {100 * gap:+.0f} points."
+        f"other: {_labels(higher)}. The largest excess of the primary: {label}, {100 * gap:+.1f} points."
     ]
 
 
@@ -149,8 +147,11 @@ def across(rows: Sequence[Row]) -> list[str]:
 
 
 def _titled(row: Row) -> str:
-    strength = f" at {row['strength']}" if row["strength"] else ""
-    return f"{row['label']}{strength} ({row['source'].replace('_', '-')})"
+    return f"{_named(row)} ({row['source'].replace('_', '-')})"
+
+
+def _named(row: Row) -> str:
+    return f"{row['label']} at {row['strength']}" if row["strength"] else row["label"]
 
 
 def _is_at_an_end(row: Row) -> bool:

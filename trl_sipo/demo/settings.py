@@ -49,7 +49,7 @@ ARMS = {
     "kto": Arm("Diffusion-KTO", "kto"),
     "mapo": Arm("MaPO", "mapo", {"beta": 0.1}),  # the weight of a margin, which no matched beta says
     "d3po": Arm("D3PO", "d3po", source="trajectories"),
-    "spin": Arm("SPIN-Diffusion, one round", "dpo", source="self_play"),
+    "spin": Arm("SPIN-Diffusion", "dpo", source="self_play"),
 }
 DEFAULT_ARMS = ("dpo", "dpo_cm", "sipo", "poly_dpo", "dpo_best")
 
@@ -61,7 +61,7 @@ SOURCES = {
     "off_policy": "pairs that the base model could not have drawn: photographs, turned and mirrored",
     "on_policy": "pairs sampled from the base model itself",
     "trajectories": "pairs of what the base model went through while sampling, step by step",
-    "self_play": "photographs, each against a sample of the base model, without a ranking",
+    "self_play": "one round of self-play: photographs, each against a sample of the base model, not ranked",
 }
 
 # Between the name of an arm and another strength: "dpo@200".

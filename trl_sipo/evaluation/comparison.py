@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models beside their base, by every reward, by category, by variety and on held-out pairs: numbers alone."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.evaluation.diversity import Variety, compare_variety
+from trl_sipo.evaluation.diversity import Variety, compare_variety, within_prompt_distances
 from trl_sipo.evaluation.held_out import HeldOutErrors, ImplicitPreference, implicit_preferences
 from trl_sipo.evaluation.statistics import Interval, by_cluster, clustered_interval, holm
 from trl_sipo.evaluation.win_rates import PairedComparison, compare, paired_outcomes
 from trl_sipo.generation.scoring import ScoredSamples
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Comparison:
         base: Name of the model that the others are compared with.
         metrics: Over all prompts.
         categories: The same by category of the prompts, where there are any.
-        variety: Candidate's name -> spread and drift; absent with one sample per prompt.
+        variety: Candidate's name -> spread and drift; absent where the base's samples of a prompt are one, or alike.
         preferences: Candidate's name -> by noise level, all of them last.
     """
 
@@ -110,7 +113,11 @@ def compare_models(
     candidates = [name for name in scored if name != base]
     options = {"level": settings.level, "num_resamples": settings.num_resamples}
     prompt_ids = scored[base].prompt_ids
-    repeated = len(set(prompt_ids)) < len(prompt_ids)
+    has_scale = base in features and any(within_prompt_distances(features[base], prompt_ids)[0])
+    if features and len(set(prompt_ids)) < len(prompt_ids) and not has_scale:
+        logger.warning(
+            "All samples of a prompt of %s are alike: variety and drift have no scale, and are left out.", base
+        )
     return Comparison(
         base=base,
         metrics=[_with_correction(row, by_row.get(id(row))) for row in rows],
@@ -118,7 +125,7 @@ def compare_models(
         variety={
             name: compare_variety(features[base], features[name], prompt_ids, **options)
             for name in candidates
-            if repeated and name in features
+            if has_scale and name in features
         },
         preferences={
             name: implicit_preferences(errors[base], errors[name], beta=beta, **options)

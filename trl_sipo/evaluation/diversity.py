@@ -8,6 +8,7 @@ the base: 1 is the distance at which two samples of the base from one prompt lie
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.evaluation.statistics import Clusters, Interval, by_cluster, clustered_interval
 from trl_sipo.rewards.base import Media
+from trl_sipo.rewards.clip_encoder import CLIPEncoder, load_encoder
+from trl_sipo.rewards.pixels import cropped_pixels
 
 Features = Callable[[Sequence[Media]], Tensor]
 """Media -> (n, features) float32."""
 
+CLIP_MODEL = "openai/clip-vit-base-patch32"
 _SIDE = 16
 _FRAMES = 4
 
@@ -44,20 +48,60 @@ class Variety:
 def pixel_features(media: Sequence[Media]) -> Tensor:
     """Colours on a 16 x 16 grid (of four frames of a video), (n, 768) or (n, 3072) float32 in [0, 1]; no weights.
 
-    They see composition and colour, no meaning. For meaning, take the image embedding of a CLIP.
+    They see composition and colour, no meaning; [`CLIPFeatures`] see that.
     """
     return torch.stack([_grid(medium) for medium in media])
 
 
+@dataclass(frozen=True)
+class CLIPFeatures:
+    """Image embeddings of a CLIP, of length 1; of a video, those of four frames. They see what is shown.
+
+    Args:
+        encoder: As `load_encoder` gives it.
+    """
+
+    encoder: CLIPEncoder
+
+    @torch.inference_mode()
+    def __call__(self, media: Sequence[Media]) -> Tensor:
+        """(n, width) or (n, 4 * width) float32 on the CPU."""
+        frames = [frame for medium in media for frame in _frames_of(medium)]
+        pixels = cropped_pixels([frame.convert("RGB") for frame in frames], self.encoder.side)
+        return self.encoder.images(pixels).cpu().reshape(len(media), -1)
+
+
 def _grid(medium: Media) -> Tensor:
-    frames = [medium] if isinstance(medium, Image.Image) else _spread_frames(medium)
-    small = [frame.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for frame in frames]
+    small = [frame.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX) for frame in _frames_of(medium)]
     return torch.from_numpy(np.stack([np.asarray(frame, dtype=np.float32) for frame in small]) / 255).flatten()
 
 
-def _spread_frames(video: np.ndarray) -> list[Image.Image]:
-    positions = np.linspace(0, len(video) - 1, _FRAMES).round().astype(int)
-    return [Image.fromarray(video[position]) for position in positions]
+def _frames_of(medium: Media) -> list[Image.Image]:
+    """The image, or four frames of a video from its first to its last."""
+    if isinstance(medium, Image.Image):
+        return [medium]
+    positions = np.linspace(0, len(medium) - 1, _FRAMES).round().astype(int)
+    return [Image.fromarray(medium[position]) for position in positions]
+
+
+def load_features(spec: str, device: Any = "cpu") -> tuple[Features, str]:
+    """What variety and drift are measured on, and its name for reports.
+
+    Args:
+        spec: "pixels"; "clip", which takes `CLIP_MODEL`; or "clip:MODEL", a folder or hub id.
+        device: Of CLIP.
+
+    Raises:
+        ConfigurationError: Another one, or weights that do not load.
+    """
+    kind, _, model = spec.partition(":")
+    if spec == "pixels":
+        return pixel_features, "colours on a 16 x 16 grid"
+    if kind != "clip":
+        raise ConfigurationError(f"`--features` must be pixels, clip or clip:MODEL, got {spec!r}.")
+    model = model or CLIP_MODEL
+    encoder = load_encoder(model, None, revision=None, unescape=False, device=device, dtype="float32")
+    return CLIPFeatures(encoder), f"image embeddings of {model}"
 
 
 def within_prompt_distances(features: Tensor, prompt_ids: Sequence[str]) -> tuple[list[float], list[str]]:

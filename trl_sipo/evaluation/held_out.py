@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.beta import to_diffusion_dpo_beta
+from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 from trl_sipo.evaluation.statistics import Interval, by_cluster, clustered_interval
@@ -65,42 +66,60 @@ class ImplicitPreference:
 
 @torch.no_grad()
 def held_out_errors(
-    adapter: BackboneAdapter, rows: Any, args: DiffusionPreferenceConfig, *, show_progress: bool = True
+    adapter: BackboneAdapter,
+    rows: Any,
+    args: DiffusionPreferenceConfig,
+    *,
+    max_pairs: int | None = None,
+    is_known_to_fit: bool = False,
+    show_progress: bool = True,
 ) -> HeldOutErrors:
     """A model's errors on every pair; every process of the run must call it, and takes its share.
+
+    Pairs that are labelled as ties are left out, also of a cache that has them.
 
     Args:
         adapter: Of the model as it is to be measured, its LoRA on.
         rows: A preference dataset, as [`load_preference_dataset`] gives it.
         args: Resolution, frames, number of noise levels and their seed, as for `trainer.evaluate()`.
+        max_pairs: Take the first ones only.
+        is_known_to_fit: An encoded cache was held against a model with the same encoders, and is not again: the files
+            of a checkpoint are not those of the model that it was tuned from.
 
     Raises:
         DatasetError: No pairs, or such as the model does not take.
         NumericalError: An error that is not finite.
     """
     size = args.size or adapter.default_size
-    pairs = as_tensors(rows, adapter, args, size, "held-out")
+    is_checked = is_known_to_fit and isinstance(rows, CachedPairs)
+    pairs = rows if is_checked else as_tensors(rows, adapter, args, size, "held-out")
     if not hasattr(pairs, "__len__") or not len(pairs):
         raise DatasetError("The held-out pairs are a stream, or there are none: give a dataset with some.")
     levels = evaluation_levels(adapter, training_schedule(adapter, args, size), args)
     encode = PairEncoder(adapter, sample_posterior=False, caption_dropout=0.0)
     collate, device, state = DataCollatorForDiffusionPreference(), adapter.pipeline.device, process_state()
-    share = range(state.process_index, len(pairs), state.num_processes)
+    share = range(len(pairs))[:max_pairs][state.process_index :: state.num_processes]
     denoiser, found = adapter.denoiser, []
     was_training = denoiser.training
     denoiser.eval()
     is_shown = show_progress and state.is_main_process
     for number in tqdm(share, desc="Held-out pairs", disable=not is_shown):
-        inputs = collate([pairs[number]])
+        pair = pairs[number]
+        if pair.get("label") == 0.5:
+            continue
+        inputs = collate([pair])
         encoded = encode(inputs, device, [], training=False)
         errors = [_errors(adapter, encoded, level, inputs, args, place) for place, level in enumerate(levels.values())]
         found.append((number, inputs["prompt"][0], torch.stack(errors).cpu()))
     denoiser.train(was_training)
     rows_of_all = sorted(gather_object(found), key=lambda row: row[0])
+    if not rows_of_all:
+        raise DatasetError("All held-out pairs are ties, which prefer nothing.")
     both = torch.stack([errors for _, _, errors in rows_of_all], dim=-1)  # (levels, 2, pairs)
     broken = (~both.isfinite()).any(0).any(0).nonzero()
     if len(broken):
-        raise NumericalError(f"The model's error on held-out pair {int(broken[0])} is not finite: try another dtype.")
+        number = rows_of_all[int(broken[0])][0]
+        raise NumericalError(f"The model's error on held-out pair {number} is not finite: try another dtype.")
     return HeldOutErrors(tuple(levels), tuple(prompt for _, prompt, _ in rows_of_all), both[:, 0], both[:, 1])
 
 

@@ -85,7 +85,7 @@ def write_feedback(scored: ScoredSamples, output: Path, settings: FeedbackSettin
         The report, as it is written.
 
     Raises:
-        DatasetError: No pair is left.
+        DatasetError: No pair is left, or all are held out.
         StorageError: A file cannot be written.
     """
     samples = as_sample_scores(scored)
@@ -107,7 +107,12 @@ def write_feedback(scored: ScoredSamples, output: Path, settings: FeedbackSettin
         PAIRS_FILE: [pair for pair in pairs if pair.prompt_id not in held],
         HELD_OUT_FILE: [pair for pair in pairs if pair.prompt_id in held],
     }
-    for name in (*groups, SFT_FILE):  # of a run with other settings: nothing of it may pass for this one's
+    if not groups[PAIRS_FILE]:
+        raise DatasetError(
+            f"All {len(pairs)} pairs are held out with held_out_share={settings.held_out_share}, and none is left to "
+            "train on. Hold out a smaller share, or give more prompts."
+        )
+    for name in (REPORT_FILE, *groups, SFT_FILE):  # of other settings: nothing may pass for these
         (output / name).unlink(missing_ok=True)
     for name, group in groups.items():
         if group:

@@ -45,7 +45,7 @@ class SampleScores:
             if np.ptp(values) == 0:  # their standard deviation may be 1e-17
                 raise DatasetError(
                     f"Reward {name!r} scores all {len(values)} samples {values[0]:g}: it prefers none. Leave it out, "
-                    "or draw more varied samples (more of them, or without a fixed seed)."
+                    "or draw more samples, of prompts on which it can tell them apart."
                 )
             scaled = values / values.std()
             columns.append(scaled if self.higher_is_better[name] else -scaled)

@@ -107,7 +107,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Any]) -> None:
                 f"({SETTINGS_FILE} is missing). Give another one."
             )
         return
-    differences = _differences(read_settings(folder), wanted)
+    differences = setting_differences(read_settings(folder), wanted)[:_SHOWN_DIFFERENCES]
     if differences:
         shown = "; ".join(f"{name}: {found!r} there, {now!r} now" for name, found, now in differences)
         raise ConfigurationError(
@@ -116,10 +116,11 @@ def check_folder(folder: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def setting_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names, written with points, of what two trees of settings do not share, and both values."""
     before, now = _flat(found), _flat(wanted)
     names = [name for name in {**before, **now} if name != _FOR_THE_RECORD and before.get(name) != now.get(name)]
-    return [(name, before.get(name), now.get(name)) for name in names[:_SHOWN_DIFFERENCES]]
+    return [(name, before.get(name), now.get(name)) for name in names]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 
-from trl_sipo.adapters import adapter_for, load_pipeline
+from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.errors import BackboneError, ConfigurationError
 from trl_sipo.generation.names import check_folder_names
@@ -82,6 +82,19 @@ def _split_lora(model: str) -> tuple[str, str | None]:
         return model, None
     there = (pair for pair in splits if all(Path(part).expanduser().exists() for part in pair))
     return next(there, splits[-1])
+
+
+def check_models(specs: Sequence[ModelSpec]) -> None:
+    """Look whether each model and its LoRA are where they are said to be, before one of them works for hours.
+
+    Raises:
+        BackboneError: One is not there, or no adapter knows its pipeline.
+    """
+    for spec in specs:
+        base, lora = _base_and_lora(spec)
+        denoiser_names(base)
+        if lora is not None:
+            _check_lora_location(Path(lora).expanduser(), lora)
 
 
 def load_model(

@@ -13,6 +13,7 @@ import yaml
 
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.feedback.feedback import FeedbackSettings
+from trl_sipo.feedback.pairing import check_pairing
 from trl_sipo.generation.models import DTYPES
 from trl_sipo.generation.sampling import SamplingSettings
 from trl_sipo.trainer.methods import method_classes
@@ -114,7 +115,6 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         check_types(self, object)
-        _check_choice("method", self.method, None)
         _check_choice("mode", self.mode, MODES)
         _check_choice("dtype", self.dtype, DTYPES)
         if self.reference is None:
@@ -143,9 +143,9 @@ class OnlineConfig:
                 raise ConfigurationError("`sampling.samples_per_prompt` must be at least 2: a pair is two samples.")
         elif self.real_data is None:
             raise ConfigurationError("`mode: self_play` needs `real_data`, a dataset with a `prompt` and an `image`.")
-        unused = FeedbackSettings(sft_per_prompt=0)
+        check_pairing(self.feedback.selection, self.feedback.combine, {}, self.feedback.min_margin, ["any"])
         for name in ("held_out_share", "sft_per_prompt"):
-            if getattr(self.feedback, name) != getattr(unused, name):
+            if getattr(self.feedback, name) != 0:
                 raise ConfigurationError(
                     f"`feedback.{name}` has no use in rounds: every pair is trained on, and `evaluation` has prompts "
                     "of its own. Remove it."
@@ -241,12 +241,12 @@ def _made(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     missing = [name for name in required if name not in settings]
     if missing:
         raise ConfigurationError(f"`{where}{missing[0]}` is missing.")
-    return kind(
-        **{
-            name: [value] if name == "rewards" and isinstance(value, str) else value
-            for name, value in settings.items()
-        }
-    )  # one reward may stand for a list of one
+    rewards = settings.get("rewards")
+    listed = {"rewards": [rewards]} if isinstance(rewards, str) else {}  # one may stand for a list of one
+    try:
+        return kind(**{**settings, **listed})
+    except TypeError as error:  # a text in place of a number
+        raise ConfigurationError(f"`{where.rstrip('.') or 'settings'}`: {error}.") from error
 
 
 def _field_names(kind: Any) -> set[str]:
@@ -259,10 +259,8 @@ def _check_known(settings: Mapping[str, Any], known: set[str], where: str) -> No
         raise ConfigurationError(f"Unknown setting `{where}{unknown[0]}`; known are {', '.join(sorted(known))}.")
 
 
-def _check_choice(name: str, value: Any, known: Sequence[str] | None) -> None:
-    if known is None:
-        method_classes(value)
-    elif value not in known:
+def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
         raise ConfigurationError(f"`{name}` must be one of {', '.join(known)}; got {value!r}.")
 
 
@@ -311,7 +309,10 @@ def with_overrides(settings: Mapping[str, Any], words: Sequence[str]) -> dict[st
     for name, values in _options(words).items():
         if not values:
             raise ConfigurationError(f"`--{name}` needs a value.")
-        parsed = [_parsed(value) for value in values]
+        try:
+            parsed = [_parsed(value) for value in values]
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"`--{name} {' '.join(values)}` is not valid YAML: {error}") from error
         head, _, rest = name.partition(".")
         if not rest:
             merged[head] = parsed if len(parsed) > 1 else parsed[0]

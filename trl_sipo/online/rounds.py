@@ -120,8 +120,8 @@ def run_rounds(config: OnlineConfig, *, on_round: Callable[[dict[str, Any]], Non
         on_round: Called on the main process with the record of each round.
 
     Returns:
-        What `online.json` holds: "config", "base" (the base model's evaluation), "rounds" and "weights", one entry
-        for each policy and each round's data that it was measured on.
+        What `online.json` holds: "config"; "rounds", the record of each; and "weights", an entry for each policy and
+        each round's data that it was measured on.
 
     Raises:
         ConfigurationError: Settings that make no sense, or another run's folder.
@@ -145,8 +145,7 @@ def run_rounds(config: OnlineConfig, *, on_round: Callable[[dict[str, Any]], Non
                 key=lambda entry: (entry["policy"], entry["data"]),
             ),
         }
-        if run.is_main:
-            _write_json(Path(config.output) / "online.json", summary)
+        from_main(lambda: _write_json(Path(config.output) / "online.json", summary))
         return summary
 
 
@@ -199,15 +198,11 @@ def _claim(config: OnlineConfig) -> None:
 def _run_round(run: _Run, number: int, base: Measured | None) -> dict[str, Any]:
     """The record of a round; what is missing of it is done."""
     folder = run.folder(number)
-    if (folder / "round.json").is_file():
-        return _read_json(folder / "round.json")
-    data = _marked(run, folder / "data.json", lambda: _make_data(run, number))
-    training = _marked(run, folder / "training.json", lambda: _train(run, number))
-    return _marked(
-        run,
-        folder / "round.json",
-        lambda: _joined(data, training, _measure_policy(run, number, base)),
-    )
+    if from_main((folder / "round.json").is_file):
+        return from_main(lambda: _read_json(folder / "round.json"))
+    data = _marked(folder / "data.json", lambda: _make_data(run, number))
+    training = _marked(folder / "training.json", lambda: _train(run, number))
+    return _marked(folder / "round.json", lambda: _joined(data, training, _measure_policy(run, number, base)))
 
 
 def _joined(*records: dict[str, Any]) -> dict[str, Any]:
@@ -216,40 +211,50 @@ def _joined(*records: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for record in records for name, value in record.items()}, "weights": weights}
 
 
-def _marked(run: _Run, path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _marked(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `work` says, and how long it took; read instead where it is done. The file is written when it is."""
-    if path.is_file():
-        return _read_json(path)
+    known = from_main(lambda: _read_json(path) if path.is_file() else None)
+    if known is not None:
+        return known
     started = time.perf_counter()
     record = work()
-    record[f"{path.stem}_seconds"] = round(time.perf_counter() - started, 2)
-    if run.is_main:
-        _write_json(path, record)
-    process_state().wait_for_everyone()
-    return record
+
+    def write() -> dict[str, Any]:
+        timed = {**record, f"{path.stem}_seconds": round(time.perf_counter() - started, 2)}
+        _write_json(path, timed)
+        return timed
+
+    return from_main(write)
 
 
 def _make_data(run: _Run, number: int) -> dict[str, Any]:
     """Prompts, samples, scores and pairs of a round."""
     config, folder, prompts = run.config, run.folder(number), round_prompts(run.config, number)
-    if run.is_main:
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in prompts)
-        write_whole(folder / "prompts.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    lines = "".join(json.dumps(asdict(record)) + "\n" for record in prompts)
+    from_main(lambda: _write_text(folder / "prompts.jsonl", lines))
     policy, samples = run.load(number), folder / "samples"
     name, sampling = run.spec(number).name, round_sampling(config, number)
     draw_samples(policy, prompts, samples, sampling, batch_size=config.sampling_batch_size, name=name)
-    record: dict[str, Any] = {"round": number, "prompts": len(prompts), "rewards": {}}
-    if run.ranking:
-        scored = score_samples(samples, run.ranking, batch_size=config.scoring_batch_size)
-        record["rewards"] = {name: float(values.mean()) for name, values in scored.scores.items()}
-    if run.is_main and run.real is not None:
-        record["pairs"] = write_self_play_pairs(config, number, folder, run.real)
-    elif run.is_main:
+    scored = score_samples(samples, run.ranking, batch_size=config.scoring_batch_size) if run.ranking else None
+    return {
+        "round": number,
+        "prompts": len(prompts),
+        "samples": len(prompts) * config.sampling.samples_per_prompt,
+        "rewards": {name: float(values.mean()) for name, values in scored.scores.items()} if scored else {},
+        "pairs": from_main(lambda: _write_pairs(run, number, scored)),
+        "weights": _weights(run, policy, number, [number]),
+    }
+
+
+def _write_pairs(run: _Run, number: int, scored: ScoredSamples | None) -> int:
+    """Scores and pairs of a round; returns the number of pairs."""
+    config, folder = run.config, run.folder(number)
+    if scored is not None:
         scored.write(folder / "scores.parquet")
-        record["pairs"] = write_feedback(scored, folder, config.feedback, source=name)["pairs"]
-    process_state().wait_for_everyone()
-    record["samples"] = len(prompts) * config.sampling.samples_per_prompt
-    return {**record, "weights": _weights(run, policy, number, [number])}
+    if run.real is not None:
+        return write_self_play_pairs(config, number, folder, run.real)
+    assert scored is not None, "the mode `reward` has rewards"
+    return write_feedback(scored, folder, config.feedback, source=run.spec(number).name)["pairs"]
 
 
 def _train(run: _Run, number: int) -> dict[str, Any]:
@@ -331,5 +336,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, default=str) + "\n"
+    _write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

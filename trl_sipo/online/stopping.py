@@ -5,23 +5,31 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from trl_sipo.errors import RoundsPreempted
 
 
+@dataclass(frozen=True)
+class _Leave:
+    """A handler of signals that ends the run."""
+
+    folder: str
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise RoundsPreempted(self.folder)
+
+
 @contextmanager
 def leaving_on_sigterm(folder: str) -> Iterator[None]:
     """Raise [`RoundsPreempted`] when SIGTERM comes, in the main thread, unless the program handles it by itself."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise RoundsPreempted(folder)
-
-    if not _is_free():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, _Leave(folder))
     try:
         yield
     finally:
@@ -31,16 +39,12 @@ def leaving_on_sigterm(folder: str) -> Iterator[None]:
 @contextmanager
 def trainer_takes_sigterm() -> Iterator[None]:
     """Within, SIGTERM is the trainer's, which finishes its step and saves."""
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGTERM)
+    if not isinstance(handler, _Leave):
         yield
         return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _is_free() -> bool:
-    is_main = threading.current_thread() is threading.main_thread()
-    return is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

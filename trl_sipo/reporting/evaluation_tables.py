@@ -65,6 +65,11 @@ def verdict(report: Report) -> list[str]:
             f"{with_interval(rate, percent=True)}, p {_equals(corrected)} corrected for "
             f"{_num_tests(report)} comparison{'s' * (_num_tests(report) > 1)}."
         )
+    for name, differences in report.get("drawn_otherwise", {}).items():
+        sentences.append(
+            f"{name} was drawn otherwise than {report['base']}, so that not the weights alone are compared: "
+            f"{'; '.join(differences)}."
+        )
     for name, variety in report["variety"].items():
         spread = variety["relative_spread"]
         if spread["high"] is not None and spread["high"] < 1:
@@ -212,12 +217,17 @@ def _plain(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """The report as Markdown."""
-    lines = [f"# {report['title']}", "", *[f"- {_escaped(sentence)}" for sentence in verdict(report)], ""]
+    lines = [f"# {_escaped(report['title'])}", "", *[f"- {_escaped(sentence)}" for sentence in verdict(report)], ""]
     for table in tables(report):
         lines += markdown_table(table)
     settings = json.dumps(report["settings"], indent=1)
-    lines += ["## How it was made", "", f"`{report['command']}`", "", "```json", settings, "```", ""]
+    lines += ["## How it was made", "", *_code(report["command"]), "", "```json", settings, "```", ""]
     return "\n".join(lines)
+
+
+def _code(text: str) -> list[str]:
+    """Indented, which no character of the text can end."""
+    return [f"    {line}" for line in text.splitlines()]
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -151,6 +151,7 @@ def quality_figure(
     for axes, (label, series) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, series)
         _clean(axes, label, x_label, "")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xscale(x_scale)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
@@ -166,7 +167,7 @@ def trade_off_figure(panels: Mapping[str, Sequence[Point]], labels: tuple[str, s
         labels: What the measures are.
     """
     rows = -(-len(panels) // columns)
-    figure = _figure(figsize=(4.6 * columns, 3.6 * rows))
+    figure = _figure(figsize=(4.8 * columns, 3.8 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     names = list(dict.fromkeys(point.label for points in panels.values() for point in points))
     handles = {}
@@ -177,11 +178,21 @@ def trade_off_figure(panels: Mapping[str, Sequence[Point]], labels: tuple[str, s
             if not point.is_hollow:
                 handles[point.label] = bars
         _clean(axes, title, *labels)
-        axes.set_xscale("log")
+        _plain_log_axis(axes)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
     return figure
+
+
+def _plain_log_axis(axes) -> None:
+    """Few ticks with plain numbers, also where the axis spans less than a power of ten."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
 def _draw_point(axes, point: Point, colour: str, marker: str):

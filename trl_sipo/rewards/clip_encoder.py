@@ -45,9 +45,10 @@ class CLIPEncoder:
         Returns:
             (n,) float32 in [-1, 1], on the model's device.
         """
-        return (self._images(pixels) * self._texts(prompts)).sum(-1)
+        return (self.images(pixels) * self._texts(prompts)).sum(-1)
 
-    def _images(self, pixels: torch.Tensor) -> torch.Tensor:
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embeddings of length 1, (n, width) float32 on the model's device; `pixels` as for [`cosine`]."""
         pixels = pixels.to(self.model.device, self.model.dtype)
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 

@@ -32,7 +32,7 @@ def open_rewards(
     Raises:
         ConfigurationError: See [`load_reward`].
     """
-    rewards = []
+    rewards: list[Reward] = []
     for spec in specs:
         reward = load_reward(spec, device=device, **options.get(spec, {}))
         close = getattr(reward, "close", None)

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import platform
 import shlex
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from trl_sipo.evaluation.evaluate import HeldOutData, Measured
     from trl_sipo.reporting.evaluation_page import Grid
 
+_LONGEST_NAME = 80  # of a reward, in the name of a file
 _PACKAGES = ("trl-sipo", "torch", "diffusers", "transformers")
 
 
@@ -56,6 +58,7 @@ def make_parser(prog: str = "trl-sipo evaluate") -> argparse.ArgumentParser:
     add("--eval_noise_levels", type=int, default=10, metavar="N", help="default: %(default)s")
     add("--beta", type=float, help="of implicit margins, in the Diffusion-DPO convention (default: Diffusion-DPO's)")
     add = parser.add_argument_group("report").add_argument
+    add("--features", default="pixels", help="of variety and drift: pixels, clip or clip:MODEL (default: %(default)s)")
     add("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     add("--num_resamples", type=int, default=2000, help="of the bootstrap (default: %(default)s)")
     add("--num_shown", type=int, default=6, help="largest wins and losses in a picture (default: %(default)s)")
@@ -69,6 +72,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"`--{name}` must be at least 1, got {value}.")
+    if arguments.beta is not None and not 0 < arguments.beta < math.inf:
+        raise ConfigurationError(f"`--beta` must be a positive number, got {arguments.beta}.")
     if len(arguments.models) < 2:
         raise ConfigurationError(
             "`--models` takes two or more, the base first: base=org/model tuned=org/model+runs/sipo. To score one "
@@ -91,8 +96,6 @@ def held_out_data(arguments: argparse.Namespace) -> "HeldOutData | None":
         format=arguments.dataset_format,
         media_folder=arguments.dataset_media_folder,
     )
-    if arguments.max_pairs is not None and hasattr(rows, "select"):
-        rows = rows.select(range(min(arguments.max_pairs, len(rows))))
     size = None if arguments.height is None else [arguments.height, arguments.width or arguments.height]
     options = {"num_frames": arguments.num_frames, "frame_rate": arguments.frame_rate, "beta": arguments.beta}
     args = DiffusionDPOConfig(  # nothing is trained, nor written there
@@ -105,7 +108,7 @@ def held_out_data(arguments: argparse.Namespace) -> "HeldOutData | None":
         report_to="none",
         **{name: value for name, value in options.items() if value is not None},
     )
-    return HeldOutData(rows, f"{arguments.dataset_name}/{arguments.dataset_split}", args)
+    return HeldOutData(rows, f"{arguments.dataset_name}/{arguments.dataset_split}", args, arguments.max_pairs)
 
 
 def run(command: str, argv: list[str]) -> None:
@@ -118,19 +121,23 @@ def run(command: str, argv: list[str]) -> None:
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     check_arguments(arguments)
     from trl_sipo.evaluation.comparison import StatisticsSettings, compare_models
+    from trl_sipo.evaluation.diversity import load_features
     from trl_sipo.evaluation.evaluate import as_json, measure_models
-    from trl_sipo.generation.models import parse_models
+    from trl_sipo.generation.models import check_models, parse_models
     from trl_sipo.generation.processes import process_state
     from trl_sipo.trainer.diffusion_dpo_config import DiffusionDPOConfig
 
     specs, sampling = parse_models(arguments.models), sampling_settings(arguments)
     statistics = StatisticsSettings(arguments.level, arguments.num_resamples, arguments.seed)
     prompts, held_out = chosen_prompts(arguments), held_out_data(arguments)
+    check_models(specs)
+    features, features_name = load_features(arguments.features, arguments.device or process_state().device)
     with ExitStack() as stack:
         rewards = opened_rewards(arguments, arguments.output / SCORES_CACHE, stack)
         measured = measure_models(
             *(specs, prompts, rewards, arguments.output, sampling),
             held_out=held_out,
+            features=features,
             dtype=arguments.dtype,
             device=arguments.device,
             sampling_batch_size=arguments.sampling_batch_size,
@@ -148,7 +155,8 @@ def run(command: str, argv: list[str]) -> None:
         "models": [str(spec) for spec in specs],
         "prompts": {"set": arguments.prompts, "number": len(prompts)},
         "settings": as_json({**sampling.__dict__, **statistics.__dict__, "dtype": arguments.dtype}),
-        "features": "colours on a 16 x 16 grid",
+        "drawn_otherwise": dict(measured.drawn_otherwise),
+        "features": features_name,
         "beta": beta,
         "rewards": _rewards(measured),
         **as_json(comparison),
@@ -190,7 +198,7 @@ def change_grids(measured: "Measured", base: str, count: int) -> list["Grid"]:
 
 
 def _file_name(metric: str) -> str:
-    return "".join(char if char.isalnum() or char in "._-" else "_" for char in metric)
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in metric)[:_LONGEST_NAME]
 
 
 def write_report(output: Path, report: Mapping[str, Any], grids: list["Grid"]) -> None:

@@ -5,7 +5,7 @@ Each arm of a pair goes to the bucket nearest to its own shape. A batch holds pa
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,10 @@ class BucketTransform:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As of a [`PairedTransform`] without randomness."""
         return self._arm(chosen), self._arm(rejected)
+
+    def of_arms(self, arms: Iterable[Media], generator: torch.Generator | None = None) -> list[torch.Tensor]:
+        """Likewise, of the arms of a sample."""
+        return [self._arm(media) for media in arms]
 
     def _arm(self, media: Media) -> torch.Tensor:
         return PairedTransform(nearest_bucket(*picture_size(media), self.sizes)).centred(media)
