@@ -272,7 +272,7 @@ def test_settings_of_what_a_method_has_not_are_refused(method, options, tmp_path
     ("method", "options"),
     [(KTO, {"desirable_weight": 0.0}), (KTO, {"undesirable_weight": float("nan")}), (MAPO, {"snr_value": -1.0}),
      (MAPO, {"beta": 0.0}), (KTO, {"desirable_weight": "much"})],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(method, options, tmp_path):
     with pytest.raises(ConfigurationError, match=next(iter(options))):
