@@ -44,4 +44,4 @@ def test_a_base_without_variety_leaves_it_out_and_keeps_the_rest(caplog):
     features = {"base": torch.ones(8, 3), "tuned": torch.randn(8, 3)}
     compared = compare_models(models, features, {}, base="base", beta=1.0, settings=FAST)
     assert compared.variety == {} and len(compared.metrics) == 2 and len(compared.categories) == 4
-    assert "no scale for variety" in caplog.text
+    assert "variety and drift have no scale" in caplog.text
