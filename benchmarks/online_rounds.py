@@ -205,9 +205,9 @@ def draw_figures(found: Mapping[str, Any], output: Path) -> None:
 
 
 def main() -> None:
-    """Run, aggregate, and write numbers, table and figures."""
+    """Run, aggregate, write numbers and figures, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="where numbers, table and figures go")
+    parser.add_argument("--output", type=Path, required=True, help="where numbers and figures go")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs go")
     parser.add_argument("--arms", nargs="+", default=["dpo", "sipo", "dpo_200"], choices=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -224,9 +224,7 @@ def main() -> None:
     numbers = {"arms": found, "differences": differences}
     (arguments.output / "online.json").write_text(json.dumps(numbers, indent=1) + "\n")
     draw_figures(found, arguments.output)
-    text = table(found)
-    (arguments.output / "table.md").write_text(text + "\n")
-    print(text)
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def _metric_row(
     settings: StatisticsSettings,
 ) -> MetricRow:
     kept = [i for i, sample in enumerate(samples.samples) if category is None or sample.record.category == category]
-    prompt_ids = [samples.prompt_ids[i] for i in kept]
+    prompt_ids = [samples.samples[i].record.prompt_id for i in kept]
     own, others = samples.scores[metric][kept], base.scores[metric][kept]
     options = {"level": settings.level, "num_resamples": settings.num_resamples, "seed": settings.seed}
     against = None
