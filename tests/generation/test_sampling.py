@@ -95,6 +95,7 @@ def test_any_missing_samples_are_drawn_again_to_the_same_bytes(undisturbed, tmp_
 
 
 def test_ctrl_c_leaves_whole_files_alone(undisturbed, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this was started in background
     pipeline, calls = tiny_stable_diffusion(), []
 
     def interrupt(*_):
@@ -105,6 +106,7 @@ def test_ctrl_c_leaves_whole_files_alone(undisturbed, tmp_path):
     handle = pipeline.unet.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         draw_samples(pipeline, prompt_set(), tmp_path, SETTINGS, batch_size=2)
+    signal.signal(signal.SIGINT, before)
     whole = contents(undisturbed)
     left = contents(tmp_path)
     assert left.items() <= whole.items() and len(left) == 2 + 4

@@ -204,6 +204,7 @@ def test_we_unpickle_nothing_ourselves():
     """`torch.load` is safe only where it says so, for PyTorch's default has changed once."""
     sources = {path: read(path) for path in (ROOT / "trl_sipo").rglob("*.py")}
     for path, text in sources.items():
+        text = text.replace("from pickle import UnpicklingError\n", "")  # what `torch.load` raises
         assert not re.search(r"^\s*(import|from) (pickle|dill|joblib|cloudpickle|marshal|shelve)\b", text, re.M), path
         assert not re.search(r"\b(eval|exec)\(|yaml\.(unsafe_|full_)?load\(|allow_pickle=True|shell=True", text) or (
             ".eval()" in text and not re.search(r"(?<!\.)\b(eval|exec)\(", text)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from trl_sipo.generation.models import DTYPES
 from trl_sipo.generation.sampling import SamplingSettings
 from trl_sipo.trainer.methods import method_classes
 from trl_sipo.trainer.setting_types import check_types
+from trl_sipo.yaml_files import parse_yaml, read_yaml
 
 MODES = ("reward", "self_play")
 REFERENCES = ("fixed", "refreshed")
@@ -167,6 +167,8 @@ class OnlineConfig:
         _check_known(self.training, known - set(_OWN_TRAINING_SETTINGS), "training.")
         if method_classes(self.method)[0].arms != "pair":
             raise ConfigurationError(f"`method: {self.method}` learns from single images, and rounds make pairs.")
+        if method_classes(self.method)[0].reads_trajectories:
+            raise ConfigurationError(f"`method: {self.method}` reads recorded trajectories, and rounds make images.")
         self.training_arguments(Path(self.output), 0)
 
     @property
@@ -267,36 +269,16 @@ def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------- YAML, argv
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, which takes 1e-5 for a text, with the numbers of YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
-
-
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Nested settings of a YAML file.
 
     Raises:
         ConfigurationError: It cannot be read, or is no mapping.
     """
-    try:
-        settings = _parsed(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The configuration file {str(path)!r} is not valid YAML: {error}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ConfigurationError(f"The configuration file {str(path)!r} holds no settings by name.")
     return settings
-
-
-def _parsed(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a safe loader
 
 
 def with_overrides(settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -310,8 +292,8 @@ def with_overrides(settings: Mapping[str, Any], words: Sequence[str]) -> dict[st
         if not values:
             raise ConfigurationError(f"`--{name}` needs a value.")
         try:
-            parsed = [_parsed(value) for value in values]
-        except yaml.YAMLError as error:
+            parsed = [parse_yaml(value) for value in values]
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigurationError(f"`--{name} {' '.join(values)}` is not valid YAML: {error}") from error
         head, _, rest = name.partition(".")
         if not rest:

@@ -7,10 +7,10 @@ Safetensors is what is read. Where a reward was published as a pickle of PyTorch
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +60,7 @@ def load_model(model_class: type[Model], name: str, *, revision: str | None, dty
         return model_class.from_pretrained(
             folder, use_safetensors=name not in ONLY_PICKLES, dtype=torch_dtype(dtype)
         ).eval()
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise ConfigurationError(
             f"The {model_class.__name__} in {folder} does not load: {_reason(error)} It needs config.json and "
             f"weights as safetensors; to fetch them: hf download {name}"
@@ -115,7 +115,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ConfigurationError(
             f"{file} is not read: {_reason(error)} It must be safetensors, or a file of PyTorch that holds tensors "
             "alone. Download it again; if it is yours, save `model.state_dict()` as safetensors."
@@ -192,7 +192,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # its own text advises to read the file unsafely
+    if isinstance(error, UnpicklingError):  # its own text advises to read the file unsafely
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         return f"its pickle asks for {wanted[1]}." if wanted else "it is no file of tensors."
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_sipo.errors import EXPECTED_ERRORS, ConfigurationError, Preempted
+from trl_sipo.printing import ArgumentParser
 from trl_sipo.scripts.sampling_options import print_table
 
 _PACKAGES = ("trl-sipo", "torch", "diffusers", "transformers")
@@ -21,7 +22,7 @@ _PACKAGES = ("trl-sipo", "torch", "diffusers", "transformers")
 
 def make_parser(prog: str = "trl-sipo online") -> argparse.ArgumentParser:
     """The one option that is no setting; the others are those of `trl_sipo.online.config`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description="Draw samples of a model, rank them, train on the pairs, and do it again, for several rounds. "
         "Every setting of the file can be overridden: --rounds 3 --training.beta 2000. A run that was stopped goes on "

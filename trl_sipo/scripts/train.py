@@ -4,15 +4,12 @@
 Also a script for Accelerate: `accelerate launch -m trl_sipo.scripts.train sipo --config file.yaml`.
 """
 
-import itertools
 import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from trl_sipo.errors import (
     EXPECTED_ERRORS,
@@ -22,11 +19,10 @@ from trl_sipo.errors import (
 from trl_sipo.printing import ArgumentParser, printable, words_without_secrets
 from trl_sipo.trainer.checkpoint_files import checkpoint_to_resume
 from trl_sipo.trainer.methods import METHODS, method_classes
+from trl_sipo.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from trl import TrlParser
-
-_MOST_SETTINGS = 100_000  # values in a configuration file, with what its references stand for
 
 
 @dataclass
@@ -163,51 +159,14 @@ def parse_with(parser: "TrlParser", argv: list[str], defaults: dict[str, Any] | 
     parser.set_defaults(**(defaults or {}))
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
-        _check_config_file(*argv[argv.index("--config") + 1 :][:1])
+        path = next(iter(argv[argv.index("--config") + 1 :]), None)
+        if path is None:
+            raise ConfigurationError("`--config` needs the path of a YAML file.")
+        read_yaml(path)
     try:
         return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
-
-
-def _check_config_file(path: str | None = None) -> None:
-    if path is None:
-        raise ConfigurationError("`--config` needs the path of a YAML file.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            _check_size(_SafeLoaderOfUniqueKeys(file).get_single_data())
-    except OSError as error:
-        raise ConfigurationError(f"The configuration file {path!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"The configuration file {path!r} is not valid YAML: {error}") from error
-
-
-class _SafeLoaderOfUniqueKeys(yaml.SafeLoader):
-    """YAML's own, which of two values under one key would drop the first without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Raise ValueError when a key stands twice; on the text as it is, before `<<` adds keys of other places."""
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                name, line = (key.tag, key.value), key.start_mark.line + 1
-                if name in lines:
-                    raise ValueError(f"the key {key.value!r:.80} stands twice, in lines {lines[name]} and {line}")
-                lines[name] = line
-        return node
-
-
-def _check_size(content: Any) -> None:
-    """Raise ValueError when references to references (`*name`) stand for more than a file of settings can hold."""
-    values = [content]
-    for count in itertools.count():
-        if not values:
-            return
-        if count > _MOST_SETTINGS:
-            raise ValueError(f"it holds more than {_MOST_SETTINGS} values")
-        value = values.pop()
-        values.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def _check_lora_arguments(model_args: ModelArguments) -> None:

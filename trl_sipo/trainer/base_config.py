@@ -107,6 +107,8 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
     """What a sample of the method is made of."""
     has_reference: ClassVar[bool] = True
     """Whether the method compares with a reference."""
+    reads_trajectories: ClassVar[bool] = False
+    """Whether the arms are the states that a sampler went through, recorded, instead of images."""
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     beta: float | None = field(

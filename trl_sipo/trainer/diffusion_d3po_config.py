@@ -30,6 +30,7 @@ class DiffusionD3POConfig(DiffusionPreferenceConfig):
     """
 
     default_beta: ClassVar[float | None] = 1000.0
+    reads_trajectories: ClassVar[bool] = True
     rejected_fields: ClassVar[Mapping[str, str]] = {
         **REJECTED_FIELDS,
         **OF_IMPORTANCE_WEIGHTS,
