@@ -11,7 +11,6 @@ WORKERS ?= 2
 ARGS =
 OUTPUT = pipeline_output
 PYTEST_ARGS =
-OUTPUT = pipeline_output
 
 BIN = .venv/bin
 INPUTS = setup.cfg setup.py constraints.txt

@@ -193,7 +193,7 @@ def test_a_configuration_is_for_its_model(config):
     assert (training.num_frames > 1) == (training.frame_rate is not None) == is_video
     stride = 8 if family in ("cogvideox", "ltx") else 4
     assert not is_video or training.num_frames % stride == 1
-    assert training.beta == (20 if is_video else 1000) or "_dpo" in config.stem
+    assert training.beta == (20 if is_video else 1000) or _command_in(config)[1] not in ("sipo", "poly-dpo")
     organisation = model.model_name_or_path.split("/")[0]
     script = ROOT / "examples" / f"{'sd3' if family == 'sd35' else family}_lora.py"
     assert f'"{organisation}/' in script.read_text(encoding="utf-8")
