@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of Diffusion-DPO against SIPO on the demo's model: does either lose what it had, as in Fig. A1 of the paper?
 
-    python benchmarks/online_rounds.py --output reports/online --runs /tmp/online-runs --workers 2
+    python benchmarks/online_rounds.py --output reports/online --runs online-runs --workers 2
 
 Every run is `examples/configs/online_demo.yaml` with the method, beta and seed of the arm. Prompts and the noise of
 samples are the same for all arms of a seed. A run that was stopped goes on when the same command is given again.
