@@ -15,16 +15,17 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tests.trainer.processes import free_port
 from trl_sipo.data.video import open_video
 from trl_sipo.errors import ConfigurationError, RewardError
 from trl_sipo.rewards import outside
-from trl_sipo.rewards.outside import open_scorer
+from trl_sipo.rewards.outside import open_scorer, serve
 from trl_sipo.rewards.registry import load_reward
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -110,6 +111,26 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
         self.wfile.write(json.dumps(answer).encode())
 
+    def drips_headers(self, _):
+        self.connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        self.trickle(b"a")
+
+    def goes_on_continuing(self, _):
+        self.trickle(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def drips_trailers(self, _):
+        self.connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+        self.trickle(b"A: b\r\n")
+
+    def trickle(self, piece):
+        """For four seconds, or until the client has gone."""
+        for _ in range(80):
+            self.connection.sendall(piece)
+            time.sleep(0.05)
+
+    def too_many_headers(self, _):
+        self.connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 10_000 + b"\r\n")
+
     def garbage(self, _):
         self.good(b"<html>Welcome to nginx</html>")
 
@@ -178,6 +199,17 @@ def test_a_token_comes_from_the_environment_and_is_nowhere_shown(local, monkeypa
         open_scorer(local.url, token_env="SCORER_TOKEN")
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\nHost: other", "\N{EURO SIGN}"])
+def test_a_token_that_cannot_be_sent_is_refused_without_being_shown(ending, local, monkeypatch):
+    monkeypatch.setenv("SCORER_TOKEN", f"sk-secret{ending}")
+    with pytest.raises(ConfigurationError, match="variable 'SCORER_TOKEN' .* cannot be sent") as caught:
+        open_scorer(local.url, token_env="SCORER_TOKEN")
+    assert "sk-" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="header 'X-Key' cannot be sent") as caught:
+        open_scorer(local.url, headers={"X-Key": f"sk-secret{ending}"})
+    assert "sk-" not in str(caught.value) and not local.requests
+
+
 # ---------------------------------------------------------------------------------------------------------- no answer
 
 
@@ -208,6 +240,23 @@ def test_a_fault_that_stays_is_an_error(fault, local):
     with pytest.raises(RewardError, match=f"http://127.*/score was asked {times}: {FAULTS[fault]}"):
         scorer.score([WHITE], ["a"])
     assert len(local.scored) == tries
+
+
+@pytest.mark.parametrize("fault", ["drips_headers", "goes_on_continuing", "drips_trailers"])
+def test_an_answer_that_never_ends_is_cut_off_at_its_time(fault, local):
+    scorer = open_scorer(local.url, timeout=0.5, retries=0)
+    local.plan = [fault]
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"was asked once: it did not answer within 0\.5 s"):
+        scorer.score([WHITE], ["a"])
+    assert time.monotonic() - start < 2.0
+
+
+def test_headers_without_end_are_no_answer(local):
+    scorer = open_scorer(local.url, retries=0)
+    local.plan = ["too_many_headers"]
+    with pytest.raises(RewardError, match="the connection failed: HTTPException: got more than 100 headers"):
+        scorer.score([WHITE], ["a"])
 
 
 def test_pauses_between_tries_double(local):
@@ -255,6 +304,11 @@ def test_a_wrong_answer_is_an_error_without_a_second_try(plan, local):
         ("http:///score", "is no address"),
         ("http://host:99999/", "cannot be read"),
         ("http://me:secret@host/", "holds a user or password"),
+        ("http://me:secret@:80/", "holds a user or password"),
+        ("http://me:secret@h\N{ADDRESSED TO THE SUBJECT}st/", "cannot be read"),
+        ("http:///score?key=secret", "is no address"),
+        ("http://host/score?key=secret key", "is no address.* with %XX for spaces"),
+        ("http://host/sc\N{LATIN SMALL LETTER O WITH DIAERESIS}re?key=secret", "is no address.* with %XX"),
     ],
 )
 def test_what_is_no_address_is_refused(url, message):
@@ -337,3 +391,24 @@ def test_the_reference_server_reads_no_files_and_answers_no_pages_of_a_browser()
         ):
             status, answer = post(address, body)
             assert status == 400 and message in answer["error"]["message"]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+RAW_VIDEO = b"YUV4MPEG2 W16 H16 F8:1 C444\nFRAME\n" + bytes(3 * 16 * 16)
+
+
+@pytest.mark.parametrize(("kind", "content"), [("image", EPS), ("video", RAW_VIDEO)])
+def test_what_is_decoded_is_of_the_formats_of_the_protocol(kind, content, tmp_path):
+    """Pillow would run Ghostscript on an EPS, and FFmpeg reads playlists, which name other files."""
+    (tmp_path / "sample").write_bytes(content)
+    with pytest.raises((UnidentifiedImageError, av.error.InvalidDataError)):
+        serve.decode(str(tmp_path / "sample"), kind)
+
+
+def test_what_a_scorer_says_of_itself_is_short_and_printable(local, monkeypatch):
+    for field, value in (("name", "a" * 10_000), ("convention", "a\n\x1b[2J"), ("media", ["x"] * 10_000)):
+        with monkeypatch.context() as patch:
+            patch.setitem(INFO, field, value)
+            with pytest.raises(RewardError, match=f"gave a wrong answer: `info.{field}` must be") as caught:
+                open_scorer(local.url)
+        assert len(str(caught.value)) < 600 and "\x1b" not in str(caught.value)

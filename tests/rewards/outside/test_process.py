@@ -292,6 +292,8 @@ def test_no_shell_sees_the_command(tmp_path):
         ("process:true", {"port": 1}, "has no option 'port'.*timeout"),
         ("process:true", {"timeout": 0}, "`timeout` of a scorer must be positive"),
         ("process:true", {"retries": -1}, "`retries` of a scorer must be at least 0"),
+        ("process:true", {"timeout": "5"}, "`timeout` of a scorer must be a number up to 1e\\+06, got '5'"),
+        ("process:true", {"timeout": float("inf")}, "`timeout` of a scorer must be a number up to"),
         ("process:true", {"batch_size": 0}, "`batch_size` of a scorer must be at least 1"),
         ("ftp://a/b", {}, "is no scorer outside of this process"),
     ],

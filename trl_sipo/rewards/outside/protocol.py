@@ -17,6 +17,7 @@ VERSION = 1
 MAX_ANSWER_BYTES = 2**24
 """A score takes some twenty bytes: what is longer is no answer."""
 _SHOWN = 200
+_LONGEST_TEXT = 1000  # of what stands in tables: a name, a convention, a licence
 
 
 class Unanswered(RewardError):
@@ -48,7 +49,9 @@ def parse_answer(text: bytes, request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(answer, dict) or answer.get("version") != VERSION:
         raise RewardError(f"the answer is no message of version {VERSION} of the protocol: {shown(text)}")
     if answer.get("id") != request["id"]:
-        raise RewardError(f"the answer is to message {answer.get('id')!r}, and message {request['id']} was sent")
+        raise RewardError(
+            f"the answer is to message {_quoted(answer.get('id'))}, and message {request['id']} was sent"
+        )
     if "error" in answer:
         raise RewardError(f"it reports an error: {_short(error_message(answer))}")
     return answer
@@ -71,15 +74,20 @@ def parse_info(answer: Mapping[str, Any]) -> tuple[RewardInfo, int | None, Any]:
         raise RewardError("the answer to `info` has no object `info`")
     for name in ("name", "convention", "licence"):
         if not isinstance(found.get(name), str) or not found[name]:
-            raise RewardError(f"`info.{name}` must be a text, got {found.get(name)!r}")
+            raise RewardError(f"`info.{name}` must be a text, got {_quoted(found.get(name))}")
+        if len(found[name]) > _LONGEST_TEXT or not found[name].isprintable():
+            raise RewardError(
+                f"`info.{name}` must be a line of at most {_LONGEST_TEXT} printable characters, got "
+                f"{_quoted(found[name])}"
+            )
     media, higher = found.get("media", ["image"]), found.get("higher_is_better", True)
     if not isinstance(media, list) or not media or not all(kind in ("image", "video") for kind in media):
-        raise RewardError(f"`info.media` must be a list of 'image' and 'video', got {media!r}")
+        raise RewardError(f"`info.media` must be a list of 'image' and 'video', got {_quoted(media)}")
     if not isinstance(higher, bool):
-        raise RewardError(f"`info.higher_is_better` must be true or false, got {higher!r}")
+        raise RewardError(f"`info.higher_is_better` must be true or false, got {_quoted(higher)}")
     at_once = found.get("batch_size")
     if at_once is not None and (type(at_once) is not int or at_once < 1):
-        raise RewardError(f"`info.batch_size` must be a positive integer, got {at_once!r}")
+        raise RewardError(f"`info.batch_size` must be a positive integer, got {_quoted(at_once)}")
     info = RewardInfo(found["name"], found["convention"], found["licence"], higher, frozenset(media))
     return info, at_once, found.get("identity")
 
@@ -92,19 +100,23 @@ def parse_scores(answer: Mapping[str, Any], count: int) -> list[float]:
     """
     scores = answer.get("scores")
     if not isinstance(scores, list):
-        raise RewardError(f"the answer to `score` has no list `scores`, but {_short(repr(scores))}")
+        raise RewardError(f"the answer to `score` has no list `scores`, but {_quoted(scores)}")
     if len(scores) != count:
         raise RewardError(f"it gave {len(scores)} scores for {count} samples")
     for number, score in enumerate(scores):
         # Of NaN this is false as well.
         if type(score) not in (int, float) or not abs(score) <= torch.finfo(torch.float32).max:
-            raise RewardError(f"score {number} of {count} is no finite number, but {_short(repr(score))}")
+            raise RewardError(f"score {number} of {count} is no finite number, but {_quoted(score)}")
     return [float(score) for score in scores]
 
 
 def shown(text: bytes) -> str:
     """The beginning of what came, for an error."""
-    return _short(repr(text[: 2 * _SHOWN].decode(errors="replace")))
+    return _quoted(text[: 2 * _SHOWN].decode(errors="replace"))
+
+
+def _quoted(value: Any) -> str:
+    return _short(repr(value))
 
 
 def _short(text: str) -> str:

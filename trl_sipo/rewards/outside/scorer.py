@@ -20,6 +20,7 @@ from trl_sipo.rewards.outside.protocol import Unanswered
 
 BATCH_SIZE = 8
 _LONGEST_PAUSE = 60.0  # seconds
+_LARGEST = 1e6  # of numbers of options: of seconds, eleven days, which every clock can count
 
 
 class Transport(Protocol):
@@ -190,10 +191,14 @@ def open_scorer(spec: str, **options: Any) -> OutsideScorer:
     return OutsideScorer(transport_class(target, **others), **own)
 
 
-def _check_numbers(*, timeout: float, retries: int, backoff: float, batch_size: int | None, frame_rate: float) -> None:
-    for name, value in {"timeout": timeout, "frame_rate": frame_rate}.items():
-        if not value > 0:
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if name == "batch_size" and value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or value > _LARGEST:
+            raise ConfigurationError(f"`{name}` of a scorer must be a number up to {_LARGEST:g}, got {value!r}.")
+        if name in ("timeout", "frame_rate") and not value > 0:
             raise ConfigurationError(f"`{name}` of a scorer must be positive, got {value}.")
-    for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0), ("batch_size", batch_size, 1)):
-        if value is not None and not value >= least:
+        least = {"retries": 0, "backoff": 0, "batch_size": 1}.get(name)
+        if least is not None and not value >= least:
             raise ConfigurationError(f"`{name}` of a scorer must be at least {least}, got {value}.")

@@ -168,16 +168,19 @@ def check_sample(sample):
 
 
 def decode(path, kind):
-    """A PIL image, or the frames of a video as a uint8 array."""
+    """A PIL image, or the frames of a video as a uint8 array.
+
+    Of the protocol's formats alone: of others, some run programs (EPS) or name more files to read (playlists).
+    """
     if kind == "image":
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB")
     import av
     import numpy
 
-    with av.open(path) as container:
+    with av.open(path, format="mp4") as container:
         return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
