@@ -21,6 +21,7 @@ from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.processes import fork_server, run_ranks
 from trl_sipo.adapters import adapter_for
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError, StorageError
+from trl_sipo.generation.identity import read_prompts, write_folder
 from trl_sipo.generation.media_files import open_sample
 from trl_sipo.generation.prompt_sets import PromptRecord
 from trl_sipo.generation.sampling import SamplingSettings, draw_samples, read_samples, sample_seed
@@ -295,6 +296,19 @@ def test_records_and_indices_come_back(undisturbed):
     ]
 
 
+def test_prompts_with_separators_of_lines_come_back(tmp_path):
+    prompts = [PromptRecord("p-0", "one\u2028two\u2029three\x85four\nfive\x1csix", category="a\u2028b")]
+    write_folder(tmp_path, {}, prompts)
+    assert read_prompts(tmp_path) == prompts
+
+
+def test_a_folder_without_prompts_is_not_read(undisturbed, tmp_path):
+    shutil.copy(undisturbed / "settings.json", tmp_path)
+    (tmp_path / "prompts.jsonl").touch()
+    with pytest.raises(DatasetError, match="cannot be read: .* holds no prompts"):
+        read_samples(tmp_path)
+
+
 def test_a_folder_that_is_not_finished_is_not_read(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "copy")
     (tmp_path / "copy/p-1/001.png").unlink()
@@ -309,6 +323,7 @@ def test_a_folder_that_is_not_finished_is_not_read(undisturbed, tmp_path):
     [
         ("prompts.jsonl", '"p-1"', '"../../etc"'),
         ("prompts.jsonl", '"p-1"', "7"),
+        ("prompts.jsonl", '"a cat "', "7"),
         ("prompts.jsonl", '"p-1"', '"p-0"'),
         ("prompts.jsonl", '"prompt"', '"promt"'),
         ("prompts.jsonl", "{", "["),

@@ -173,7 +173,11 @@ def read_prompts(folder: Path) -> list[PromptRecord]:
     """
     path = folder / PROMPTS_FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [PromptRecord(**json.loads(line)) for line in lines]
+        # Not `splitlines`: prompts may hold other separators than the ends of lines.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        prompts = [PromptRecord(**json.loads(line)) for line in lines if line]
+        if not prompts or not all(isinstance(record.prompt, str) for record in prompts):
+            raise TypeError("it holds no prompts, or one that is no text")
+        return prompts
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DatasetError(f"{str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
