@@ -3,6 +3,7 @@
 
 import os
 import pickle
+import random
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.rewards.aesthetic import AestheticScore
 from trl_sipo.rewards.clip_scores import CLIPScore, HPSv21, PickScore
 from trl_sipo.rewards.image_reward import ImageReward, ImageRewardModel
+from trl_sipo.rewards.open_clip import from_open_clip
 from trl_sipo.rewards.registry import REWARDS, load_reward
 from trl_sipo.rewards.weights import read_weights, weights_file
 
@@ -95,7 +97,32 @@ def test_broken_files_are_named(content, suffix, tmp_path):
         read_weights(tmp_path / f"broken.{suffix}")
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {}, {"state_dict": 3}, {"w": torch.ones(2), "epoch": 3}])
+def test_files_with_broken_bytes_are_named(tmp_path):
+    """Whatever the unpickler makes of them: most are still read, and the others end with one kind of error."""
+    torch.save({"a": torch.ones(3, 2), "b": torch.zeros(2)}, file := tmp_path / "w.pt")
+    torch.save({"a": torch.ones(3, 2)}, old := tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    generator, refused = random.Random(0), 0
+    for content in (file.read_bytes(), old.read_bytes()):
+        for _ in range(200):
+            broken = bytearray(content)
+            broken[generator.randrange(len(broken))] = generator.randrange(256)
+            file.write_bytes(broken)
+            try:
+                read_weights(file)
+            except ConfigurationError:
+                refused += 1
+    assert 50 < refused < 400
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 3), torch.tensor(1.0), torch.ones(0, 3)])
+def test_an_attention_that_is_no_three_matrices_is_refused(value):
+    with pytest.raises(ConfigurationError, match="is no weight of an open_clip model"):
+        from_open_clip({"transformer.resblocks.0.attn.in_proj_weight": value})
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], {}, {"state_dict": 3}, {"w": torch.ones(2), "epoch": 3}, {1: torch.ones(2)}]
+)
 def test_files_without_weights_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ConfigurationError, match="w.pt holds no weights"):

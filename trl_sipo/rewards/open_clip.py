@@ -103,7 +103,7 @@ def _converted(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         prefix, part, kind = f"{tower}.encoder.layers.{layer[2]}", layer[3], layer[4]
         if part in _PARTS:
             return {f"{prefix}.{_PARTS[part]}.{kind}": value}
-        if part == "attn.in_proj":
+        if part == "attn.in_proj" and value.ndim and len(value) and len(value) % 3 == 0:
             thirds = zip("qkv", value.chunk(3), strict=True)
             return {f"{prefix}.self_attn.{letter}_proj.{kind}": third.contiguous() for letter, third in thirds}
     raise ConfigurationError(f"{name!r} is no weight of an open_clip model with a vision transformer.")

@@ -115,17 +115,21 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of bytes that make no sense, the unpickler raises whatever it comes upon
         raise ConfigurationError(
             f"{file} is not read: {_reason(error)} It must be safetensors, or a file of PyTorch that holds tensors "
             "alone. Download it again; if it is yours, save `model.state_dict()` as safetensors."
         ) from error
     if isinstance(weights, dict):
         weights = weights.get("state_dict", weights)
-    are_tensors = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
-    if not weights or not are_tensors:
+    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.items())):
         raise ConfigurationError(f"{file} holds no weights: expected tensors by name.")
     return weights
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
 
 
 def assign_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], *, source: str) -> None:
