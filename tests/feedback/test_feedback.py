@@ -42,6 +42,10 @@ def test_rewards_of_one_name_and_of_other_media_are_refused(scored, tmp_path):
     folder = scored.samples[0].path.parents[1]
     with pytest.raises(ConfigurationError, match="Two rewards are called 'redness'"):
         score_samples(folder, [redness(), redness()])
+    named = redness()
+    named.info = type(named.info)("prompt_id", "none", "none")
+    with pytest.raises(ConfigurationError, match="A reward is called 'prompt_id', as a column of the table"):
+        score_samples(folder, [named])
     video = redness()
     video.info = type(video.info)("motion", "none", "none", media=frozenset({"video"}))
     with pytest.raises(ConfigurationError, match="scores videos, and the samples are images"):

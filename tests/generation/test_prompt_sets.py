@@ -154,6 +154,7 @@ def test_a_limit_chooses_at_random_and_keeps_the_order(tmp_path):
         ("a.jsonl", '{"words": "a"}', "no column of prompt, caption, text"),
         ("a.csv", "prompt,category\na cat\n", "line 2: not as many cells"),
         ("a.csv", "prompt\na cat, a dog\n", "line 2: not as many cells"),
+        ("a.csv", "prompt,prompt\na cat,a dog\n", "the column 'prompt' stands twice"),
         ("a.csv", "words\na cat\n", "no column of prompt, caption, text, Prompt; the columns are \\['words'\\]"),
         ("a.parquet", "prompt", "a.parquet cannot be read"),
         ("a.jsonl", '{"prompt": "a", "prompt_id": "../a"}', "prompt name '../a' cannot be that of a folder"),

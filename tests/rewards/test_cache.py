@@ -166,6 +166,15 @@ def test_files_that_are_something_else(tmp_path):
         CachedReward(Counting(), tmp_path / "text.db" / "scores.db")
 
 
+@pytest.mark.parametrize("damaged", ["abc", float("inf"), b"123"])
+def test_what_is_no_score_in_a_file_is_computed_again(damaged, path):
+    reward = CachedReward(inner := Counting(), path)
+    expected = reward.score(pictures(1), ["a"])
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE scores SET score = ?", (damaged,))
+    assert torch.equal(reward.score(pictures(1), ["a"]), expected) and inner.asked == 2
+
+
 def test_another_process_may_be_faster(path):
     class Overtaken(Counting):
         def score(self, media, prompts):

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet
 
-from trl_sipo.data.json_text import parse_json
+from trl_sipo.data.json_text import check_header, parse_json
 from trl_sipo.errors import DatasetError
 
 Rows = Iterator[Mapping[str, Any]]
@@ -64,6 +64,7 @@ def _as_row(value: Any, where: str) -> Mapping[str, Any]:
 def _read_csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        check_header(reader.fieldnames or ())
         for row in reader:
             if None in row or None in row.values():
                 raise DatasetError(f"{path}, line {reader.line_num}: not as many cells as the header has.")

@@ -18,6 +18,8 @@ from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.sampling import Sample, read_samples
 from trl_sipo.rewards.base import Reward, RewardInfo
 
+_SAMPLE_COLUMNS = ("prompt_id", "index", "prompt", "category")  # in the table of scores, beside the rewards
+
 
 @dataclass(frozen=True)
 class ScoredSamples:
@@ -69,6 +71,12 @@ def check_rewards(rewards: Sequence[Reward], samples: Sequence[Sample]) -> None:
             f"Two rewards are called {twice[0]!r}: their scores could not be told apart. Leave one out."
             if twice
             else "There are no rewards to score with: name one at least."
+        )
+    taken = sorted(set(names) & set(_SAMPLE_COLUMNS))
+    if taken:
+        raise ConfigurationError(
+            f"A reward is called {taken[0]!r}, as a column of the table of scores is ({', '.join(_SAMPLE_COLUMNS)}). "
+            "Give it another name."
         )
     kind = "video" if samples[0].path.suffix == VIDEO_SUFFIX else "image"
     for reward in rewards:

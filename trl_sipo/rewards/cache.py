@@ -91,9 +91,13 @@ class CachedReward:
         return torch.tensor([found[key] for key in keys], dtype=torch.float32)
 
     def _known(self, keys: set[bytes]) -> dict[bytes, float]:
-        query = "SELECT score FROM scores WHERE reward = ? AND sample = ?"
+        # What a damaged file may hold besides, a text or infinity, is computed again.
+        query = (
+            "SELECT score FROM scores WHERE reward = ? AND sample = ? AND typeof(score) = 'real' AND abs(score) <= ?"
+        )
+        largest = torch.finfo(torch.float32).max
         with self._database() as database:
-            rows = {key: database.execute(query, (self._key, key)).fetchone() for key in keys}
+            rows = {key: database.execute(query, (self._key, key, largest)).fetchone() for key in keys}
         return {key: row[0] for key, row in rows.items() if row is not None}
 
     def _keep(self, scores: dict[bytes, float]) -> None:
