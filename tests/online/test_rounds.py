@@ -16,7 +16,7 @@ from tests.online.conftest import BRIGHTNESS
 from tests.tiny_models import tiny_stable_diffusion
 from tests.trainer.runs import picture, predict
 from trl_sipo.data.loading import load_preference_dataset
-from trl_sipo.errors import ConfigurationError, DatasetError
+from trl_sipo.errors import BackboneError, ConfigurationError, DatasetError
 from trl_sipo.generation.models import apply_lora
 from trl_sipo.online.pairs import RealImages, training_rows
 from trl_sipo.online.rounds import _prepare, round_folder, run_rounds
@@ -139,6 +139,23 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     config, _ = finished
     with pytest.raises(ConfigurationError, match=r"training.beta: 50.0 there, 51.0 now"):
         run_rounds(replace(config, training={**config.training, "beta": 51.0}))
+
+
+def test_settings_can_be_mended_after_a_run_that_ended_before_its_first_sample(tiny_config, tmp_path):
+    """The folder is not that of the wrong settings for ever, and no round has begun with them."""
+    with pytest.raises(BackboneError, match="nowhere"):
+        run_rounds(tiny_config(tmp_path, model=str(tmp_path / "nowhere")))
+    sampling = {"num_inference_steps": 1, "samples_per_prompt": 2, "height": 33, "width": 32}
+    with pytest.raises(ConfigurationError, match="height 33"):
+        run_rounds(tiny_config(tmp_path, sampling=sampling))
+    assert len(run_rounds(tiny_config(tmp_path, rounds=1))["rounds"]) == 1
+
+
+@pytest.mark.parametrize("lora", [{"r": "abc"}, {"r": -1}, {"r": 2, "lora_alpha": "x"}])
+def test_sizes_of_a_lora_are_checked_before_samples_are_drawn(tiny_config, tmp_path, lora):
+    with pytest.raises(ConfigurationError, match="must be a positive number"):
+        run_rounds(tiny_config(tmp_path, lora=lora))
+    assert not any(tmp_path.glob("round-*"))
 
 
 def test_evaluation_prompts_that_are_trained_on_are_warned_of(tiny_config, material, tmp_path, caplog):

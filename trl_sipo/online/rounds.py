@@ -37,7 +37,7 @@ from trl_sipo.evaluation.comparison import StatisticsSettings, compare_models
 from trl_sipo.evaluation.diversity import pixel_features
 from trl_sipo.evaluation.evaluate import as_json, folder_features
 from trl_sipo.feedback.feedback import write_feedback
-from trl_sipo.generation.models import ModelSpec, load_model
+from trl_sipo.generation.models import ModelSpec, check_models, load_model
 from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.prompt_sets import PromptRecord, load_prompts
 from trl_sipo.generation.sampling import draw_samples
@@ -152,6 +152,7 @@ def run_rounds(config: OnlineConfig, *, on_round: Callable[[dict[str, Any]], Non
 def _prepare(config: OnlineConfig, stack: ExitStack) -> _Run:
     """Open the rewards, read the prompts, and look for contradictions, before anything long starts."""
     lora_config(config)
+    check_models([policy_spec(config, _BASE, None)])
     device = config.device or process_state().device
     cache = Path(config.output) / _SCORES_CACHE
     rewards = open_rewards(config.all_rewards, config.reward_options, cache=cache, device=device, stack=stack)
@@ -182,9 +183,9 @@ def _checked_prompts(config: OnlineConfig, number: int, real: RealImages | None)
 
 
 def _claim(config: OnlineConfig) -> None:
-    """Write down whose folder it is; refuse that of another run."""
+    """Write down whose folder it is; refuse that of another run, unless that ended before its first sample."""
     path, record = Path(config.output) / "config.json", json.loads(json.dumps(config.record(), default=str))
-    if path.is_file():
+    if path.is_file() and _has_samples(Path(config.output)):
         differences = config_differences(_read_json(path), record)
         if differences:
             raise ConfigurationError(
@@ -193,6 +194,11 @@ def _claim(config: OnlineConfig) -> None:
             )
         return
     _write_json(path, record)
+
+
+def _has_samples(output: Path) -> bool:
+    """Whether there is anything that other settings would have made differently."""
+    return any(any(output.glob(pattern)) for pattern in ("round-*/samples/*", f"evaluation/{_BASE}/*"))
 
 
 def _run_round(run: _Run, number: int, base: Measured | None) -> dict[str, Any]:

@@ -32,10 +32,14 @@ def lora_config(config: OnlineConfig) -> LoraConfig | None:
     """The LoRA of the first round, or None for all weights.
 
     Raises:
-        ConfigurationError: An option that PEFT does not have.
+        ConfigurationError: An option that PEFT does not have, or a size that is none.
     """
     if config.lora is None:
         return None
+    for name, kind in (("r", int), ("lora_alpha", (int, float))):  # PEFT looks when the samples have been drawn
+        value = config.lora.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+            raise ConfigurationError(f"`lora.{name}` must be a positive number, got {value!r}.")
     try:
         return LoraConfig(**{"init_lora_weights": "gaussian", **config.lora})
     except TypeError as error:
