@@ -145,11 +145,12 @@ def over_base(found: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def paired(found: Mapping[str, Any], one: str, other: str, metric: str) -> dict[str, dict[str, float]]:
-    """One arm minus another by seed, which share prompts and noise: of the final policies, and of the mean round."""
+    """One arm minus another by seed, which share prompts and noise: of final policies, mean and lowest rounds."""
     pairs = list(zip(found[one]["curves"][metric], found[other]["curves"][metric], strict=True))
     return {
         "final": over_seeds([first[-1] - second[-1] for first, second in pairs]),
         "mean_of_rounds": over_seeds([statistics.fmean(a[1:]) - statistics.fmean(b[1:]) for a, b in pairs]),
+        "lowest": over_seeds([min(a[1:]) - min(b[1:]) for a, b in pairs]),
     }
 
 
@@ -206,6 +207,8 @@ def draw_figures(found: Mapping[str, Any], output: Path) -> None:
 
 def main() -> None:
     """Run, aggregate, write numbers and figures, and print the table."""
+    from trl_sipo.scripts.env import environment
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="where numbers and figures go")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs go")
@@ -221,7 +224,12 @@ def main() -> None:
         }
         for arm in arguments.arms[1:]
     }
-    numbers = {"arms": found, "differences": differences}
+    numbers = {
+        "seeds": arguments.seeds,
+        "environment": environment(),
+        "arms": found,
+        "differences": differences,
+    }
     (arguments.output / "online.json").write_text(json.dumps(numbers, indent=1) + "\n")
     draw_figures(found, arguments.output)
     print(table(found))

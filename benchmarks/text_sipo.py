@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/text_sipo.py
 
 A small Llama learns to write the four letters of a prompt in any order, in small letters; one time in four they are
-sorted. The preference pairs are another writer's, in capitals, which the base model writes two times in a hundred; the
+sorted. The preference pairs are another writer's, in capitals, of which the base model sees two in a hundred; the
 sorted letters are preferred to unsorted ones. Every method gets the same pairs, steps and learning rate, for each of
 some seeds (of pairs, order and samples). Prints a table of means, with the smallest and the largest value over the
 seeds, and writes JSON. Nothing is downloaded.

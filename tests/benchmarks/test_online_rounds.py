@@ -49,6 +49,8 @@ def test_numbers_are_those_of_the_runs(script, tmp_path):
     difference = online.paired(found, "sipo", "dpo", "fashion")["final"]  # 0.4 and 0.0 by seed
     half = 12.706 * (0.4 / math.sqrt(2)) / math.sqrt(2)
     assert difference["mean"] == pytest.approx(0.2) and difference["low"] == pytest.approx(0.2 - half)
+    lowest = online.paired(found, "sipo", "dpo", "fashion")["lowest"]  # 0.5 - 0.2 and 0.5 - 0.4, the base left out
+    assert lowest["smallest"] == pytest.approx(0.1) and lowest["largest"] == pytest.approx(0.3)
     assert "| Diffusion-DPO, beta 2 | 50% [40%, 60%] |" in online.table(found)
     online.draw_figures(found, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"quality.png", "weights.png"}
