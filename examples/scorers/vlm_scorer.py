@@ -56,9 +56,9 @@ class YesNoScore:
             "top_logprobs": 20,
         }
         headers = {"Content-Type": "application/json"}
-        if os.environ.get("VLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['VLM_API_KEY']}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        if os.environ.get("VLM_API_KEY"):  # not sent on to where a server redirects to
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ['VLM_API_KEY']}")
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             answer = json.load(response)
         return probability_of_yes(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"])

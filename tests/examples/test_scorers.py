@@ -80,6 +80,44 @@ def test_the_vision_language_model_answers_yes_or_no(tmp_path):
         thread.join()
 
 
+class Redirecting(BaseHTTPRequestHandler):
+    """Sends whoever asks to the same server by another name, and keeps what came."""
+
+    seen: list[tuple[str, str | None]]
+
+    def do_POST(self):  # noqa: N802
+        """Say where else to ask."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append(("asked", self.headers["Authorization"]))
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self):  # noqa: N802
+        """What is asked elsewhere."""
+        self.seen.append(("elsewhere", self.headers["Authorization"]))
+        self.send_error(404)
+
+    def log_message(self, *_):
+        """Nothing is said."""
+
+
+def test_the_key_of_the_vision_language_model_goes_to_its_server_alone(monkeypatch):
+    monkeypatch.setenv("VLM_API_KEY", "sk-secret")
+    seen: list[tuple[str, str | None]] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Redirecting,), {"seen": seen})) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        with open_scorer(command("vlm_scorer:YesNoScore", {"url": url}), cwd=str(ROOT)) as scorer:
+            with pytest.raises(RewardError, match="HTTPError"):
+                scorer.score([Image.new("RGB", (8, 8))], ["a cat"])
+        server.shutdown()
+        thread.join()
+    assert seen[0] == ("asked", "Bearer sk-secret") and ("elsewhere", "Bearer sk-secret") not in seen
+
+
 def test_a_dimension_of_vbench_is_given_its_videos_and_read_by_their_names(tmp_path):
     (tmp_path / "vbench.py").write_text(STAND_IN)
     videos = [np.full((2, 16, 16, 3), 50 * number, np.uint8) for number in range(3)]

@@ -93,7 +93,7 @@ class ProcessTransport:
         except RewardError as error:
             said = running.end(at_once=True)
             self._running = None
-            raise type(error)(f"{error}.{f' It said last: {said}' if said else ''}") from error
+            raise type(error)(f"{error}{f'. It said last: {said}' if said else ''}") from error
         running.has_answered = True
         for sample in request.get("samples", ()):
             Path(sample["path"]).unlink(missing_ok=True)
