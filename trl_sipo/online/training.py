@@ -36,7 +36,7 @@ def lora_config(config: OnlineConfig) -> LoraConfig | None:
     """
     if config.lora is None:
         return None
-    for name, kind in (("r", int), ("lora_alpha", (int, float))):  # PEFT looks when the samples have been drawn
+    for name, kind in (("r", (int,)), ("lora_alpha", (int, float))):  # PEFT looks when the samples have been drawn
         value = config.lora.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
             raise ConfigurationError(f"`lora.{name}` must be a positive number, got {value!r}.")
