@@ -16,7 +16,7 @@ from trl_sipo.feedback.pairing import check_pairing
 from trl_sipo.generation.models import DTYPES
 from trl_sipo.generation.sampling import SamplingSettings
 from trl_sipo.trainer.methods import method_classes
-from trl_sipo.trainer.setting_types import check_types
+from trl_sipo.trainer.setting_types import check_numbers, check_types
 from trl_sipo.yaml_files import parse_yaml, read_yaml
 
 MODES = ("reward", "self_play")
@@ -165,6 +165,7 @@ class OnlineConfig:
             )
         known = {part.name for part in fields(method_classes(self.method)[0]) if part.init}
         _check_known(self.training, known - set(_OWN_TRAINING_SETTINGS), "training.")
+        check_numbers(self.training, method_classes(self.method)[0], "training.")
         if method_classes(self.method)[0].arms != "pair":
             raise ConfigurationError(f"`method: {self.method}` learns from single images, and rounds make pairs.")
         if method_classes(self.method)[0].reads_trajectories:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether settings are of the types that they are declared with: YAML and Python give whatever was written."""
 
+from collections.abc import Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from trl_sipo.errors import ConfigurationError
 
@@ -29,6 +30,26 @@ def check_types(config: Any, base: type, **others: Any) -> None:
             value = None if get_origin(declared) is ClassVar else getattr(config, name)
             if get_origin(declared) is not ClassVar and not _is_of(value, declared):
                 raise ConfigurationError(f"`{name}` must be {_described(declared)}, got {value!r:.80}.")
+
+
+def check_numbers(settings: Mapping[str, Any], kind: type, where: str) -> None:
+    """Hold numbers and switches among settings of a dataclass against its declarations, those of libraries too.
+
+    Args:
+        settings: Not yet given to it.
+        kind: The dataclass.
+        where: What stands before a name in the message.
+
+    Raises:
+        ConfigurationError: a value of another type; names the field, the type and the value.
+    """
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        declared = hints.get(name)
+        parts = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+        if set(parts) <= {int, float, bool, NoneType} and not any(_is_of(value, part) for part in parts):
+            wanted = " or ".join(_NAMES[part][0] for part in parts if part is not NoneType)
+            raise ConfigurationError(f"`{where}{name}` must be {wanted}, got {value!r:.80}.")
 
 
 def _is_of(value: Any, declared: Any) -> bool:
