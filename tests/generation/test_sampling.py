@@ -302,6 +302,27 @@ def test_prompts_with_separators_of_lines_come_back(tmp_path):
     assert read_prompts(tmp_path) == prompts
 
 
+@pytest.mark.parametrize("link", ["p-1", "p-1/001.png"])
+def test_links_lead_out_of_no_folder(link, undisturbed, tmp_path):
+    """Neither are pictures from elsewhere read as samples, nor samples written there."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(undisturbed, folder := tmp_path / "copy")
+    shutil.move(folder / link, target := tmp_path / "elsewhere" / Path(link).name)
+    (folder / link).symlink_to(target)
+    with pytest.raises(DatasetError, match="leads out of the folder"):
+        read_samples(folder)
+    if link == "p-1":
+        (target / "001.png").unlink()
+        with pytest.raises(ConfigurationError, match="leads out of the folder"):
+            draw(str(folder))
+        assert not (target / "001.png").exists()
+    (folder / link).unlink()
+    shutil.move(target, folder / link)
+    (tmp_path / "link").symlink_to(folder)
+    if link != "p-1":
+        assert len(list(read_samples(tmp_path / "link"))) == 12, "the folder itself may be a link"
+
+
 def test_a_folder_without_prompts_is_not_read(undisturbed, tmp_path):
     shutil.copy(undisturbed / "settings.json", tmp_path)
     (tmp_path / "prompts.jsonl").touch()

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from trl_sipo.errors import ConfigurationError
 
@@ -30,3 +31,9 @@ def check_folder_names(names: Iterable[str], what: str) -> None:
                 "case are one to some file systems."
             )
         seen[name.casefold()] = name
+
+
+def links_out_of(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those of some paths within a folder that lead elsewhere by links; the folder itself may be one."""
+    root = folder.resolve()
+    return [path for path in paths if not path.resolve().is_relative_to(root)]

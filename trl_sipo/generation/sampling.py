@@ -47,7 +47,7 @@ from trl_sipo.generation.media_files import (
     write_image,
     write_video,
 )
-from trl_sipo.generation.names import check_folder_names
+from trl_sipo.generation.names import check_folder_names, links_out_of
 from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.prompt_sets import PromptRecord
 
@@ -186,6 +186,9 @@ def draw_samples(
     _check_arguments(prompts, settings, batch_size)
     described = identity(adapter, prompts, dataclasses.asdict(settings), name)
     check_folder(folder, described)
+    links = links_out_of(folder, [folder / record.prompt_id for record in prompts])
+    if links:
+        raise ConfigurationError(f"{str(links[0])!r} leads out of the folder of samples: it is a link. Remove it.")
     state = process_state()
     if state.is_main_process:
         write_folder(folder, described, prompts)
@@ -336,6 +339,9 @@ def read_samples(folder: str | Path) -> Iterator[Sample]:
             f"{len(missing)} of {len(samples)} samples are missing in {str(folder)!r}, such as {missing[0].name} of "
             f"{missing[0].parent.name}. Run what draws them again: it goes on where it was."
         )
+    links = links_out_of(folder, [sample.path for sample in samples])
+    if links:
+        raise DatasetError(f"The sample {str(links[0])!r} leads out of the folder: it is a link. Put the file there.")
     return iter(samples)
 
 
