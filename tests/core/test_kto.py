@@ -25,6 +25,16 @@ def test_values_by_hand():
     assert loss.tolist() == pytest.approx(expected)
 
 
+def test_settings_keep_the_precision_of_the_log_ratios():
+    """A beta and weights that float32 would round."""
+    point = reference_point(RATIOS)
+    logit = kto_logit(RATIOS, LIKED, point, beta=0.37)
+    assert logit.tolist() == pytest.approx([0.0, -0.37 * 5e-4, -0.37 * 2e-4, -0.37 * 3e-4], rel=1e-12)
+    loss = kto_loss(logit, LIKED, desirable_weight=1.3, undesirable_weight=0.7)
+    expected = [weight * sigmoid(-z) for weight, z in zip([1.3, 1.3, 0.7, 0.7], logit.tolist(), strict=True)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_fresh_model_has_a_loss_of_one_half():
     zero = torch.zeros(4)
     assert kto_loss(kto_logit(zero, LIKED, reference_point(zero), beta=5000.0), LIKED).tolist() == [0.5] * 4

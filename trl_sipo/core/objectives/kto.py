@@ -48,7 +48,8 @@ def kto_logit(logratio: Tensor, is_desirable: Tensor, reference_point: Tensor, *
     check_beta(beta)
     assert logratio.ndim == 1 and logratio.shape == is_desirable.shape, (logratio.shape, is_desirable.shape)
     (logratio,) = widen(logratio)
-    return torch.where(is_desirable, beta, -beta) * (logratio - reference_point)
+    scaled = beta * (logratio - reference_point)
+    return torch.where(is_desirable, scaled, -scaled)
 
 
 def kto_loss(
@@ -70,4 +71,5 @@ def kto_loss(
     check_weight(desirable_weight, name="desirable_weight")
     check_weight(undesirable_weight, name="undesirable_weight")
     (logit,) = widen(logit)
-    return torch.where(is_desirable, desirable_weight, undesirable_weight) * (-logit).sigmoid()
+    missing = (-logit).sigmoid()
+    return torch.where(is_desirable, desirable_weight * missing, undesirable_weight * missing)
