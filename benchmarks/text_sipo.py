@@ -233,7 +233,6 @@ def cell(rows: list[dict[str, float]], metric: str) -> str:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """Run all, print and write."""
     disable_progress_bars()
-    logging.getLogger("trl_sipo").setLevel(logging.ERROR)  # that all is masked is in the table
     tokenizer = make_tokenizer()
     base = train_base(tokenizer, options.base_steps)
     seeds = range(options.seeds)
@@ -259,4 +258,5 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("trl_sipo").setLevel(logging.ERROR)  # that all is masked is in the table
     main(make_parser().parse_args())
