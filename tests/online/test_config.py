@@ -72,6 +72,7 @@ def test_defaults_are_those_of_the_protocol(material):
         (["--method", "ppo"], "Unknown method 'ppo'"),
         (["--method", "kto"], "learns from single images"),
         (["--method", "d3po"], "reads recorded trajectories"),
+        (["--method", "mapo", "--reference", "refreshed"], "`method: mapo` has no reference"),
         (["--sampling.samples_per_prompt", "1"], "must be at least 2"),
         (["--sampling", "3"], "`sampling` must be settings by name"),
         (["--rounds.number", "3"], "`rounds` is 2, which has no parts"),

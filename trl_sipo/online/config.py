@@ -170,6 +170,8 @@ class OnlineConfig:
             raise ConfigurationError(f"`method: {self.method}` learns from single images, and rounds make pairs.")
         if method_classes(self.method)[0].reads_trajectories:
             raise ConfigurationError(f"`method: {self.method}` reads recorded trajectories, and rounds make images.")
+        if not method_classes(self.method)[0].has_reference and self.reference == "refreshed":
+            raise ConfigurationError(f"`reference: refreshed` does nothing: `method: {self.method}` has no reference.")
         self.training_arguments(Path(self.output), 0)
 
     @property
