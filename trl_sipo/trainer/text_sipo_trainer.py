@@ -29,6 +29,7 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer._trl_compat import DPOTrainer, policy_left_unprepared, text_forward
 from trl_sipo.trainer.callbacks import MaskedWarningCallback
 from trl_sipo.trainer.diffusion_sipo_trainer import SIPO_PAPER
+from trl_sipo.trainer.process_group import release_process_group
 from trl_sipo.trainer.sampled_logps import (
     SAMPLED_COLUMNS,
     RecordedCollator,
@@ -184,6 +185,10 @@ class SIPOTrainer(DPOTrainer):
         super()._set_signature_columns_if_needed()
         if self.uses_recorded:
             self._signature_columns = [*dict.fromkeys([*self._signature_columns, *SAMPLED_COLUMNS])]
+
+    def end(self) -> None:
+        """Finish the trackers and leave the group of processes, at the very end of a script."""
+        release_process_group(self.accelerator)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
