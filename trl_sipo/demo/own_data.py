@@ -10,9 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from trl_sipo.adapters import adapter_for
-from trl_sipo.demo.fashion import CLASSES, FashionPrompt, colour_values, load_split, tint
+from trl_sipo.demo.fashion import FashionPrompt
 from trl_sipo.demo.latents import decode
-from trl_sipo.demo.pairs import as_dataset
+from trl_sipo.demo.pairs import as_dataset, tinted_photographs
 from trl_sipo.demo.sampling import prompt_ids, sample_images
 from trl_sipo.demo.verifier import Verifier
 from trl_sipo.generation.trajectories import record_trajectory, trajectory_pair
@@ -69,13 +69,8 @@ def self_play_pairs(
     because it is one (Yuan et al. 2024, 2402.10210).
     """
     generator = torch.Generator().manual_seed(seed)
-    split = load_split("generator")
-    by_class = [(split.class_ids == class_id).nonzero()[:, 0] for class_id in range(len(CLASSES))]
     asked = [prompt for prompt in prompts for _ in range(pairs_per_prompt)]
-    class_ids, colour_ids = prompt_ids(asked)
-    draws = torch.rand(len(asked), generator=generator)
-    indices = [by_class[c][int(u * len(by_class[c]))] for c, u in zip(class_ids.tolist(), draws, strict=True)]
-    photographs = tint(split.images[torch.stack(indices)], colour_values(colour_ids, generator))
+    photographs = tinted_photographs(*prompt_ids(asked), generator)
     texts = [prompt.text for prompt in asked]
     samples = sample_images(pipeline, texts, seed, num_inference_steps, guidance_scale)
     return as_dataset(asked, photographs, samples, "self_play")

@@ -92,6 +92,20 @@ def on_policy_pairs(
     return as_dataset(kept_prompts, images[kept, best[kept]], images[kept, worst[kept]], "on_policy")
 
 
+def tinted_photographs(class_ids: torch.Tensor, colour_ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random upright photographs of the generator's split, (N, 3, 32, 32) in [-1, 1].
+
+    Args:
+        class_ids: int64 (N,).
+        colour_ids: int64 (N,).
+    """
+    split = load_split("generator")
+    by_class = [(split.class_ids == class_id).nonzero()[:, 0] for class_id in range(len(CLASSES))]
+    draws = torch.rand(len(class_ids), generator=generator)
+    indices = [by_class[c][int(u * len(by_class[c]))] for c, u in zip(class_ids.tolist(), draws, strict=True)]
+    return tint(split.images[torch.stack(indices)], colour_values(colour_ids, generator))
+
+
 def off_policy_pairs(
     verifier: Verifier, prompts: Sequence[FashionPrompt], *, pairs_per_prompt: int, seed: int
 ) -> datasets.Dataset:
@@ -101,8 +115,6 @@ def off_policy_pairs(
     half of the time. A pair is kept where the verifier agrees: chosen right in class and colour, rejected not.
     """
     generator = torch.Generator().manual_seed(seed)
-    split = load_split("generator")
-    by_class = [(split.class_ids == class_id).nonzero()[:, 0] for class_id in range(len(CLASSES))]
     asked = [prompt for prompt in prompts for _ in range(pairs_per_prompt)]
     class_ids, colour_ids = prompt_ids(asked)
     wrong_class = torch.rand(len(asked), generator=generator) < 0.5
@@ -110,9 +122,7 @@ def off_policy_pairs(
     other_colour = (colour_ids + torch.randint(1, len(COLOURS), class_ids.shape, generator=generator)) % len(COLOURS)
 
     def photograph(classes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-        draws = torch.rand(len(classes), generator=generator)
-        indices = [by_class[c][int(u * len(by_class[c]))] for c, u in zip(classes.tolist(), draws, strict=True)]
-        return turn(tint(split.images[torch.stack(indices)], colour_values(colours, generator)), generator)
+        return turn(tinted_photographs(classes, colours, generator), generator)
 
     chosen = photograph(class_ids, colour_ids)
     rejected = photograph(

@@ -13,7 +13,7 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.evaluation.diversity import Variety, compare_variety, within_prompt_distances
 from trl_sipo.evaluation.held_out import HeldOutErrors, ImplicitPreference, implicit_preferences
 from trl_sipo.evaluation.statistics import Interval, by_cluster, clustered_interval, holm
-from trl_sipo.evaluation.win_rates import PairedComparison, compare, paired_outcomes
+from trl_sipo.evaluation.win_rates import PairedComparison, compare
 from trl_sipo.generation.scoring import ScoredSamples
 
 logger = logging.getLogger(__name__)
@@ -190,11 +190,9 @@ def largest_changes(
     gain = candidate.scores[metric] - base.scores[metric]
     if not candidate.infos[metric].higher_is_better:
         gain = -gain
-    outcome = paired_outcomes(np.zeros(len(gain)), gain)
-    return tuple(
-        _first_of_each_prompt(np.argsort(order, kind="stable"), outcome == kind, candidate.prompt_ids, count)
-        for order, kind in ((-gain, 1.0), (gain, 0.0))
-    )  # type: ignore[return-value]
+    wins = _first_of_each_prompt(np.argsort(-gain, kind="stable"), gain > 0, candidate.prompt_ids, count)
+    losses = _first_of_each_prompt(np.argsort(gain, kind="stable"), gain < 0, candidate.prompt_ids, count)
+    return wins, losses
 
 
 def _first_of_each_prompt(order: Any, is_wanted: Any, prompt_ids: Sequence[str], count: int) -> list[int]:

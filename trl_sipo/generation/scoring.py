@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from trl_sipo.data.cache.shards import write_whole
-from trl_sipo.errors import ConfigurationError, DatasetError, RewardError
+from trl_sipo.errors import ConfigurationError, RewardError
 from trl_sipo.generation.media_files import VIDEO_SUFFIX
 from trl_sipo.generation.processes import process_state
 from trl_sipo.generation.sampling import Sample, read_samples
@@ -138,15 +138,3 @@ def _gathered(own: Mapping[str, np.ndarray], total: int) -> dict[str, np.ndarray
         for name, values in part.items():
             scores[name][first :: len(shares)] = values
     return scores
-
-
-def read_scores(path: Path) -> pa.Table:
-    """A table that [`ScoredSamples.write`] wrote.
-
-    Raises:
-        DatasetError: It cannot be read.
-    """
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"The scores {str(path)!r} cannot be read: {error}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
-from trl_sipo.printing import ArgumentParser
+from trl_sipo.printing import ArgumentParser, words_without_secrets
 
 if TYPE_CHECKING:
     from trl_sipo.adapters.base import BackboneAdapter
@@ -379,7 +379,7 @@ def run(command: str, argv: list[str]) -> None:
     regions = find_regions(rows, schedule, level_name, threshold, (low, high))
     masked_share = sum(row["masked_share"] for row in rows) / len(rows)
     report = {
-        "command": shlex.join(["trl-sipo", *command.split(), *argv]),
+        "command": shlex.join(words_without_secrets(["trl-sipo", *command.split(), *argv])),
         "settings": {
             "pipeline": type(adapter.pipeline).__name__,
             "prediction_type": adapter.prediction_type,

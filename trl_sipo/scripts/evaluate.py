@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import ConfigurationError
-from trl_sipo.printing import ArgumentParser
+from trl_sipo.printing import ArgumentParser, words_without_secrets
 from trl_sipo.scripts.sampling_options import (
     SCORES_CACHE,
     add_prompt_options,
@@ -150,7 +150,7 @@ def run(command: str, argv: list[str]) -> None:
     comparison = compare_models(*parts, base=specs[0].name, beta=beta, settings=statistics)
     report = {
         "title": arguments.title or " against ".join([", ".join(spec.name for spec in specs[1:]), specs[0].name]),
-        "command": shlex.join(["trl-sipo", command, *argv]),
+        "command": shlex.join(words_without_secrets(["trl-sipo", command, *argv])),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "models": [str(spec) for spec in specs],
         "prompts": {"set": arguments.prompts, "number": len(prompts)},

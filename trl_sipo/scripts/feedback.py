@@ -78,6 +78,7 @@ def run(command: str, argv: list[str]) -> None:
     check_sampling_options(arguments)
     from trl_sipo.feedback.feedback import FeedbackSettings, write_feedback
     from trl_sipo.generation.models import load_model, parse_model
+    from trl_sipo.generation.processes import process_state
     from trl_sipo.generation.sampling import draw_samples
     from trl_sipo.generation.scoring import score_samples
 
@@ -100,16 +101,9 @@ def run(command: str, argv: list[str]) -> None:
         samples = arguments.output / "samples"
         draw_samples(model, prompts, samples, sampling, batch_size=arguments.sampling_batch_size, name=spec.name)
         scored = score_samples(samples, rewards, batch_size=arguments.scoring_batch_size)
-    if is_main_process():
+    if process_state().is_main_process:
         scored.write(arguments.output / "scores.parquet")
         tell(write_feedback(scored, arguments.output, settings, source=spec.name), arguments.output)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes."""
-    from trl_sipo.generation.processes import process_state
-
-    return process_state().is_main_process
 
 
 def tell(report: dict[str, Any], output: Path) -> None:

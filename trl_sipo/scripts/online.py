@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_sipo.errors import EXPECTED_ERRORS, ConfigurationError, Preempted
-from trl_sipo.printing import ArgumentParser
+from trl_sipo.printing import ArgumentParser, words_without_secrets
 from trl_sipo.scripts.sampling_options import print_table
 
 _PACKAGES = ("trl-sipo", "torch", "diffusers", "transformers")
@@ -43,6 +43,7 @@ def run(command: str, argv: list[str]) -> None:
         Preempted: SIGTERM came.
     """
     arguments, words = make_parser(f"trl-sipo {command}").parse_known_args(argv)
+    from trl_sipo.generation.processes import process_state
     from trl_sipo.online.config import make_config, read_settings, with_overrides
     from trl_sipo.online.rounds import run_rounds
     from trl_sipo.reporting.figures import check_plotting
@@ -53,7 +54,7 @@ def run(command: str, argv: list[str]) -> None:
         )
     config = make_config(with_overrides(read_settings(arguments.config) if arguments.config else {}, words))
     check_plotting()
-    line = shlex.join(["trl-sipo", command, *argv])
+    line = shlex.join(words_without_secrets(["trl-sipo", command, *argv]))
     try:
         summary = run_rounds(config, on_round=tell_round)
     except KeyboardInterrupt as error:
@@ -61,15 +62,8 @@ def run(command: str, argv: list[str]) -> None:
     except Preempted as stop:
         print(f"{command}: {stop}\nThe command that continues:\n{line}", file=sys.stderr)
         raise
-    if is_main_process():
+    if process_state().is_main_process:
         write_report(Path(config.output), summary, line)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes."""
-    from trl_sipo.generation.processes import process_state
-
-    return process_state().is_main_process
 
 
 def tell_round(record: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,11 +114,6 @@ def opened_rewards(arguments: argparse.Namespace, cache: Path, stack: ExitStack)
 
     device = arguments.device or process_state().device
     return open_rewards(arguments.rewards, arguments.reward_options, cache=cache, device=device, stack=stack)
-
-
-def settings_record(*parts: Any) -> dict[str, Any]:
-    """Dataclasses as one dictionary, for reports."""
-    return {name: value for part in parts for name, value in asdict(part).items()}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

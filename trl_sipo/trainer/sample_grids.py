@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from trl_sipo.errors import ConfigurationError
+from trl_sipo.generation.media_files import to_frames
 from trl_sipo.trainer.compilation import uncompiled
 
 # Frames of each clip that a contact sheet shows, evenly spaced.
@@ -124,12 +125,6 @@ def sampling_pipeline(trainer: Any, *, use_reference: bool = False):
         adapter.install_denoiser(trained)
         pipeline.set_progress_bar_config(**{"disable": False, **progress})
         model.train(was_training)
-
-
-def to_frames(pixels: torch.Tensor) -> np.ndarray:
-    """Pixels (3, [frames,] height, width) in [-1, 1] to frames (frames, height, width, 3) uint8."""
-    frames = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels
-    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def side_by_side(left: list[np.ndarray], right: list[np.ndarray]) -> Image.Image:
