@@ -21,7 +21,12 @@ def test_every_variant_is_measured_and_split_arms_keep_half(script, tmp_path, ca
     ratios = {name: entry["ratio"] for name, entry in result["ratios"].items()}
     assert ratios.keys() == script("step_time").TIME_RATIOS.keys() | script("step_time").MEMORY_RATIOS.keys()
     assert 0.4 < ratios["split / both arms at once, activations"] < 0.6
-    assert ratios["peer on the fly / ours precomputed"] > 1.5 and ratios["precomputed / live reference"] < 0.9
+    # Of the times only what they are made of: how long a step takes is the machine's business.
+    seconds, flops = result["seconds"], result["flops"]
+    for name, (above, below, *_) in script("step_time").TIME_RATIOS.items():
+        assert ratios[name] == pytest.approx(seconds[above][0] / seconds[below][0])
+    assert flops["peer"] > 1.5 * flops["precomputed reference"]
+    assert flops["precomputed reference"] < 0.9 * flops["Diffusion-DPO"]
     printed = capsys.readouterr().out
     assert "step / bare loop" in printed and "target <= 1.03" in printed
 
