@@ -128,7 +128,7 @@ def test_long_and_narrow_image_takes_no_memory():
     start = time.perf_counter()
     chosen, _ = PairedTransform(512)(Image.new("RGB", (20_000, 1), "white"), Image.new("RGB", (1, 20_000), "white"))
     assert chosen.shape == (3, 512, 512)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 30
 
 
 @pytest.mark.parametrize("resolution", [0, -8, 16.0, "16", True, None])

@@ -123,8 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         self.trickle(b"A: b\r\n")
 
     def trickle(self, piece):
-        """For four seconds, or until the client has gone."""
-        for _ in range(80):
+        """For a minute, or until the client has gone."""
+        for _ in range(1200):
             self.connection.sendall(piece)
             time.sleep(0.05)
 
@@ -249,7 +249,7 @@ def test_an_answer_that_never_ends_is_cut_off_at_its_time(fault, local):
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"was asked once: it did not answer within 0\.5 s"):
         scorer.score([WHITE], ["a"])
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 30  # half of what the server would take: no test of how fast this machine is
 
 
 def test_headers_without_end_are_no_answer(local):

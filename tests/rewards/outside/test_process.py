@@ -156,7 +156,7 @@ def test_a_scorer_must_say_what_it_is(mode, message, tmp_path):
 
 @pytest.mark.parametrize("mode", ["crashes_once", "slow_once"])
 def test_after_a_crash_or_a_time_out_it_is_started_again(mode, tmp_path):
-    with open_scorer(misbehaving(mode, tmp_path), timeout=1.5, start_timeout=10, backoff=0) as scorer:
+    with open_scorer(misbehaving(mode, tmp_path), timeout=1.5, start_timeout=60, backoff=0) as scorer:
         assert scorer.score([WHITE, WHITE], ["a", "b"]).tolist() == [1.0, 1.0]
         first, second = started(tmp_path)
         assert not is_running(first) and is_running(second)
@@ -184,7 +184,7 @@ def test_a_time_out_is_of_the_whole_answer(mode, tmp_path):
     begun = time.monotonic()
     with pytest.raises(RewardError, match=r"did not answer within 0\.3 s"):
         scorer.score([WHITE], ["a"])
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert wait_until(lambda: not is_running(started(tmp_path)[0]))
 
 
@@ -219,7 +219,7 @@ def test_one_that_does_not_want_to_end_is_ended(tmp_path):
     scorer = open_scorer(misbehaving("does_not_end", tmp_path))
     begun = time.monotonic()
     scorer.close()
-    assert not is_running(started(tmp_path)[0]) and time.monotonic() - begun < 5
+    assert not is_running(started(tmp_path)[0]) and time.monotonic() - begun < 30
 
 
 def test_it_ends_when_it_is_forgotten(tmp_path):
