@@ -16,6 +16,7 @@ from tests.tiny_models import tiny_clip_tokenizer, tiny_stable_diffusion
 from tests.trainer.runs import DPO, make_trainer, preference_pairs
 from trl_sipo.cli.main import main
 from trl_sipo.reporting.evaluation_tables import markdown, metrics_csv, p_value, with_interval
+from trl_sipo.scripts.evaluate import file_names
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 REWARDS = ["tests.feedback.rewards:redness", "tests.feedback.rewards:brightness"]
@@ -206,3 +207,10 @@ def test_texts_of_others_stay_text():
     assert "| a\\|b | =1+1 | 0.5 \\[-, 1\\] |" in markdown(report)
     assert markdown(report).startswith("# \\<b\\>x\n") and "\n    trl-sipo '`a\n    ## b`'\n" in markdown(report)
     assert (p_value(0.0004), p_value(0.25), p_value(None)) == ("< 0.001", "0.250", "-")
+
+
+def test_files_of_rewards_whose_names_differ_in_forbidden_characters_are_two():
+    long = "process:" + "a" * 100
+    names = file_names(["a/b", "a:b", "a_b", long, long + "b"])
+    assert len(set(names.values())) == 5 and names["a/b"] == "a_b"
+    assert all("/" not in name and ":" not in name for name in names.values())

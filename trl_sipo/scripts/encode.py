@@ -217,11 +217,15 @@ def load_encoders(arguments: argparse.Namespace) -> "BackboneAdapter":
 
     Raises:
         BackboneError: It cannot be loaded.
+        ConfigurationError: There is no such device.
     """
     import torch
 
     from trl_sipo.adapters import adapter_for, denoiser_names, load_pipeline
+    from trl_sipo.generation.processes import chosen_device
 
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = chosen_device(arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     revision = {} if arguments.model_revision is None else {"revision": arguments.model_revision}
     variant = {} if arguments.variant is None else {"variant": arguments.variant}
     text_dtype = getattr(torch, arguments.text_dtype or arguments.dtype)
@@ -233,8 +237,6 @@ def load_encoders(arguments: argparse.Namespace) -> "BackboneAdapter":
         **variant,
     )
     adapter = adapter_for(pipeline)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     for module in adapter.frozen_modules():
         module.to(device)
     return adapter

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -124,14 +124,15 @@ def run(command: str, argv: list[str]) -> None:
     from trl_sipo.evaluation.diversity import load_features
     from trl_sipo.evaluation.evaluate import as_json, measure_models
     from trl_sipo.generation.models import check_models, parse_models
-    from trl_sipo.generation.processes import process_state
+    from trl_sipo.generation.processes import chosen_device, process_state
     from trl_sipo.trainer.diffusion_dpo_config import DiffusionDPOConfig
 
+    device = chosen_device(arguments.device)
     specs, sampling = parse_models(arguments.models), sampling_settings(arguments)
     statistics = StatisticsSettings(arguments.level, arguments.num_resamples, arguments.seed)
     prompts, held_out = chosen_prompts(arguments), held_out_data(arguments)
     check_models(specs)
-    features, features_name = load_features(arguments.features, arguments.device or process_state().device)
+    features, features_name = load_features(arguments.features, device)
     with ExitStack() as stack:
         rewards = opened_rewards(arguments, arguments.output / SCORES_CACHE, stack)
         measured = measure_models(
@@ -139,7 +140,7 @@ def run(command: str, argv: list[str]) -> None:
             held_out=held_out,
             features=features,
             dtype=arguments.dtype,
-            device=arguments.device,
+            device=device,
             sampling_batch_size=arguments.sampling_batch_size,
             scoring_batch_size=arguments.scoring_batch_size,
         )
@@ -177,6 +178,7 @@ def change_grids(measured: "Measured", base: str, count: int) -> list["Grid"]:
     from trl_sipo.reporting.evaluation_page import Change, change_grid
 
     grids, before = [], measured.scored[base]
+    files = file_names(list(before.scores))
     for name, after in measured.scored.items():
         for metric in before.scores if name != base else ():
             for words, indices in zip(("wins", "losses"), largest_changes(before, after, metric, count), strict=True):
@@ -193,12 +195,20 @@ def change_grids(measured: "Measured", base: str, count: int) -> list["Grid"]:
                     for index in indices
                 ]
                 caption = f"Largest {words} of {name} by {metric}, one a prompt: {base} left, {name} right."
-                grids.append(change_grid(f"{name}-{_file_name(metric)}-{words}", caption, changes))
+                grids.append(change_grid(f"{name}-{files[metric]}-{words}", caption, changes))
     return grids
 
 
-def _file_name(metric: str) -> str:
-    return "".join(char if char.isalnum() or char in "._-" else "_" for char in metric)[:_LONGEST_NAME]
+def file_names(metrics: Sequence[str]) -> dict[str, str]:
+    """A name of a file for each reward; a number sets apart those that differ in characters no file may have."""
+    names: dict[str, str] = {}
+    for metric in metrics:
+        plain = "".join(char if char.isalnum() or char in "._-" else "_" for char in metric)[:_LONGEST_NAME]
+        taken, count = set(names.values()), 1
+        while (name := plain if count == 1 else f"{plain}-{count}") in taken:
+            count += 1
+        names[metric] = name
+    return names
 
 
 def write_report(output: Path, report: Mapping[str, Any], grids: list["Grid"]) -> None:

@@ -78,7 +78,7 @@ def run(command: str, argv: list[str]) -> None:
     check_sampling_options(arguments)
     from trl_sipo.feedback.feedback import FeedbackSettings, write_feedback
     from trl_sipo.generation.models import load_model, parse_model
-    from trl_sipo.generation.processes import process_state
+    from trl_sipo.generation.processes import chosen_device, process_state
     from trl_sipo.generation.sampling import draw_samples
     from trl_sipo.generation.scoring import score_samples
 
@@ -97,7 +97,7 @@ def run(command: str, argv: list[str]) -> None:
     with ExitStack() as stack:
         rewards = opened_rewards(arguments, arguments.output / SCORES_CACHE, stack)
         settings.check([reward.info.name for reward in rewards])
-        model = load_model(spec, dtype=arguments.dtype, device=arguments.device)
+        model = load_model(spec, dtype=arguments.dtype, device=chosen_device(arguments.device))
         samples = arguments.output / "samples"
         draw_samples(model, prompts, samples, sampling, batch_size=arguments.sampling_batch_size, name=spec.name)
         scored = score_samples(samples, rewards, batch_size=arguments.scoring_batch_size)

@@ -109,10 +109,10 @@ def opened_rewards(arguments: argparse.Namespace, cache: Path, stack: ExitStack)
 
     Scores are cached of those that say what they are a function of (`identity()`), as all of this package do.
     """
-    from trl_sipo.generation.processes import process_state
+    from trl_sipo.generation.processes import chosen_device
     from trl_sipo.rewards.opening import open_rewards
 
-    device = arguments.device or process_state().device
+    device = chosen_device(arguments.device)
     return open_rewards(arguments.rewards, arguments.reward_options, cache=cache, device=device, stack=stack)
 
 
