@@ -11,7 +11,8 @@ from transformers import TrainerControl, TrainerState
 
 from tests.trainer.runs import DPO, DPO_CM, METHODS, SIPO, logged, make_trainer
 from trl_sipo.errors import NumericalError
-from trl_sipo.trainer.callbacks import DRIFT_WINDOW, MASKED_WINDOW, DivergenceWarningCallback
+from trl_sipo.trainer.callbacks import DivergenceWarningCallback
+from trl_sipo.trainer.run_warnings import DRIFT_WINDOW, MASKED_WINDOW
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 
 TRL_KEYS = {
