@@ -26,6 +26,14 @@ class RewardError(RuntimeError):
     """A scorer failed, or answered what is no score. It comes while running: the scorer is at fault."""
 
 
+class StudyError(ValueError):
+    """A human study, its samples or its answers cannot be used as they are."""
+
+
+class AnswerError(StudyError):
+    """An answer of a rater is none that the study takes: another's assignment, an unknown choice."""
+
+
 class StorageError(RuntimeError):
     """A file cannot be written: no space is left, say. It comes while running."""
 
@@ -72,5 +80,13 @@ class RoundsPreempted(Preempted):
         return f"SIGTERM: stopped. What is done is kept in {self.folder}, and the same command continues."
 
 
-EXPECTED_ERRORS = (BackboneError, ConfigurationError, DatasetError, NumericalError, RewardError, StorageError)
+EXPECTED_ERRORS = (
+    BackboneError,
+    ConfigurationError,
+    DatasetError,
+    NumericalError,
+    RewardError,
+    StorageError,
+    StudyError,
+)
 """What a command explains in one line, without a traceback, and leaves with status 2."""
