@@ -5,7 +5,8 @@
     python benchmarks/memory.py --device cuda --model "FLUX.1-dev"   # and measured, where the GPU is large enough
 
 The denoisers have their published configurations and random weights, so nothing is downloaded. What is computed runs a
-forward and a backward pass on tensors without data (`memory_counting.py`). Prints two tables and writes JSON.
+forward and a backward pass on tensors without data (`trl_sipo/cost/memory_counting.py`). Prints two tables and writes
+JSON.
 """
 
 import argparse
@@ -20,15 +21,15 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from architectures import ARCHITECTURES, FROZEN, Architecture, default_dtype
-from denoiser_inputs import DENOISER_INPUTS, Sample
-from memory_counting import LiveBytes, count_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trl_sipo.adapters import ADAPTERS
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.cost.architectures import ARCHITECTURES, FROZEN, Architecture, default_dtype
+from trl_sipo.cost.denoiser_inputs import DENOISER_INPUTS, Sample
+from trl_sipo.cost.memory_counting import LiveBytes, count_step
 from trl_sipo.scripts.env import environment
 
 PAIR = 2  # samples of a step on one pair

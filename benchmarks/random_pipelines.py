@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole pipelines with random weights, of published sizes and of small ones: nothing is downloaded.
 
-The denoiser, the VAE and the text encoders of a published size have the configurations of `architectures.py`.
-Tokenizers know letters only, which costs neither time nor memory.
+The denoiser, the VAE and the text encoders of a published size have the configurations of
+`trl_sipo/cost/architectures.py`. Tokenizers know letters only, which costs neither time nor memory.
 """
 
 import copy
@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from architectures import ARCHITECTURES, FROZEN, default_dtype
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -23,6 +22,8 @@ from diffusers import (
     WanPipeline,
 )
 from transformers import CLIPTokenizer, T5Tokenizer
+
+from trl_sipo.cost.architectures import ARCHITECTURES, FROZEN, default_dtype
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 

@@ -6,9 +6,9 @@
     python benchmarks/scaling.py --model-only   # the tables for up to 1,024 GPUs alone
 
 Three parts. Throughput: real runs under torchrun, each process with its own pairs. Bytes: what those runs give to the
-collectives in a step, beside what `communication.py` computes. Planning: the same arithmetic for the published
-architectures, LoRA and full, on 8 to 1,024 GPUs. Weights are random and nothing is downloaded; prints tables and
-writes JSON. On CPUs FSDP2 is Accelerate's own with one condition lifted (`cpu_fsdp.py`).
+collectives in a step, beside what `trl_sipo/cost/communication.py` computes. Planning: the same arithmetic for the
+published architectures, LoRA and full, on 8 to 1,024 GPUs. Weights are random and nothing is downloaded; prints tables
+and writes JSON. On CPUs FSDP2 is Accelerate's own with one condition lifted (`cpu_fsdp.py`).
 """
 
 import argparse
@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from architectures import ARCHITECTURES
-from communication import STRATEGIES, Workload, sent_per_step
 from cpu_fsdp import offer_fsdp_on_cpus
 from memory import build
 from random_pipelines import PIPELINES, make_pipeline
@@ -35,6 +33,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from trl_sipo.cost.architectures import ARCHITECTURES
+from trl_sipo.cost.communication import STRATEGIES, Workload, sent_per_step
 from trl_sipo.scripts.env import environment
 from trl_sipo.trainer.methods import method_classes
 from trl_sipo.trainer.sharding import repeated_blocks

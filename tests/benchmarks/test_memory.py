@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from trl_sipo.cost import architectures, memory_counting
+
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("architectures", "denoiser_inputs", "memory", "memory_counting")
 
 # Denoisers in small, with their latents: attention with and without masks, joint and crossed, rotary and learned
 # positions, convolutions.
@@ -72,7 +73,7 @@ QUICK = ("SD3Transformer2DModel", "WanTransformer3DModel")
 @pytest.fixture(scope="module")
 def benchmark(script):
     """The benchmark's modules."""
-    return SimpleNamespace(**{name: script(name) for name in NAMES})
+    return SimpleNamespace(memory=script("memory"), architectures=architectures, memory_counting=memory_counting)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each GPU sends over the network in a training step, by strategy: the arithmetic behind `scaling.py`.
+"""What each GPU sends over the network in a training step, by strategy.
+
+`benchmarks/scaling.py` holds this arithmetic to what real runs send.
 
 Collectives are rings: to give all of S bytes to N processes, or to add up S bytes and leave each a part, a process
 sends (N - 1) / N * S; an all-reduce is both. A process receives as much as it sends.
