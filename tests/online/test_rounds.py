@@ -151,6 +151,12 @@ def test_settings_can_be_mended_after_a_run_that_ended_before_its_first_sample(t
     assert len(run_rounds(tiny_config(tmp_path, rounds=1))["rounds"]) == 1
 
 
+def test_a_lora_that_finds_no_place_is_refused_before_samples_are_drawn(tiny_config, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"no LoRA with `target_modules` \['nowhere'\].*Those of"):
+        run_rounds(tiny_config(tmp_path, lora={"r": 2, "target_modules": ["nowhere"]}))
+    assert not list(tmp_path.rglob("*.png"))
+
+
 @pytest.mark.parametrize("lora", [{"r": "abc"}, {"r": -1}, {"r": 2, "lora_alpha": "x"}])
 def test_sizes_of_a_lora_are_checked_before_samples_are_drawn(tiny_config, tmp_path, lora):
     with pytest.raises(ConfigurationError, match="must be a positive number"):

@@ -38,7 +38,7 @@ from trl_sipo.evaluation.diversity import pixel_features
 from trl_sipo.evaluation.evaluate import as_json, folder_features
 from trl_sipo.feedback.feedback import write_feedback
 from trl_sipo.generation.models import ModelSpec, check_models, load_model
-from trl_sipo.generation.processes import process_state
+from trl_sipo.generation.processes import chosen_device, process_state
 from trl_sipo.generation.prompt_sets import PromptRecord, load_prompts
 from trl_sipo.generation.sampling import draw_samples
 from trl_sipo.generation.scoring import ScoredSamples, score_samples
@@ -58,6 +58,7 @@ from trl_sipo.online.stopping import leaving_on_sigterm
 from trl_sipo.online.training import MODEL_FOLDER, RUN_FOLDER, free_memory, lora_config, policy_spec, train_round
 from trl_sipo.rewards.base import Reward
 from trl_sipo.rewards.opening import open_rewards
+from trl_sipo.trainer.model_preparation import check_lora_targets
 from trl_sipo.trainer.processes import from_main
 
 logger = logging.getLogger(__name__)
@@ -98,9 +99,16 @@ class _Run:
         return policy_spec(self.config, f"policy-{number}" if number else _BASE, self.trained(number))
 
     def load(self, number: int) -> BackboneAdapter:
-        """The same, to sample with. What an earlier one held is given back first."""
+        """The same, to sample with. What an earlier one held is given back first.
+
+        Raises:
+            ConfigurationError: The LoRA to be trained finds no place in it.
+        """
         free_memory()
-        return load_model(self.spec(number), dtype=self.config.dtype, device=self.config.device)
+        model = load_model(self.spec(number), dtype=self.config.dtype, device=chosen_device(self.config.device))
+        if number == 0 and (lora := lora_config(self.config)) is not None:
+            check_lora_targets(model, lora)
+        return model
 
     @property
     def is_main(self) -> bool:
@@ -153,7 +161,7 @@ def _prepare(config: OnlineConfig, stack: ExitStack) -> _Run:
     """Open the rewards, read the prompts, and look for contradictions, before anything long starts."""
     lora_config(config)
     check_models([policy_spec(config, _BASE, None)])
-    device = config.device or process_state().device
+    device = chosen_device(config.device)
     cache = Path(config.output) / _SCORES_CACHE
     rewards = open_rewards(config.all_rewards, config.reward_options, cache=cache, device=device, stack=stack)
     ranking = rewards[: len(config.rewards)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from trl_sipo.adapters import adapter_for, load_pipeline
 from trl_sipo.adapters.base import BackboneAdapter
@@ -286,25 +287,47 @@ def add_reference_adapter(model: PeftModel) -> None:
             copied.requires_grad_(False)
 
 
-def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
+def check_lora_targets(adapter: BackboneAdapter, peft_config: PeftConfig) -> None:
+    """Raise [`ConfigurationError`] when `target_modules` names nothing that this denoiser has.
+
+    PEFT says so itself when it adds the LoRA; where that is long after the model was loaded, ask earlier.
+    """
+    config = _with_default_targets(adapter, peft_config)
+    if not any(check_target_module_exists(config, name) for name, _ in adapter.denoiser.named_modules()):
+        raise _no_lora(adapter, config, "no module has such a name.")
+
+
+def _with_default_targets(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftConfig:
     peft_config = copy.deepcopy(peft_config)
-    default = adapter.lora_target_modules
-    default = default if isinstance(default, str) else list(default)
     if getattr(peft_config, "target_modules", None) is None:
-        peft_config.target_modules = default
+        peft_config.target_modules = _default_targets(adapter)
+    return peft_config
+
+
+def _default_targets(adapter: BackboneAdapter) -> str | list[str]:
+    default = adapter.lora_target_modules
+    return default if isinstance(default, str) else list(default)
+
+
+def _no_lora(adapter: BackboneAdapter, peft_config: PeftConfig, reason: str) -> ConfigurationError:
     targets = peft_config.target_modules
     targets = targets if isinstance(targets, str) else sorted(targets)
+    return ConfigurationError(
+        f"PEFT adds no LoRA with `target_modules` {targets!r} to this denoiser: {reason} Those of "
+        f"{adapter.pipeline_class_name} are {_default_targets(adapter)!r} if none are given; a string is a regular "
+        "expression for whole names, a list holds the ends of names."
+    )
+
+
+def _add_lora(adapter: BackboneAdapter, peft_config: PeftConfig) -> PeftModel:
+    peft_config = _with_default_targets(adapter, peft_config)
     peft_config.task_type = None  # scripts for language models set one, whose wrapper calls methods of such models
     adapter.denoiser.requires_grad_(False)
     # autocast_adapter_dtype (peft's default) keeps the LoRA in float32 on a half-precision base.
     try:
         denoiser = get_peft_model(adapter.denoiser, peft_config)
     except ValueError as error:
-        raise ConfigurationError(
-            f"PEFT adds no LoRA with `target_modules` {targets!r} to this denoiser: {error} Those of "
-            f"{adapter.pipeline_class_name} are {default!r} if none are given; a string is a regular expression for "
-            "whole names, a list holds the ends of names."
-        ) from error
+        raise _no_lora(adapter, peft_config, str(error)) from error
     adapter.check_lora(denoiser)
     return denoiser
 
