@@ -10,29 +10,21 @@ JSON.
 """
 
 import argparse
-import importlib
 import json
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from trl_sipo.adapters import ADAPTERS
-from trl_sipo.adapters.base import BackboneAdapter
-from trl_sipo.cost.architectures import ARCHITECTURES, FROZEN, Architecture, default_dtype
-from trl_sipo.cost.denoiser_inputs import DENOISER_INPUTS, Sample
+from trl_sipo.cost.architectures import ARCHITECTURES, Architecture
 from trl_sipo.cost.memory_counting import LiveBytes, count_step
+from trl_sipo.cost.models import adapter_class, add_lora, frozen_module, make_denoiser, num_parameters
+from trl_sipo.cost.passes import PAIR, forward_loss
 from trl_sipo.scripts.env import environment
 
-PAIR = 2  # samples of a step on one pair
 CARDS = (24, 40, 80)  # GiB
 RESERVE = 2.0  # GiB of a card for the CUDA context, the libraries' workspaces and fragmentation
 NF4_BYTES = 0.5 + 4 / 64  # four bits a weight, and a float32 scale for each block of 64
@@ -70,40 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------------- one LoRA step
 
 
-def adapter_class(pipeline: str) -> type[BackboneAdapter]:
-    """The class in the adapter's module that is for this pipeline."""
-    module = importlib.import_module(ADAPTERS[pipeline].split(":")[0])
-    classes = [value for value in vars(module).values() if isinstance(value, type)]
-    return next(found for found in classes if getattr(found, "pipeline_class_name", None) == pipeline)
-
-
-def build(architecture: Architecture, device: str, dtype: torch.dtype, rank: int) -> PeftModel:
+def build(architecture: Architecture, device: str, dtype: torch.dtype, rank: int) -> nn.Module:
     """The denoiser with random weights, and a LoRA in the adapter's default layers; its matrices are float32."""
-    with default_dtype(dtype), torch.device(device):
-        denoiser = getattr(diffusers, architecture.denoiser)(**architecture.config)
     targets = adapter_class(architecture.pipeline).lora_target_modules
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets if isinstance(targets, str) else list(targets))
-    return get_peft_model(denoiser.requires_grad_(False), config).train()
-
-
-def forward_loss(
-    model: PeftModel, architecture: Architecture, device: str, dtype: torch.dtype, *, split: bool = False
-) -> Callable[[], Tensor]:
-    """A forward pass on one pair, to a scalar; with `split`, on one arm after the other, as the trainers do it."""
-    samples = 1 if split else PAIR
-    sample = Sample(samples, architecture.latents, architecture.text_tokens, device, dtype)
-    make_inputs = DENOISER_INPUTS[architecture.denoiser]
-
-    def mean_square() -> Tensor:
-        with torch.device(device):
-            output = model(**make_inputs(sample, model.get_base_model().config), return_dict=False)[0]
-        output = torch.stack(output) if isinstance(output, list) else output
-        return output.float().square().mean()
-
-    def of_both_arms() -> Tensor:
-        return checkpoint(mean_square, use_reentrant=False) + mean_square()
-
-    return of_both_arms if split else mean_square
+    denoiser = make_denoiser(architecture, device, dtype)
+    return add_lora(denoiser, targets if isinstance(targets, str) else list(targets), rank).train()
 
 
 def compute(
@@ -157,12 +120,7 @@ def frozen_linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 def frozen_parameters(name: str) -> int:
     """Number of parameters of a VAE or text encoder."""
-    library, class_name, options, _ = FROZEN[name]
-    module_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    with torch.device("meta"):
-        is_encoder = library == "transformers"
-        module = module_class(module_class.config_class(**options)) if is_encoder else module_class(**options)
-    return sum(parameter.numel() for parameter in module.parameters())
+    return num_parameters(frozen_module(name))
 
 
 def total(counts: dict[str, Any], variant: str) -> int:

@@ -134,6 +134,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }  # fmt: skip
 
+# Hub id -> (key of `ARCHITECTURES`, denoisers of that kind, of which a sample passes one).
+HUB_MODELS: dict[str, tuple[str, int]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("Stable Diffusion 1.5", 1),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("Stable Diffusion XL", 1),
+    "stabilityai/stable-diffusion-3-medium-diffusers": ("Stable Diffusion 3 Medium", 1),
+    "stabilityai/stable-diffusion-3.5-medium": ("Stable Diffusion 3.5 Medium", 1),
+    "black-forest-labs/FLUX.1-dev": ("FLUX.1-dev", 1),
+    "black-forest-labs/FLUX.2-dev": ("FLUX.2-dev", 1),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("FLUX.2-klein 4B", 1),
+    "Qwen/Qwen-Image": ("Qwen-Image", 1),
+    "Tongyi-MAI/Z-Image": ("Z-Image", 1),
+    "zai-org/CogVideoX-2b": ("CogVideoX-2B", 1),
+    "zai-org/CogVideoX-5b": ("CogVideoX-5B", 1),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("Wan2.1-T2V-1.3B", 1),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("Wan2.1-T2V-14B", 1),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("Wan2.2-TI2V-5B", 1),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("Wan2.1-T2V-14B", 2),
+    "Lightricks/LTX-Video": ("LTX-Video 2B", 1),
+    "hunyuanvideo-community/HunyuanVideo": ("HunyuanVideo", 1),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": ("HunyuanVideo-1.5", 1),
+}
+
 _VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,

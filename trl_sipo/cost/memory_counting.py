@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting the bytes of a training step, on tensors without data (device "meta") or with.
+"""Counting the bytes and the operations of a training step, on tensors without data (device "meta") or with.
 
 `count_step` runs a forward and a backward pass and follows every storage from its creation to its end. On the meta
 device nothing is computed, so a model of any size is counted in seconds; what a GPU does differently there is stood in
@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from trl_sipo.cost.operations import OperationCounter, attention_flops
+
 # The lists of CUDA's autocast, as far as denoisers call them; see "Autocast Op Reference" in PyTorch's documentation.
 _CAST_DOWN = frozenset(
     "linear conv1d conv2d conv3d conv_transpose2d conv_transpose3d matmul __matmul__ mm bmm baddbmm addmm einsum "
@@ -32,24 +34,35 @@ class _FusedAttention(torch.autograd.Function):
     """What flash and memory-efficient attention keep: inputs, output, and one float32 for each row of scores."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, counter: OperationCounter | None
+    ) -> Tensor:
         batch, heads, length, _ = query.shape
         # Heads behind tokens in memory, so that merging them is free.
         output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         row_statistics = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, output, row_statistics)
+        ctx.counter = counter
+        if counter is not None:
+            counter.add("attention", attention_flops(query, key, value), [query, key, value, mask, output])
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        query, key, value, mask, output, _ = ctx.saved_tensors
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        if ctx.counter is not None:
+            flops = attention_flops(query, key, value) * 5 // 2
+            ctx.counter.add("attention", flops, [query, key, value, mask, output, grad, *grads])
+        return *grads, None, None
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attention(
+    counter, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)  # the kernels add a mask to the scores
-    return _FusedAttention.apply(query, key, value, attn_mask)
+    return _FusedAttention.apply(query, key, value, attn_mask, counter)
 
 
 class GpuStandIns(TorchFunctionMode):
@@ -57,11 +70,15 @@ class GpuStandIns(TorchFunctionMode):
 
     Values do not exist there, so what depends on them is settled: a condition holds, and a mask selects everything
     (its negation nothing).
+
+    Args:
+        autocast_dtype: Of the autocast that is stood in for; `None`: there is none.
+        counter: What counts the operations, to be told of attention.
     """
 
-    def __init__(self, autocast_dtype: torch.dtype | None):
+    def __init__(self, autocast_dtype: torch.dtype | None, counter: OperationCounter | None = None):
         super().__init__()
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype, self.counter = autocast_dtype, counter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -71,7 +88,7 @@ class GpuStandIns(TorchFunctionMode):
                 Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (args, kwargs)
             )
         if name == "scaled_dot_product_attention":
-            return _attention(*args, **kwargs)
+            return _attention(self.counter, *args, **kwargs)
         if name == "__bool__":
             return True
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
@@ -124,7 +141,10 @@ def backward(loss: Tensor) -> None:
 
 
 def count_step(
-    model: torch.nn.Module, loss: Callable[[], Tensor], autocast_dtype: torch.dtype | None = None
+    model: torch.nn.Module,
+    loss: Callable[[], Tensor],
+    autocast_dtype: torch.dtype | None = None,
+    counter: OperationCounter | None = None,
 ) -> dict[str, int]:
     """Bytes of one forward and backward pass, beside the model's parameters and buffers.
 
@@ -132,6 +152,7 @@ def count_step(
         model: On the meta device, or any other; its gradients are left in place.
         loss: The forward pass, to a scalar; what it makes, inputs included, counts.
         autocast_dtype: Of the autocast that is stood in for; on the meta device only.
+        counter: Where the operations are counted as well.
 
     Returns:
         `saved`: what the forward pass keeps for the backward pass; `peak`: the most that was alive at a time,
@@ -149,8 +170,36 @@ def count_step(
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with GpuStandIns(autocast_dtype) if is_meta else nullcontext(), LiveBytes(existing) as live:
+    with (
+        GpuStandIns(autocast_dtype, counter) if is_meta else nullcontext(),
+        LiveBytes(existing) as live,
+        nullcontext() if counter is None else counter,
+    ):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             value = loss()
         backward(value)
     return {"saved": sum(saved.values()), "peak": live.peak}
+
+
+def count_inference(
+    module: torch.nn.Module,
+    run: Callable[[], Any],
+    autocast_dtype: torch.dtype | None = None,
+    counter: OperationCounter | None = None,
+) -> int:
+    """Bytes at the peak of a pass without gradients, beside the module's parameters and buffers.
+
+    Args:
+        module: On the meta device.
+        run: The pass; what it makes, inputs included, counts.
+        autocast_dtype: Of the autocast that is stood in for.
+        counter: Where the operations are counted as well.
+    """
+    with (
+        torch.no_grad(),
+        GpuStandIns(autocast_dtype, counter),
+        LiveBytes([*module.parameters(), *module.buffers()]) as live,
+        nullcontext() if counter is None else counter,
+    ):
+        run()
+    return live.peak
