@@ -10,6 +10,7 @@ which a rater sees them is drawn apart.
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from trl_sipo.annotation.records import GOLD, MIRRORED, SAMPLE, Comparison, Study, Task
 from trl_sipo.errors import StudyError
@@ -76,12 +77,10 @@ def _lap(pairs: Sequence[Comparison], study: Study, group: int, lap: int) -> lis
     Sides come in permuted blocks of two: of each two models, of two pairs that follow one another, one has the first
     model on the left and one on the right. Every even lap draws them anew; the odd one after it exchanges all.
     """
-    order = _generator(study, "pairs", group).sample(range(len(pairs)), len(pairs))
     generator = _generator(study, "sides", group, lap // 2)
     pending: dict[tuple[str, str], bool] = {}  # the side of the second of a block
     tasks = []
-    for index in order:
-        pair = pairs[index]
+    for pair in _lap_order(pairs, _generator(study, "pairs", group)):
         if pair.models in pending:
             is_flipped = pending.pop(pair.models)
         else:
@@ -89,6 +88,16 @@ def _lap(pairs: Sequence[Comparison], study: Study, group: int, lap: int) -> lis
             pending[pair.models] = not is_flipped
         tasks.append(Task(pair.pair_id, SAMPLE, is_flipped != bool(lap % 2)))
     return tasks
+
+
+def _lap_order(pairs: Sequence[Comparison], generator: random.Random) -> list[Comparison]:
+    """At random, with each two models in turn: a share of the pairs has as many of one two as of another."""
+    by_models: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
+    for pair in pairs:
+        by_models[pair.models].append(pair)
+    for part in by_models.values():
+        generator.shuffle(part)
+    return [pair for turn in zip_longest(*by_models.values()) for pair in turn if pair is not None]
 
 
 def _gold_tasks(pairs: Sequence[Comparison], study: Study, group: int, number: int) -> list[Task]:

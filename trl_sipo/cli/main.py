@@ -24,6 +24,7 @@ COMMANDS = {
     "feedback": ("trl_sipo.scripts.feedback", "sample a model, score the samples, and make preference pairs"),
     "evaluate": ("trl_sipo.scripts.evaluate", "compare models by rewards and held-out pairs, with error bars"),
     "online": ("trl_sipo.scripts.online", "rounds of sampling, ranking and training on what the policy draws"),
+    "study": ("trl_sipo.scripts.study", "a blind comparison of models by people: build, serve, report, import"),
     "audit": ("trl_sipo.scripts.audit", "look before training: which noise levels SIPO would mask"),
     "data": ("trl_sipo.scripts.data", "look at preference data on its own: what is broken, repeated or noisy"),
     "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),

@@ -23,7 +23,9 @@ def check_video_writing() -> None:
     _import_av()
 
 
-def encode_video(target: Path | BinaryIO, frames: np.ndarray, frame_rate: float) -> None:
+def encode_video(
+    target: Path | BinaryIO, frames: np.ndarray, frame_rate: float, *, for_browsers: bool = False
+) -> None:
     """Write frames as H.264 in MP4.
 
     Colours have their full resolution, which FFmpeg, PyAV, OpenCV, decord, VLC and Chrome read, and QuickTime, Safari
@@ -33,6 +35,8 @@ def encode_video(target: Path | BinaryIO, frames: np.ndarray, frame_rate: float)
         target: A path, or a file open for writing that can seek.
         frames: uint8 (frames, height, width, 3), RGB.
         frame_rate: Frames per second.
+        for_browsers: Colours at half the resolution, and the index first, so that every browser plays it at once. The
+            target must be a path then, height and width even.
 
     Raises:
         ConfigurationError: PyAV is not installed.
@@ -41,9 +45,11 @@ def encode_video(target: Path | BinaryIO, frames: np.ndarray, frame_rate: float)
     av = _import_av()
     height, width = frames.shape[1:3]
     rate = Fraction(frame_rate).limit_denominator(_MAX_DENOMINATOR)
-    with av.open(str(target) if isinstance(target, Path) else target, "w", format="mp4") as output:
+    options = {"movflags": "+faststart"} if for_browsers else {}
+    file = str(target) if isinstance(target, Path) else target
+    with av.open(file, "w", format="mp4", options=options) as output:
         stream = output.add_stream("libx264", rate=rate, options=dict(_ENCODER))
-        stream.width, stream.height, stream.pix_fmt = width, height, _PIXEL_FORMAT
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p" if for_browsers else _PIXEL_FORMAT
         for frame in frames:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         output.mux(stream.encode())
