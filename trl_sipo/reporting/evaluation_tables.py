@@ -206,12 +206,13 @@ def metrics_csv(report: Report) -> str:
         intervals = [row["mean"], *(against.get(name, {}) for name in compared)]
         cells = [interval.get(end) for interval in intervals for end in ("estimate", "low", "high")]
         counts = [against.get(name) for name in ("num_samples", "num_prompts", "num_ties")]
-        texts = [_plain(row[name] or "") for name in ("model", "metric", "category")]
+        texts = [plain_cell(row[name] or "") for name in ("model", "metric", "category")]
         writer.writerow([*texts, *cells, against.get("win_p_value"), row["corrected_win_p_value"], *counts])
     return buffer.getvalue()
 
 
-def _plain(text: str) -> str:
+def plain_cell(text: str) -> str:
+    """A text for a cell of CSV that no spreadsheet takes for a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
