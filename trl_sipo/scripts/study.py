@@ -6,6 +6,7 @@ from trl_sipo.scripts.subcommands import run_named, usage_of
 # Command -> (module with `run(command, argv)`, one line of help).
 STUDY_COMMANDS = {
     "build": ("trl_sipo.scripts.study_build", "make a study of the samples of two or more models"),
+    "serve": ("trl_sipo.scripts.study_serve", "the pages on which raters answer"),
     "invite": ("trl_sipo.scripts.study_invite", "add a rater, or give one a new token"),
 }
 
