@@ -2,8 +2,10 @@
 """`trl-sipo audit weights`, end to end on tiny pipelines read from disk."""
 
 import json
+import sys
 
 import datasets
+import PIL.Image
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,7 +25,8 @@ from trl_sipo.cli.main import main
 from trl_sipo.core.parameterization import prediction_target
 from trl_sipo.core.precision import per_sample
 from trl_sipo.scripts.audit import AUDITS
-from trl_sipo.scripts.audit_weights import load_adapter, make_parser
+from trl_sipo.scripts.audit_inputs import load_adapter
+from trl_sipo.scripts.audit_weights import make_parser
 
 LEVELS = 10
 MODELS = {
@@ -56,7 +59,8 @@ def material(tmp_path_factory):
 
 def _argv(material, model, data="images", *, num_pairs=2, num_levels=LEVELS):
     paths = ["--model_name_or_path", str(material / model), "--dataset_name", str(material / data)]
-    return ["audit", "weights", *paths, "--num_pairs", str(num_pairs), "--num_levels", str(num_levels)]
+    numbers = ["--num_pairs", str(num_pairs), "--num_levels", str(num_levels), "--on_policy", "0"]
+    return ["audit", "weights", *paths, *numbers]
 
 
 def _report(argv, folder):
@@ -206,6 +210,148 @@ def test_one_expert_is_measured_on_its_levels(material, tmp_path, capsys):
     assert report["settings"]["timestep_range"] == [low, high]
 
 
+def _group(report, name):
+    (row,) = [row for row in report["groups"] if row["name"] == name]
+    return row
+
+
+def _rows_of(folder, chosen, **columns):
+    """Pairs of some images and a picture each, in a folder of their own."""
+    rows = {"prompt": [row["prompt"] for row in preference_pairs(6)][: len(chosen)], "chosen": chosen}
+    rows["rejected"] = [row["rejected"] for row in preference_pairs(6)][: len(chosen)]
+    folder.mkdir()
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "chosen": datasets.Image(),
+            "rejected": datasets.Image(),
+            **dict.fromkeys(columns, datasets.Value("string")),
+        }
+    )
+    datasets.Dataset.from_dict({**rows, **columns}, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def test_own_samples_are_the_scale(material, tmp_path, capsys):
+    """Data that the model drew itself is exactly on policy, and the samples stay for the next run."""
+    drawing = ["--on_policy", "4", "--num_inference_steps", "2"]
+    argv = [*_argv(material, "epsilon", num_pairs=4), *drawing]
+    first = _report(argv, tmp_path / "first")
+    samples = sorted((tmp_path / "first" / "own_samples").rglob("*.png"))
+    assert len(samples) == 4 and _group(first, "own samples")["samples"] == 4
+    assert _group(first, "chosen")["error_excess"]["estimate"] != 0
+    written = [path.stat().st_mtime_ns for path in samples]
+    assert _report(argv, tmp_path / "first")["groups"] == first["groups"]
+    assert [path.stat().st_mtime_ns for path in samples] == written
+
+    assert {path.parent.name for path in samples} == {"pair_0", "pair_1", "pair_3", "pair_4"}  # evenly spaced over six
+
+    own = _rows_of(tmp_path / "own", [PIL.Image.open(samples[0])])
+    one = [*_argv(material, "epsilon", num_pairs=1), "--on_policy", "1", "--num_inference_steps", "2"]
+    alone = _report([*one, "--dataset_name", str(own)], tmp_path / "alone")
+    assert _group(alone, "chosen")["error_excess"]["estimate"] == pytest.approx(0, abs=1e-6)
+    assert abs(_group(alone, "rejected")["error_excess"]["estimate"]) > 1e-3
+    assert "beside that on its own samples of the same prompts: +0%" in capsys.readouterr().out
+
+
+def test_sources_are_told_apart(material, tmp_path):
+    """A part that is what the other is not: the shares of the parts make up that of the whole."""
+    pictures = [row["chosen"] for row in preference_pairs(6)]
+    data = _rows_of(tmp_path / "data", pictures, source=["old", "new"] * 3, camera=["one"] * 6)
+    argv = [*_argv(material, "epsilon", num_pairs=6), "--dataset_name", str(data)]
+    report = _report(argv, tmp_path / "report")
+    parts = [_group(report, f"chosen, {source}") for source in ("old", "new")]
+    assert [part["samples"] for part in parts] == [3, 3]
+    means = [part["mean_weight"] for part in parts]
+    assert sum(means) / 2 == pytest.approx(_group(report, "chosen")["mean_weight"]) and means[0] != means[1]
+    of_one = _report([*argv, "--source_column", "camera"], tmp_path / "one")
+    assert [row["name"] for row in of_one["groups"]] == ["chosen", "rejected"]
+
+
+def test_the_table_of_clip_ranges_is_that_of_runs(material, tmp_path):
+    """Each row's masked share is what the audit finds with these settings alone."""
+    argv = _argv(material, "epsilon", num_pairs=3)
+    rows = {row["clip_range"]: row for row in _report(argv, tmp_path / "all")["clip_ranges"]}
+    assert set(rows) == {0.05, 0.1, 0.2, 0.3, 0.4, 0.5}
+    for clip_range in (0.3, 0.5):
+        report = _report([*argv, "--clip_range", str(clip_range)], tmp_path / str(clip_range))
+        assert report["masked_share"] == pytest.approx(rows[clip_range]["masked"]["estimate"], abs=1e-6)
+        assert 1 <= rows[clip_range]["sipo_factor"] <= 1 + clip_range
+        assert 1 - clip_range <= rows[clip_range]["dpo_cm_factor"] <= 1
+        assert rows[clip_range]["clipped_by_dpo_cm"] == 0  # what it would clip is masked
+    masked = [rows[clip_range]["masked"]["estimate"] for clip_range in sorted(rows)]
+    assert masked == sorted(masked, reverse=True) and masked[0] > masked[-1]
+
+
+@pytest.mark.parametrize("model", ["epsilon", "wan_experts"])
+def test_an_adapter_is_measured_beside_the_model(model, material, tmp_path, capsys):
+    """To the bit what two audits find, one of the model and one of it with the LoRA."""
+    pipeline = adapter_for(MODELS[model]())
+    targets = pipeline.lora_target_modules
+    targets = targets if isinstance(targets, str) else list(targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+        pipeline.save_lora(get_peft_model(pipeline.denoiser, config), tmp_path / "lora")
+    argv = [*_argv(material, model), "--resolution", "32"]
+    both = _report([*argv, "--adapter", str(tmp_path / "lora")], tmp_path / "both")
+    printed = capsys.readouterr().out
+    plain, tuned = (
+        _report(argv, tmp_path / "plain"),
+        _report([*argv, "--lora", str(tmp_path / "lora")], tmp_path / "x"),
+    )
+    assert both["levels"] == plain["levels"] and both["adapter"]["levels"] == tuned["levels"]
+    assert both["adapter"]["levels"] != both["levels"] and "With the adapter" in printed
+    assert main([*argv, "--adapter", str(tmp_path / "lora"), "--lora", str(tmp_path / "lora")]) == 2
+    assert "would act together" in capsys.readouterr().err
+
+
+def test_a_tuned_pipeline_is_measured_beside_the_model(material, tmp_path, capsys):
+    pipeline = MODELS["epsilon"]()
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(1.5)
+    pipeline.save_pretrained(tmp_path / "tuned")
+    both = _report([*_argv(material, "epsilon"), "--adapter", str(tmp_path / "tuned")], tmp_path / "both")
+    argv = [*_argv(material, "epsilon"), "--model_name_or_path", str(tmp_path / "tuned")]
+    alone = _report(argv, tmp_path / "alone")
+    assert both["adapter"]["levels"] == alone["levels"] != both["levels"]
+    assert main([*_argv(material, "epsilon"), "--adapter", str(material / "v_prediction")]) == 2
+    assert "one was not tuned from the other" in capsys.readouterr().err
+
+
+def test_own_clips(material, tmp_path):
+    argv = [*_argv(material, "wan", "clips"), "--resolution", "32", "--num_frames", "5"]
+    report = _report([*argv, "--on_policy", "1", "--num_inference_steps", "2"], tmp_path)
+    assert _group(report, "own samples")["samples"] == 1
+    assert _group(report, "chosen")["error_excess"]["estimate"] is not None
+    assert len(list((tmp_path / "own_samples").rglob("*.mp4"))) == 1
+
+
+def test_a_cache_says_its_size_itself(material, tmp_path, capsys):
+    """The same numbers as of the images, in the precision of the cache; and no sources, which it does not keep."""
+    model = ["--model_name_or_path", str(material / "epsilon")]
+    encoding = ["--resolution", "16", "--dtype", "float32", "--output", str(tmp_path / "cache")]
+    assert main(["encode", *model, "--dataset_name", str(material / "images"), *encoding]) == 0
+    argv = _argv(material, "epsilon")
+    cached = _report([*argv, "--dataset_name", str(tmp_path / "cache")], tmp_path / "cached")
+    images = _report([*argv, "--resolution", "16"], tmp_path / "images")
+    assert cached["settings"]["height"] == 16
+    errors = [[row["chosen_error"] for row in report["levels"]] for report in (cached, images)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    capsys.readouterr()
+    assert main([*argv, "--dataset_name", str(tmp_path / "cache"), "--source_column", "source"]) == 2
+    assert "a cache keeps none" in capsys.readouterr().err
+    assert main([*argv, "--dataset_name", str(tmp_path / "cache"), "--resolution", "32"]) == 2
+    assert "was encoded with resolution" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_are_numbers(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = _report(_argv(material, "epsilon"), tmp_path)
+    assert report["levels"] and "pip install trl-sipo[plots]" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.html", "weights.json"]
+
+
 def test_a_range_of_levels(material, tmp_path, monkeypatch, capsys):
     """The parts of a range make up the whole of it, not of the schedule."""
 
@@ -259,6 +405,9 @@ MISTAKES = {
     "range": (["--timestep_range", "0.9", "0.1"], "`timestep_range` must be two increasing fractions"),
     "shift": (["--timestep_shift", "3"], "timestep_shift"),
     "no_lora": (["--lora", "./no_lora"], "There is no LoRA './no_lora'"),
+    "no_adapter": (["--adapter", "./no_lora"], "There is no LoRA './no_lora'"),
+    "no_column": (["--source_column", "camera"], "it has prompt, chosen, rejected"),
+    "samples": (["--on_policy", "9"], "must lie between 0 and `--num_pairs 2`"),
 }
 
 

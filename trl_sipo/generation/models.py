@@ -174,6 +174,11 @@ def apply_lora(pipeline: DiffusionPipeline, lora: str | os.PathLike[str]) -> Non
         )
 
 
+def check_lora(lora: str | os.PathLike[str]) -> None:
+    """Raise [`BackboneError`] where there is no LoRA of that name; one on the hub is not looked for."""
+    _check_lora_location(Path(lora).expanduser(), os.fspath(lora))
+
+
 def _check_lora_location(path: Path, lora: str) -> None:
     if path.is_dir() and not (path / LORA_FILES[0]).is_file():
         raise BackboneError(f"There is no LoRA in {lora!r}: {LORA_FILES[0]} is missing. Give a run's folder.")

@@ -1,405 +1,433 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-sipo audit weights`: the importance weights of a model on some pairs, and which noise levels they mask.
 
-Forward passes only, on the model's own noise schedule and the grid of its sampler.
+Forward passes only, on the model's own noise schedule and the grid of its sampler. The model's own samples of the same
+prompts are drawn and measured beside the data: they say how far the data is from the model.
 """
 
 import argparse
-import json
-import math
-import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
-from trl_sipo.printing import ArgumentParser, words_without_secrets
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.printing import ArgumentParser
+from trl_sipo.scripts.audit_inputs import (
+    AuditedLevels,
+    AuditedPair,
+    add_adapter_option,
+    add_data_options,
+    add_grid_options,
+    add_level_options,
+    add_model_options,
+    audited_levels,
+    check_adapter,
+    encode_pairs,
+    load_adapter,
+    load_rows,
+    measure,
+    settings_of,
+    settings_words,
+    training_settings,
+    with_adapter,
+)
+from trl_sipo.scripts.audit_report import print_tables, recorded_command, tell_of_figures, write_audit
+from trl_sipo.scripts.audit_weight_curve import describe, find_regions, level_rows, table
 
 if TYPE_CHECKING:
-    from trl_sipo.adapters.base import BackboneAdapter
-    from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
-    from trl_sipo.data.preference_dataset import PreferenceDataset
-    from trl_sipo.evaluation.importance_curve import PairWeights
-    from trl_sipo.trainer.diffusion_sipo_config import DiffusionSIPOConfig
-    from trl_sipo.trainer.encoding import EncodedPairs
+    from torch import Tensor
 
-DTYPES = ("float32", "bfloat16", "float16")
+    from trl_sipo.adapters.base import BackboneAdapter
+    from trl_sipo.evaluation.importance_curve import PairWeights
+    from trl_sipo.reporting.evaluation_tables import Table
+    from trl_sipo.trainer.diffusion_sipo_config import DiffusionSIPOConfig
+
+# Those of the SIPO paper's Table A2.
+CLIP_RANGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+OWN_SAMPLES = "own samples"
+_MOST_SOURCES = 8  # that are told apart
+_DEFAULT_ON_POLICY = 8
 
 
 def make_parser(prog: str = "trl-sipo audit weights") -> argparse.ArgumentParser:
     """The options; those that a training command has too have its names and defaults."""
     parser = ArgumentParser(
         prog=prog,
-        description="Print the importance weight at every noise level, and the region that SIPO would mask.",
+        description="Print the importance weight at every noise level, the region that SIPO would mask, and how far "
+        "the data is from the model's own samples.",
         allow_abbrev=False,
     )
+    add_model_options(parser)
+    add_adapter_option(parser)
+    add_data_options(parser, num_pairs=8)
+    add_level_options(parser, num_levels=50)
+    add_grid_options(parser)
     add = parser.add_argument
-    add("--model_name_or_path", required=True, metavar="PATH", help="hub id or local path of a diffusers pipeline")
-    add("--lora", metavar="PATH", help="a LoRA to load on top, to look at a model in training")
-    add("--dtype", choices=DTYPES, default="float32", help="precision of all but the VAE (default: %(default)s)")
-    add("--dataset_name", required=True, metavar="PATH", help="hub id or local path of preference pairs")
-    add("--dataset_config", metavar="NAME", help="configuration of a hub dataset")
-    add("--dataset_split", default="train", help="default: %(default)s")
-    add("--dataset_format", metavar="NAME", help="layout of the data (default: recognised by its columns)")
-    add("--dataset_media_folder", metavar="DIR", help="folder to which paths are relative (default: their table's)")
-    add("--num_pairs", type=int, default=8, help="evenly spaced over the split (default: %(default)s)")
-    add("--num_levels", type=int, default=50, help="evenly spaced over the drawn times (default: %(default)s)")
-    add("--resolution", type=int, nargs="+", metavar="PIXELS", help="height and width; one number for a square")
-    add("--num_frames", type=int, default=1, help="frames of video clips; 1 takes images (default: %(default)s)")
-    add("--frame_rate", type=float, help="frames per second of the clips (default: each video's own)")
-    part = {"nargs": 2, "metavar": ("LOW", "HIGH"), "default": [0.0, 1.0]}
-    add("--timestep_range", type=float, **part, help="part of the schedule to look at, such as that of one expert")
-    add("--timestep_shift", type=float, help="shift of the drawn levels of a flow model (default: its sampler's)")
-    add("--importance_steps", type=int, default=50, help="steps of the sampler grid (default: %(default)s)")
-    add("--clip_range", type=float, default=0.1, help="default: %(default)s")
-    add("--mask_threshold", type=float, help="weight below which a level is masked (default: 1 - clip_range)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    add("--output", type=Path, metavar="DIR", help="folder for weights.json and weights.png")
+    add(
+        "--source_column", metavar="NAME", help="tell these parts of the data apart (default: source, if there is one)"
+    )
+    add("--on_policy", type=int, metavar="N", help="own samples to draw, for as many prompts; 0: none (default: 8)")
+    add("--num_inference_steps", type=int, metavar="N", help="of the own samples (default: the pipeline's)")
+    add("--guidance_scale", type=float, metavar="SCALE", help="of the own samples (default: the pipeline's)")
+    add("--output", type=Path, metavar="DIR", help="folder for weights.json, weights.html and weights.png")
     return parser
 
 
-def training_settings(arguments: argparse.Namespace) -> "DiffusionSIPOConfig":
-    """The settings under which SIPO would train, with all their checks.
+def number_of_samples(arguments: argparse.Namespace) -> int:
+    """How many samples of the model itself are drawn.
 
     Raises:
-        ConfigurationError: One that is out of range, or figures that could not be drawn.
+        ConfigurationError: A negative number, or more than there are pairs.
     """
-    import torch
-
-    from trl_sipo.reporting.figures import check_plotting
-    from trl_sipo.trainer.diffusion_sipo_config import DiffusionSIPOConfig
-
-    for name, least in (("num_pairs", 1), ("num_levels", 2)):
-        if getattr(arguments, name) < least:
-            raise ConfigurationError(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
-    if arguments.output is not None:
-        check_plotting()
-    shared = (
-        "resolution", "num_frames", "frame_rate", "timestep_shift", "importance_steps", "clip_range",
-        "mask_threshold", "seed", "timestep_range",
-    )  # fmt: skip
-    given = {name: getattr(arguments, name) for name in shared}
-    # Nothing is trained, nor written there.
-    return DiffusionSIPOConfig("audit", **given, bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
+    if arguments.on_policy is None:
+        return min(_DEFAULT_ON_POLICY, arguments.num_pairs)
+    if not 0 <= arguments.on_policy <= arguments.num_pairs:
+        raise ConfigurationError(
+            f"`--on_policy {arguments.on_policy}` must lie between 0 and `--num_pairs {arguments.num_pairs}`: each "
+            "sample is compared with the pair of its prompt."
+        )
+    return arguments.on_policy
 
 
-# ---------------------------------------------------------------------------------------------------- model and data
+# ------------------------------------------------------------------------------------------------------- own samples
 
 
-def load_adapter(arguments: argparse.Namespace) -> "BackboneAdapter":
-    """The pipeline, with its LoRA if one is given, on the GPU if there is one.
+def own_samples(
+    arguments: argparse.Namespace,
+    adapter: "BackboneAdapter",
+    pairs: Sequence[AuditedPair],
+    settings: "DiffusionSIPOConfig",
+    size: tuple[int, int],
+    folder: Path,
+) -> list[AuditedPair]:
+    """The model's own samples for the prompts of some pairs, each as both arms of a pair with that pair's index.
 
-    Raises:
-        BackboneError: The pipeline or the LoRA cannot be loaded.
+    So they get the noise of the pair that they are compared with. The samples stay in the folder: a run that was
+    stopped, and another one with the same settings, goes on with them.
     """
-    import torch
+    from datasets import Dataset
 
-    from trl_sipo.adapters import adapter_for, load_pipeline
-    from trl_sipo.generation.models import apply_lora
-
-    # As in training: several VAEs overflow in float16.
-    dtypes = {"default": getattr(torch, arguments.dtype), "vae": torch.float32}
-    pipeline: Any = load_pipeline(arguments.model_name_or_path, dtype=dtypes)
-    if arguments.lora is not None:
-        apply_lora(pipeline, arguments.lora)
-    adapter = adapter_for(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
-    adapter.freeze()
-    adapter.denoiser.requires_grad_(False)
-    return adapter
-
-
-def load_pairs(
-    arguments: argparse.Namespace, adapter: "BackboneAdapter", settings: "DiffusionSIPOConfig", size: tuple[int, int]
-) -> "PreferenceDataset":
-    """The pairs as a training run evaluates them: centre-cropped, clips from their beginning.
-
-    Raises:
-        DatasetError: No such data, latents of another model, or too few pairs.
-    """
-    from trl_sipo.data.loading import load_preference_dataset
+    from trl_sipo.data.collator import DataCollatorForDiffusionPreference
+    from trl_sipo.generation.prompt_sets import PromptRecord
+    from trl_sipo.generation.sampling import SamplingSettings, draw_samples, read_samples
+    from trl_sipo.trainer.encoding import PairEncoder
     from trl_sipo.trainer.preference_data import as_tensors
 
-    split = arguments.dataset_split
-    rows = load_preference_dataset(
-        arguments.dataset_name,
-        name=arguments.dataset_config,
-        split=split,
-        format=arguments.dataset_format,
-        media_folder=arguments.dataset_media_folder,
+    sampling = SamplingSettings(
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        height=size[0],
+        width=size[1],
+        num_frames=settings.num_frames,
+        frame_rate=settings.frame_rate,
+        seed=settings.seed,
     )
-    pairs = as_tensors(rows, adapter, settings, size, split)
-    if len(pairs) < arguments.num_pairs:
-        raise DatasetError(
-            f"`num_pairs={arguments.num_pairs}`, but the split {split!r} has {len(pairs)} pairs with a preference: "
-            "lower it, or give another split."
-        )
-    return pairs
-
-
-# ------------------------------------------------------------------------------------------------------- measurement
-
-
-def encode_pairs(
-    adapter: "BackboneAdapter", pairs: "PreferenceDataset", num_pairs: int
-) -> list[tuple[int, "EncodedPairs"]]:
-    """Evenly spaced pairs, each with its index, in batches of one.
-
-    Raises:
-        DatasetError: Pairs of several sizes.
-    """
-    from trl_sipo.data.collator import DataCollatorForDiffusionPreference
-    from trl_sipo.trainer.encoding import PairEncoder
-
+    draw_samples(adapter, [PromptRecord(f"pair_{pair.index}", pair.prompt) for pair in pairs], folder, sampling)
+    paths = [str(sample.path) for sample in read_samples(folder)]
+    rows = Dataset.from_dict({"prompt": [pair.prompt for pair in pairs], "chosen": paths, "rejected": paths})
+    drawn = as_tensors(rows, adapter, settings, size, OWN_SAMPLES)
     collate, device = DataCollatorForDiffusionPreference(), adapter.pipeline.device
     encode = PairEncoder(adapter, sample_posterior=False, caption_dropout=0.0)
-    chosen = [i * len(pairs) // num_pairs for i in range(num_pairs)]
-    encoded = [(i, encode(collate([pairs[i]]), device, [], training=False)) for i in chosen]
-    shapes = {tuple(part.chosen_latents.shape[1:]) for _, part in encoded}
-    if len(shapes) > 1:
-        raise DatasetError(f"The pairs have latents of several shapes, {sorted(shapes)}; give a split of one size.")
-    return encoded
+    encoded = [encode(collate([drawn[place]]), device, [], training=False) for place in range(len(pairs))]
+    return [
+        AuditedPair(pair.index, pair.prompt, OWN_SAMPLES, sample) for pair, sample in zip(pairs, encoded, strict=True)
+    ]
 
 
-def measure(
-    adapter: "BackboneAdapter",
-    encoded: list[tuple[int, "EncodedPairs"]],
-    levels: "NoiseLevel",
-    schedule: "VPSchedule | FlowSchedule",
-    settings: "DiffusionSIPOConfig",
-) -> "PairWeights":
-    """Both arms of every pair at every level, one pair at a time.
+def compared_places(num_pairs: int, num_samples: int) -> list[int]:
+    """Which pairs the own samples are drawn for: evenly spaced."""
+    return [place * num_pairs // num_samples for place in range(num_samples)]
 
-    Raises:
-        NumericalError: An error that is not finite.
+
+# ------------------------------------------------------------------------------------------------------------ groups
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one kind.
+
+    Attributes:
+        name: For tables.
+        places: (samples,) which of the audited pairs they belong to.
+        errors, log_weights: (levels, samples).
     """
-    from tqdm.auto import tqdm
 
-    from trl_sipo.data.seeding import seeded_generator
-    from trl_sipo.evaluation.importance_curve import PairWeights, pair_weights
-    from trl_sipo.trainer.encoding import draw_noise
+    name: str
+    places: Sequence[int]
+    errors: "Tensor"
+    log_weights: "Tensor"
 
-    parts = []
-    with tqdm(total=len(encoded) * len(levels.timestep), desc="Forward passes") as progress:
-        for index, pair in encoded:
-            noise = draw_noise(pair.chosen_latents, [seeded_generator(settings.seed, index)])
-            options = {"schedule": schedule, "num_steps": settings.importance_steps, "on_level": progress.update}
-            parts.append(pair_weights(adapter, adapter.denoiser, pair, noise, levels, **options))
-            check_finite(parts[-1], levels, schedule, index)
-    return PairWeights.join(parts)
+    def of(self, places: Sequence[int]) -> "Group":
+        """Those of some pairs, in the order of `places`."""
+        kept = [place for place in places if place in self.places]
+        columns = [list(self.places).index(place) for place in kept]
+        return Group(self.name, kept, self.errors[:, columns], self.log_weights[:, columns])
 
 
-def check_finite(
-    weights: "PairWeights", levels: "NoiseLevel", schedule: "VPSchedule | FlowSchedule", index: int
-) -> None:
-    """Raise [`NumericalError`] where the error of a pair is none: no weight follows from it, masked or not."""
-    from trl_sipo.core.noise_schedule import FlowSchedule
+def arm_groups(weights: "PairWeights", suffix: str = "") -> list[Group]:
+    """The chosen and the rejected samples of all pairs."""
+    places = range(weights.chosen.shape[1])
+    return [
+        Group(f"chosen{suffix}", places, weights.chosen_error, weights.chosen),
+        Group(f"rejected{suffix}", places, weights.rejected_error, weights.rejected),
+    ]
 
-    is_finite = (weights.chosen_error.isfinite() & weights.rejected_error.isfinite()).all(dim=1)
-    if is_finite.all():
-        return
-    position = int((~is_finite).nonzero()[0])
-    if isinstance(schedule, FlowSchedule):
-        level = f"sigma {float(levels.sigma_t[position]):.4f}"
-    else:
-        level = f"timestep {int(levels.timestep[position])}"
-    raise NumericalError(
-        f"The model's error is not finite for pair {index} at {level} ({int((~is_finite).sum())} of {len(is_finite)} "
-        "levels), so that no weight follows. Either the weights or the pair hold such values, or the computation "
-        "overflows, which `--dtype float32` avoids."
-    )
+
+def source_groups(pairs: Sequence[AuditedPair], groups: Sequence[Group]) -> list[Group]:
+    """The same samples by where they come from; none where the data does not tell, or tells one thing of all."""
+    counts = Counter(pair.source for pair in pairs if pair.source is not None)
+    if len(counts) < 2:
+        return []
+    common = [source for source, _ in counts.most_common(_MOST_SOURCES)]
+    found = []
+    for source in common:
+        places = [place for place, pair in enumerate(pairs) if pair.source == source]
+        found += [replace(group.of(places), name=f"{group.name}, {source}") for group in groups]
+    return found
+
+
+def group_numbers(
+    groups: Sequence[Group], own: Group | None, prompts: Sequence[str], mask_threshold: float
+) -> list[dict[str, Any]]:
+    """Mean weight and masked share of each group, and its error beside that on the own samples of the same prompts."""
+    from trl_sipo.core.importance import timestep_mask
+    from trl_sipo.evaluation.policy_distance import as_numbers, error_excess, share_interval
+
+    rows = []
+    for group in [*groups, *([own] if own else [])]:
+        of_group = [prompts[place] for place in group.places]
+        excess = None
+        shared = group.of(own.places) if own and group is not own else None
+        if own and shared and shared.places:
+            excess = error_excess(
+                shared.errors, own.of(shared.places).errors, [prompts[place] for place in shared.places]
+            )
+        rows.append(
+            {
+                "name": group.name,
+                "samples": len(group.places),
+                "mean_weight": float(group.log_weights.double().exp().mean()),
+                "masked": as_numbers(share_interval(~timestep_mask(group.log_weights, mask_threshold), of_group)),
+                "error_excess": excess and as_numbers(excess.overall),
+                "error_excess_by_level": excess and list(excess.by_level),
+            }
+        )
+    return rows
+
+
+def distance_sentences(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """How far the data is from the model, for each group that was compared with its own samples."""
+    from trl_sipo.evaluation.policy_distance import distance_words
+    from trl_sipo.evaluation.statistics import Interval
+
+    sentences = []
+    for row in groups:
+        if row["error_excess"] is not None:
+            ends = row["error_excess"]
+            low = -1.0 if ends["low"] is None else ends["low"]
+            high = float("inf") if ends["high"] is None else ends["high"]
+            what = f"{row['name']} samples" if row["name"] in ("chosen", "rejected") else f"'{row['name']}'"
+            sentences.append(distance_words(what, Interval(ends["estimate"], low, high)))
+    return sentences
 
 
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def level_rows(
-    times: list[float], levels: "NoiseLevel", weights: "PairWeights", mask_threshold: float
-) -> list[dict[str, Any]]:
-    """One row of numbers per level; means over the pairs."""
-    from trl_sipo.core.importance import timestep_mask
+def group_table(rows: Sequence[dict[str, Any]]) -> "Table":
+    """The groups as text."""
+    from trl_sipo.reporting.evaluation_tables import Table, with_interval
 
-    columns = {
-        "time": times,
-        "timestep": levels.timestep.tolist(),
-        "sigma": levels.sigma_t.tolist(),
-        # JSON has no infinity: zero terminal SNR and the clean end have no logarithm there.
-        "log_snr": [value if math.isfinite(value) else None for value in levels.log_snr.tolist()],
-        "chosen_error": weights.chosen_error.mean(1).tolist(),
-        "rejected_error": weights.rejected_error.mean(1).tolist(),
-        "chosen_weight": weights.chosen.exp().mean(1).tolist(),
-        "rejected_weight": weights.rejected.exp().mean(1).tolist(),
-        "pair_weight": weights.pair.exp().mean(1).tolist(),
-        "median_pair_weight": weights.pair.exp().quantile(0.5, dim=1).tolist(),
-        "masked_share": (~timestep_mask(weights.pair, mask_threshold)).float().mean(1).tolist(),
-    }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def table(rows: list[dict[str, Any]], level_name: str) -> str:
-    """The rows as text."""
-    heads = ("time", level_name, "log-SNR", "error", "w(chosen)", "w(rejected)", "w(pair)", "masked")
-    lines = [" ".join(f"{head:>11}" for head in heads)]
-    for row in rows:
-        level = f"{row['timestep']:>11d}" if level_name == "timestep" else f"{row['sigma']:>11.4f}"
-        log_snr = "    infinite" if row["log_snr"] is None else f"{row['log_snr']:>11.2f}"
-        error = (row["chosen_error"] + row["rejected_error"]) / 2
-        weights = " ".join(f"{row[name]:>11.4f}" for name in ("chosen_weight", "rejected_weight", "pair_weight"))
-        lines.append(f"{row['time']:>11.3f} {level} {log_snr} {error:>11.4f} {weights} {row['masked_share']:>10.0%} ")
-    return "\n".join(lines)
-
-
-def find_regions(
-    rows: list[dict[str, Any]],
-    schedule: "VPSchedule | FlowSchedule",
-    level_name: str,
-    mask_threshold: float,
-    within: tuple[float, float] = (0.0, 1.0),
-) -> list[dict[str, Any]]:
-    """Where half of the pairs or more are masked: ends in time and in the schedule's own unit, and in words."""
-    import torch
-
-    from trl_sipo.evaluation.importance_curve import masked_regions
-
-    curve = [row["median_pair_weight"] for row in rows]
-    regions = []
-    for start, end in masked_regions([row["time"] for row in rows], curve, mask_threshold, within=within):
-        ends = schedule.level_at(torch.tensor([start, end], dtype=torch.float64))
-        low, high = (ends.timestep if level_name == "timestep" else ends.sigma_t).tolist()
-        shown = [f"{value:.0f}" if level_name == "timestep" else f"{value:.2f}" for value in (low, high)]
-        if start == 0 and end == 1:
-            words = f"every {level_name}"
-        elif start == 0:
-            words = f"{level_name} <= {shown[1]}"
-        elif end == 1:
-            words = f"{level_name} >= {shown[0]}"
-        else:
-            words = f"{shown[0]} <= {level_name} <= {shown[1]}"
-        regions.append({"time": [start, end], level_name: [low, high], "words": words})
-    return regions
-
-
-def describe(
-    regions: list[dict[str, Any]], masked_share: float, num_levels: int, within: tuple[float, float] = (0.0, 1.0)
-) -> list[str]:
-    """What is masked of the levels `within` these times, in plain words, and what that suggests."""
-    length = within[1] - within[0]
-    if not regions:
-        masked = "Masked: no level for half of the pairs or more."
-    else:
-        share = sum(region["time"][1] - region["time"][0] for region in regions) / length
-        where = " and ".join(region["words"] for region in regions)
-        known = f"{length / num_levels:.2g}"
-        masked = f"Masked: {where}, i.e. {share:.1%} of uniformly drawn times (ends known to {known} in time)."
-    expected = f"Of single pairs at single levels, {masked_share:.1%} are masked: about where `sipo/masked_fraction` "
-    return [masked, expected + "should start with uniform `timestep_sampling`.", suggestion(regions, masked_share)]
-
-
-def suggestion(regions: list[dict[str, Any]], masked_share: float) -> str:
-    """What the masked region means for a run."""
-    if masked_share == 0:
-        return "SIPO would start as Diffusion-DPO does; its mask acts only once the policy's error has grown."
-    if masked_share > 0.9:
-        return (
-            "Next to nothing is left to train on: the grid is too coarse for this model, or the data is unlike what "
-            "it knows. Raise `importance_steps`, or lower `mask_threshold`."
+    cells = [
+        (
+            row["name"],
+            str(row["samples"]),
+            f"{row['mean_weight']:.4f}",
+            with_interval(row["masked"], percent=True),
+            "-" if row["error_excess"] is None else with_interval(row["error_excess"], percent=True),
         )
-    if [region["time"][0] for region in regions] in ([], [0.0]):
-        return (
-            "Only the clean end is cut, as in Fig. 4 of the SIPO paper. As the policy moves away from the data its "
-            "error grows, and so does this region."
-        )
-    return (
-        "Levels beyond the clean end are cut as well, unlike in the SIPO paper: there the model's error is large "
-        "for a step of this grid. See whether they stay with more `importance_steps`."
+        for row in rows
+    ]
+    note = (
+        "Single samples, not pairs. The last column: the model's error beside that on its own samples of the same "
+        "prompts and noise, geometric mean over levels; 0 is data that the model might have drawn. 95 % intervals by "
+        "prompt."
     )
+    return Table("On and off policy", note, ("samples", "number", "mean w", "masked", "error above own"), cells)
 
 
-def write_report(folder: Path, report: dict[str, Any], level_name: str) -> None:
-    """`weights.json` and `weights.png` in a folder that is made if need be."""
-    from trl_sipo.reporting.figures import importance_weight_figure
+def clip_range_numbers(
+    log_weights: "Tensor", prompts: Sequence[str], settings: "DiffusionSIPOConfig", mask_threshold: float
+) -> list[dict[str, Any]]:
+    """Masked and clipped shares of several clip ranges, the run's own among them."""
+    from trl_sipo.evaluation.policy_distance import as_numbers, clip_ranges
 
+    tried = {(value, 1 - value) for value in CLIP_RANGES} | {(settings.clip_range, mask_threshold)}
+    return [
+        {
+            "clip_range": row.clip_range,
+            "mask_threshold": row.mask_threshold,
+            "masked": as_numbers(row.masked),
+            "clipped_by_sipo": none_of_nan(row.clipped[0]),
+            "clipped_by_dpo_cm": none_of_nan(row.clipped[1]),
+            "sipo_factor": none_of_nan(row.sipo_factor),
+            "dpo_cm_factor": none_of_nan(row.dpo_cm_factor),
+        }
+        for row in clip_ranges(log_weights, prompts, sorted(tried))
+    ]
+
+
+def none_of_nan(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if value != value else value
+
+
+def clip_range_table(rows: Sequence[dict[str, Any]]) -> "Table":
+    """The clip ranges as text."""
+    from trl_sipo.reporting.evaluation_tables import Table, number, with_interval
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    cells = [
+        (
+            f"{row['clip_range']:.4g}",
+            f"{row['mask_threshold']:.4g}",
+            with_interval(row["masked"], percent=True),
+            percent(row["clipped_by_sipo"]),
+            percent(row["clipped_by_dpo_cm"]),
+            number(row["sipo_factor"]),
+            number(row["dpo_cm_factor"]),
+        )
+        for row in rows
+    ]
+    header = ("clip_range", "threshold", "masked", "SIPO clips", "C&M clips", "SIPO factor", "C&M factor")
+    return Table("Clip ranges", "Of pairs; clipped shares and mean factors are of what is kept.", header, cells)
+
+
+def curves_of(rows: Sequence[dict[str, Any]], groups: Sequence[Group]) -> dict[str, list[float]]:
+    """What the figure shows: the mean weight at every level."""
     names = {"chosen": "chosen_weight", "rejected": "rejected_weight", "pair": "pair_weight"}
-    curves = {label: [row[name] for row in report["levels"]] for label, name in names.items()}
-    figure = importance_weight_figure(
-        [row[level_name] for row in report["levels"]],
-        curves,
-        report["settings"]["mask_threshold"],
-        title="Importance weight of preference pairs",
-        level_label=f"{level_name} (0 is clean)",
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "weights.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    figure.savefig(folder / "weights.png", dpi=130)
+    curves = {label: [row[name] for row in rows] for label, name in names.items()}
+    return curves | {group.name: group.log_weights.exp().mean(1).tolist() for group in groups}
 
 
-def schedule_words(schedule: "VPSchedule | FlowSchedule") -> str:
-    """The noise process, for the report."""
-    from trl_sipo.core.noise_schedule import FlowSchedule
-
-    if not isinstance(schedule, FlowSchedule):
-        return f"diffusion over {schedule.num_train_timesteps} timesteps"
-    return f"rectified flow, shift {schedule.shift:.4g} (of the times that are drawn: {schedule.drawn_shift:.4g})"
-
-
-def settings_words(
-    *, pipeline: str, prediction_type: str, schedule: str, importance_steps: int, mask_threshold: float, height: int,
-    width: int, num_frames: int, num_pairs: int, dataset_split: str, seed: int, timestep_range: list[float],
-) -> str:  # fmt: skip
-    """What the numbers depend on, in one sentence."""
-    frames = f", {num_frames} frames" if num_frames > 1 else ""
-    low, high = timestep_range
-    times = "" if (low, high) == (0, 1) else f"times from {low:.4g} to {high:.4g} of the schedule; "
+def adapter_words(before: float, after: float, drift: float) -> str:
+    """What the second state of the model changes."""
     return (
-        f"Settings: {pipeline}, {prediction_type}, {schedule}; {times}neighbours on a grid of {importance_steps} "
-        f"steps; {width}x{height}{frames}; {num_pairs} pairs of {dataset_split!r}, noise of seed {seed}; masked below "
-        f"w = {mask_threshold:.4g}."
+        f"With the adapter {after:.1%} of the pairs and levels are masked, without it {before:.1%}; its error on the "
+        f"chosen samples is {drift:+.1%} of the model's."
     )
 
 
 def run(command: str, argv: list[str]) -> None:
-    """Measure, print, and write when asked to."""
+    """Measure, print, and write when asked to.
+
+    Raises:
+        ConfigurationError: Options that make no sense, or contradict the data or the model.
+        BackboneError, DatasetError, NumericalError, StorageError: As the parts do.
+    """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     settings = training_settings(arguments)
-    from trl_sipo.core.noise_schedule import FlowSchedule
-    from trl_sipo.evaluation.importance_curve import stratum_midpoints
-    from trl_sipo.trainer.noise_levels import training_schedule
-
-    adapter = load_adapter(arguments)
+    num_samples = number_of_samples(arguments)
+    draws = tell_of_figures(arguments.output)
+    check_adapter(arguments)
+    adapter, rows = load_adapter(arguments), load_rows(arguments)
+    settings = training_settings(arguments, rows)
     size = settings.size or adapter.default_size
     adapter.validate_size(*size, settings.num_frames)
-    schedule = training_schedule(adapter, settings, size)
-    low, high = settings.timestep_range
-    times = low + (high - low) * stratum_midpoints(arguments.num_levels)
-    levels = schedule.level_at(times)
-    encoded = encode_pairs(adapter, load_pairs(arguments, adapter, settings, size), arguments.num_pairs)
-    weights = measure(adapter, encoded, levels, schedule, settings)
+    audited = audited_levels(arguments, adapter, settings, size)
+    pairs = encode_pairs(arguments, adapter, rows, settings, size)
+    weights = measure(adapter, pairs, audited, settings)
+    own = own_group(arguments, adapter, pairs, audited, settings, size, num_samples) if num_samples else None
+    tuned = None
+    if arguments.adapter is not None:
+        tuned = measure(with_adapter(arguments, adapter), pairs, audited, settings, what="With the adapter")
 
-    level_name = "sigma" if isinstance(schedule, FlowSchedule) else "timestep"
     threshold = 1 - settings.clip_range if settings.mask_threshold is None else settings.mask_threshold
-    rows = level_rows(times.tolist(), levels, weights, threshold)
-    regions = find_regions(rows, schedule, level_name, threshold, (low, high))
-    masked_share = sum(row["masked_share"] for row in rows) / len(rows)
+    report, curves = numbers(pairs, audited, weights, own, tuned, settings, threshold)
+    shared = settings_of(arguments, adapter, settings, audited, size, len(pairs))
+    shared |= {"importance_steps": settings.importance_steps, "mask_threshold": threshold, "own_samples": num_samples}
+    report = {"command": recorded_command(command, argv), "settings": shared, **report}
+    tables = [group_table(report["groups"]), clip_range_table(report["clip_ranges"])]
+    print(table(report["levels"], audited.unit), "", *report["reading"], sep="\n")
+    print_tables(tables)
+    words = settings_words(shared)
+    grid = f"neighbours on a grid of {settings.importance_steps} steps, masked below w = {threshold:.4g}"
+    print(f"\n{words}; {grid}.")
+    if arguments.output is not None:
+        caption = "Mean w(t); what lies in the grey part is masked."
+        figures = {"weights": (figure_of(curves, audited, threshold), caption)} if draws else {}
+        write_audit(arguments.output, "weights", report, report["reading"], tables, figures)
+
+
+def own_group(
+    arguments: argparse.Namespace,
+    adapter: "BackboneAdapter",
+    pairs: Sequence[AuditedPair],
+    audited: AuditedLevels,
+    settings: "DiffusionSIPOConfig",
+    size: tuple[int, int],
+    num_samples: int,
+) -> Group:
+    """Draw and measure the model's own samples."""
+    places = compared_places(len(pairs), num_samples)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "samples" if arguments.output is None else arguments.output / "own_samples"
+        samples = own_samples(arguments, adapter, [pairs[place] for place in places], settings, size, folder)
+        weights = measure(adapter, samples, audited, settings, what="On own samples")
+    return Group(OWN_SAMPLES, places, weights.chosen_error, weights.chosen)
+
+
+def numbers(
+    pairs: Sequence[AuditedPair],
+    audited: AuditedLevels,
+    weights: "PairWeights",
+    own: Group | None,
+    tuned: "PairWeights | None",
+    settings: "DiffusionSIPOConfig",
+    threshold: float,
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The report without its settings, and the curves of the figure."""
+    prompts, low_high = [pair.prompt for pair in pairs], audited.within
+    rows = level_rows(audited.times.tolist(), audited.levels, weights, threshold)
+    regions = find_regions(rows, audited.schedule, audited.unit, threshold, low_high)
+    masked_share = mean(row["masked_share"] for row in rows)
+    reading = describe(regions, masked_share, len(rows), low_high)
+    arms = arm_groups(weights)
+    sources = source_groups(pairs, arms)
+    states = arm_groups(tuned, ", with the adapter") if tuned else []
+    groups = group_numbers([*arms, *sources, *states], own, prompts, threshold)
+    reading += distance_sentences([row for row in groups if "adapter" not in row["name"]])
     report = {
-        "command": shlex.join(words_without_secrets(["trl-sipo", *command.split(), *argv])),
-        "settings": {
-            "pipeline": type(adapter.pipeline).__name__,
-            "prediction_type": adapter.prediction_type,
-            "schedule": schedule_words(schedule),
-            "timestep_range": settings.timestep_range,
-            "importance_steps": settings.importance_steps,
-            "mask_threshold": threshold,
-            "height": size[0],
-            "width": size[1],
-            "num_frames": settings.num_frames,
-            "num_pairs": arguments.num_pairs,
-            "dataset_split": arguments.dataset_split,
-            "seed": settings.seed,
-        },
         "masked_share": masked_share,
         "masked_regions": regions,
-        "reading": describe(regions, masked_share, arguments.num_levels, (low, high)),
+        "reading": reading,
+        "groups": groups,
+        "clip_ranges": clip_range_numbers(weights.pair, prompts, settings, threshold),
         "levels": rows,
     }
-    print(table(rows, level_name), "", *report["reading"], "", settings_words(**report["settings"]), sep="\n")
-    if arguments.output is not None:
-        write_report(arguments.output, report, level_name)
-        print(f"Numbers and figure are in {arguments.output}.")
+    if tuned:
+        tuned_rows = level_rows(audited.times.tolist(), audited.levels, tuned, threshold)
+        after = mean(row["masked_share"] for row in tuned_rows)
+        drift = float((tuned.chosen_error / weights.chosen_error - 1).mean())
+        reading.append(adapter_words(masked_share, after, drift))
+        report["adapter"] = {"masked_share": after, "chosen_drift": drift, "levels": tuned_rows}
+    return report, curves_of(rows, [*([own] if own else []), *states[:1]])
+
+
+def figure_of(curves: dict[str, list[float]], audited: AuditedLevels, threshold: float) -> Any:
+    """w(t) of every group."""
+    from trl_sipo.reporting.figures import importance_weight_figure
+
+    return importance_weight_figure(
+        audited.positions,
+        curves,
+        threshold,
+        title="Importance weight of preference pairs",
+        level_label=f"{audited.unit} (0 is clean)",
+    )
