@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which clip range, and which mask threshold? (Table A2 and Appendix F.1 of the SIPO paper)
+
+    python benchmarks/paper/threshold_clip.py
+
+The paper's epsilon moves both: weights are clipped to 1 +- epsilon, and masked below 1 - epsilon. Two more arms move one
+of them alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drawing import over_values
+from protocol import CLIP_RANGES, SMALL_BETA, arm
+from question import BASE, Question, ask
+
+
+def label(clip_range: float) -> str:
+    """The name of an arm of the sweep."""
+    return f"epsilon {clip_range:g}"
+
+
+DEFAULT = label(0.1)
+CLIP_ALONE = "clip 0.5, mask below 0.9"
+MASK_ALONE = "clip 0.1, mask below 0.5"
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Quality and masked share over epsilon."""
+    lines = {"SIPO": {clip_range: label(clip_range) for clip_range in CLIP_RANGES}}
+    measures = ("second_accuracy", "frechet_distance", "masked_share")
+    over_values(result, lines, measures, path, x_label="epsilon")
+
+
+def with_clip(clip_range: float, **more: float):
+    """SIPO at the small beta; the default is the same run as elsewhere."""
+    overrides = {"clip_range": clip_range, **more} if clip_range != 0.1 or more else {}
+    return arm("SIPO", SMALL_BETA, overrides=overrides)
+
+
+QUESTION = Question(
+    "threshold_clip",
+    "Mask threshold and clip range",
+    {
+        **{label(clip_range): with_clip(clip_range) for clip_range in CLIP_RANGES},
+        CLIP_ALONE: with_clip(0.5, mask_threshold=0.9),
+        MASK_ALONE: with_clip(0.1, mask_threshold=0.5),
+    },
+    [
+        *[(DEFAULT, label(clip_range)) for clip_range in CLIP_RANGES if clip_range != 0.1],
+        (CLIP_ALONE, DEFAULT),
+        (MASK_ALONE, DEFAULT),
+        *[(label(clip_range), BASE) for clip_range in CLIP_RANGES],
+    ],
+    draw=draw,
+)
+
+if __name__ == "__main__":
+    ask(QUESTION)
