@@ -246,7 +246,7 @@ def test_own_samples_are_the_scale(material, tmp_path, capsys):
 
     assert {path.parent.name for path in samples} == {"pair_0", "pair_1", "pair_3", "pair_4"}  # evenly spaced over six
 
-    own = _rows_of(tmp_path / "own", [PIL.Image.open(samples[0])])
+    own = _rows_of(tmp_path / "own", [PIL.Image.open(samples[0]).copy()])
     one = [*_argv(material, "epsilon", num_pairs=1), "--on_policy", "1", "--num_inference_steps", "2"]
     alone = _report([*one, "--dataset_name", str(own)], tmp_path / "alone")
     assert _group(alone, "chosen")["error_excess"]["estimate"] == pytest.approx(0, abs=1e-6)
