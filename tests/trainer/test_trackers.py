@@ -65,7 +65,7 @@ def test_grids_show_the_base_beside_the_current_model(kind, tmp_path):
     )
     trainer.train()
 
-    paths = sorted((tmp_path / "run" / "samples").iterdir())
+    paths = sorted((tmp_path / "run" / "samples").glob("*.png"))
     assert [path.name for path in paths] == ["step-000002.png", "step-000004.png"]
     (left, right), (later_left, later_right) = map(_columns, paths)
     assert np.array_equal(left, later_left)

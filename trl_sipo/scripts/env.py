@@ -2,25 +2,9 @@
 """`trl-sipo env`: versions and devices, for a bug report."""
 
 import argparse
-import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from trl_sipo.printing import ArgumentParser
-
-PACKAGES = (
-    "trl-sipo", "trl", "transformers", "diffusers", "accelerate", "peft", "datasets", "torch", "bitsandbytes", "numpy",
-)  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    """Name to version of everything a result depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+from trl_sipo.trainer.environment import environment
 
 
 def make_parser(prog: str = "trl-sipo env") -> argparse.ArgumentParser:

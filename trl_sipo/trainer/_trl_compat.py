@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.base_trainer import _BaseTrainer
@@ -33,6 +34,7 @@ __all__ = [
     "get_comet_experiment_url",
     "get_trackio_space_url",
     "init_trainer",
+    "log_by_itself",
     "make_checkpointable",
     "make_config_reportable",
     "policy_left_unprepared",
@@ -53,6 +55,16 @@ def init_trainer(trainer: DPOTrainer, **kwargs: Any) -> None:
     trainer.maybe_activation_offload_context = contextlib.nullcontext()
     trainer.precompute_ref_logps = False
     trainer._is_vision_dataset = False
+
+
+def log_by_itself(trainer: DPOTrainer, logs: dict[str, float]) -> None:
+    """Log a row within a step, without what TRL would add to it, and take from the row of the step that comes next.
+
+    Goes when TRL's `log` leaves the metrics of the steps to the rows that have a `loss`.
+    """
+    is_due = trainer.control.should_log
+    Trainer.log(trainer, logs)
+    trainer.control.should_log = is_due  # each row says that the one which is due has been logged
 
 
 def make_checkpointable(denoiser: torch.nn.Module) -> None:

@@ -97,6 +97,12 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         sample_num_inference_steps: Sampler steps of the grids.
         sample_guidance_scale: Guidance scale of the grids. `None` takes that of the pipeline's call.
         sample_seed: Seed of the grids; the same for every grid and for the base model beside it.
+        sample_rewards: Rewards, by the names of `trl_sipo.rewards` or as `load_reward` takes them, that score the
+            pictures of every grid: their means are logged as `samples/<reward>` and, of the base model,
+            `samples/<reward>_base`. They run on the CPU, in the main process.
+        run_log: Write what `trl-sipo report` shows into `<output_dir>/run_log` while training: settings, command and
+            environment of every start, every row of the log, and errors, importance weights and margins by noise
+            level.
     """
 
     default_beta: ClassVar[float | None] = 5000.0
@@ -219,12 +225,19 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         default=None, metadata={"help": "Guidance scale of the grids; that of the pipeline's call if not given."}
     )
     sample_seed: int = field(default=0, metadata={"help": "Seed of the sample grids."})
+    sample_rewards: list[str] | None = field(
+        default=None, metadata={"help": "Rewards that score the pictures of the grids (names of trl_sipo.rewards)."}
+    )
+    run_log: bool = field(
+        default=True, metadata={"help": "Write down in output_dir/run_log what a report of the run shows."}
+    )
 
     def __post_init__(self):
         # Before TRL's own __post_init__, which rewrites some of these fields.
         reject_fields(self)
-        if isinstance(self.sample_prompts, str):  # one prompt, and not one per letter
-            self.sample_prompts = [self.sample_prompts]
+        for name in ("sample_prompts", "sample_rewards"):  # one text, and not one per letter
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
         for name in ("resolution", "timesteps"):  # one number may stand for a list of one
             if isinstance(value := getattr(self, name), int):
                 setattr(self, name, [value])
@@ -426,6 +439,11 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             raise ConfigurationError(
                 "`sample_prompts` are only drawn with `sample_every_steps`, which is 0: set it to the number of steps "
                 "between two grids, or remove the prompts."
+            )
+        if self.sample_rewards and not self.sample_every_steps:
+            raise ConfigurationError(
+                f"`sample_rewards={self.sample_rewards}` score the pictures of sample grids, and none are drawn: set "
+                "`sample_prompts` and `sample_every_steps`, or remove the rewards."
             )
 
     def _check_speed(self) -> None:

@@ -78,6 +78,7 @@ from trl_sipo.trainer.reference_bank import (
 )
 from trl_sipo.trainer.reproduction import StepBatch, without_gradient
 from trl_sipo.trainer.resumable import ResumableTrainer
+from trl_sipo.trainer.sample_rewards import open_sample_rewards
 from trl_sipo.trainer.sharding import prepare_sharding
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
 from trl_sipo.trainer.strategy import StrategyCallback, check_strategy
@@ -141,7 +142,8 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         check_model_arguments(model, ref_model, args, peft_config, quantization_config)
         keeps_reference = ref_model is None and (peft_config is not None or is_adapted(model))
         check_precomputing(args, is_stream=isinstance(train_dataset, IterableDataset), keeps_reference=keeps_reference)
-        # Before the model is loaded: both can take long, and bad data is the likelier mistake.
+        # Before the model is loaded: all can take long, and bad data is the likelier mistake.
+        self.sample_rewards = open_sample_rewards(args)
         train_dataset = check_dataset(train_dataset, args, "train")
         eval_dataset = for_each_split(eval_dataset, lambda split, name: check_dataset(split, args, name))
 
@@ -156,8 +158,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         self._prepare_backbone(denoiser)
         self._encoder.null = stored_null(train_dataset)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}  # what TRL's `log` reads
-        self._epoch = 0
-        self._evaluated: int | None = None
+        self._epoch, self._evaluated = 0, None
         init_trainer(
             self,
             model=denoiser,
@@ -396,7 +397,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
         pairs = self._encoder(inputs, self.accelerator.device, [], training=False)
-        per_level, by_level, pair_index = [], {}, pair_numbers(inputs)
+        per_level, by_level, of_levels, pair_index = [], {}, [], pair_numbers(inputs)
         levels = evaluation_levels(self.adapter, self.noise_schedule, self.args)
         bank = getattr(self.reference, "evaluation", {}).get(self._evaluated)
         for position, (time, level) in enumerate(levels.items()):
@@ -411,8 +412,9 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
             self.recorder.check_evaluation(broken, batch)
             by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in self.metrics_by_level}
+            of_levels.append((errors, statistics))
         mean = {name: torch.stack([level[name] for level in per_level]).mean(0) for name in per_level[0]}
-        self.recorder.record_evaluation({**by_level, **mean}, inputs["pair_index"])
+        self.recorder.record_evaluation({**by_level, **mean}, inputs["pair_index"], levels, of_levels)
         return mean["loss"].mean(), mean
 
     # ---------------------------------------------------------------------------------------------- bookkeeping
@@ -430,15 +432,13 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         """The inherited loop, with our metrics under its prefix (TRL would give all datasets of a dict one name)."""
         # Several processes read a stream through shares of it.
         self._evaluated = id(getattr(dataloader.dataset, "dataset", dataloader.dataset))
-        self._metrics["eval"].clear()
+        self.recorder.begin_evaluation(metric_key_prefix)
         self.gather_function = self.recorder.gather_counted  # what `compute_metrics` and `predict` get
         device = self.args.device
         # Evaluation leaves the random state as it found it: training goes on as if nothing had happened.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), policy_left_unprepared(self):
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, values in self._metrics["eval"].items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
-        self._metrics["eval"].clear()
+        output.metrics.update(self.recorder.end_evaluation(metric_key_prefix))
         return output
 
     def _determine_best_metric(self, metrics, trial):

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from trl_sipo.trainer._trl_compat import SyncRefModelCallback
 from trl_sipo.trainer.metrics_recorder import RECORDED
+from trl_sipo.trainer.run_log_callback import RunLogCallback
 from trl_sipo.trainer.run_state import RememberedCallback
 from trl_sipo.trainer.run_warnings import MASKED_SHARE, MASKED_WINDOW, RunWarnings
 from trl_sipo.trainer.sample_grids import SampleGridCallback
@@ -109,6 +110,8 @@ def watching_callbacks(trainer: Any) -> list[TrainerCallback]:
         MetricsCallback(trainer.recorder, trainer.level_memory),
         DivergenceWarningCallback(),
     ]
+    if trainer.args.run_log:
+        callbacks.append(RunLogCallback(trainer))
     if trainer.args.sync_ref_model:
         callbacks.append(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=trainer.accelerator))
     if trainer.args.max_drift is not None or trainer.args.max_margin_fall is not None:

@@ -7,16 +7,20 @@ computed, and are read two micro-batches later, when they have long arrived.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer import json_checks as checks
+from trl_sipo.trainer.level_log import LEVEL_SUMS, LevelLog, level_values
+from trl_sipo.trainer.noise_levels import times_of, timesteps_of
 from trl_sipo.trainer.nonfinite import (
     broken_pairs,
     gradient_message,
@@ -26,6 +30,7 @@ from trl_sipo.trainer.nonfinite import (
 )
 from trl_sipo.trainer.reproduction import Fault, ReproductionWriter, StepBatch, bounded
 from trl_sipo.trainer.start_check import StartCheck, start_gap
+from trl_sipo.trainer.statistics import PairErrors
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,8 @@ RECORDED = checks.record(
         "empty_batches": checks.count(),
         "skipped_steps": checks.count(),
         "overflows": checks.count(),
-    }
+    },
+    {"levels": LEVEL_SUMS},  # of a run that writes them down
 )
 NOTHING_RECORDED = {"metrics": {}, "masked_in_step": [], "empty_batches": 0, "skipped_steps": 0, "overflows": 0}
 
@@ -57,8 +63,8 @@ class _Transfer:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(values.device))
 
-    def wait(self) -> list[float]:
-        """The numbers, when they are there."""
+    def wait(self) -> list[Any]:
+        """The numbers, when they are there, in lists as deep as the tensor."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
@@ -77,6 +83,8 @@ class _Recorded:
         gradient: Of the whole step, with its last micro-batch: the norm, then the norms by parameter.
         parameters: Their names.
         step_batches: The micro-batches of the step, with its last one.
+        levels: What is written down of each pair of the global batch, (pairs, 1 + names): its timestep first.
+        level_names: Of what follows.
     """
 
     names: tuple[str, ...]
@@ -88,6 +96,8 @@ class _Recorded:
     gradient: _Transfer | None = None
     parameters: tuple[str, ...] = ()
     step_batches: tuple[StepBatch, ...] = ()
+    levels: _Transfer | None = None
+    level_names: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -117,7 +127,13 @@ def make_recorder(trainer: Any, *, starts_at_reference: bool) -> "MetricsRecorde
         StartCheck(trainer, starts_at_reference=starts_at_reference),
         ReproductionWriter(trainer),
         trainer.args.max_skipped_steps if skips else None,
+        _level_log(trainer) if trainer.args.run_log else None,
     )
+
+
+def _level_log(trainer: Any) -> LevelLog:
+    options = {"schedule": trainer.noise_schedule, "args": trainer.args}
+    return LevelLog(partial(times_of, **options), partial(timesteps_of, **options))
 
 
 class MetricsRecorder:
@@ -132,6 +148,7 @@ class MetricsRecorder:
         reproduce: Writes what a step was given; returns where.
         max_skipped_steps: Optimiser steps that may be left out in a run; `None`: the first one that is not finite
             raises.
+        levels: Is given what is seen of each noise level; `None`: nobody asks for it.
     """
 
     def __init__(
@@ -141,12 +158,14 @@ class MetricsRecorder:
         start_check: StartCheck,
         reproduce: Callable[[Fault], str | None],
         max_skipped_steps: int | None = None,
+        levels: LevelLog | None = None,
     ):
         self.accelerator = accelerator
         self.metrics = metrics
         self.start_check = start_check
         self.reproduce = reproduce
         self.max_skipped_steps = max_skipped_steps
+        self.levels = levels
         self.is_deferred = accelerator.device.type == "cuda"
         self._pending: list[_Recorded] = []
         self._in_step: list[StepBatch] = []
@@ -198,12 +217,18 @@ class MetricsRecorder:
         if self.skips:  # else transformers' own mean is logged, NaN included
             statistics = statistics | {"loss": loss.detach().float()}
         checks = [broken, start_gap(batch.errors)] if self.start_check.is_due else [broken]
-        gathered = self.accelerator.gather(torch.stack([*statistics.values(), *checks], dim=1))
+        values = {} if self.levels is None else level_values(batch.errors, statistics)
+        of_levels = [batch.level.timestep.to(broken), *values.values()] if values else []
+        columns = [*statistics.values(), *checks, *of_levels]
+        gathered = self.accelerator.gather(torch.stack(columns, dim=1))
+        averaged, checked, of_levels = gathered.split([len(statistics), len(checks), len(of_levels)], dim=1)
         # NaN stands for what a sample has not: one that is disliked has no reward of a liked one.
-        means, worst = gathered[:, : len(statistics)].nanmean(0), gathered[:, len(statistics) :].amax(0)
-        ends_step = self.accelerator.sync_gradients
-        numbers = _Transfer(torch.cat([means, worst]))
-        self._last = _Recorded(tuple(statistics), numbers, broken, batch, step, ends_step)
+        numbers = _Transfer(torch.cat([averaged.nanmean(0), checked.amax(0)]))
+        self._last = _Recorded(
+            tuple(statistics), numbers, broken, batch, step, ends_step=self.accelerator.sync_gradients
+        )
+        if values and self.accelerator.is_main_process:  # which writes them down
+            self._last.levels, self._last.level_names = _Transfer(of_levels), tuple(values)
         self._in_step = bounded([*self._in_step, batch])
         self._pending.append(self._last)
         if not self.skips:
@@ -260,7 +285,8 @@ class MetricsRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next log will be made of, and the counts of the run; of values that JSON can hold."""
-        return {
+        levels = {} if self.levels is None else {"levels": self.levels.training.state_dict()}
+        return levels | {
             "metrics": {name: list(values) for name, values in self.metrics["train"].items()},
             "masked_in_step": list(self._masked_in_step),
             "empty_batches": self._empty_batches,
@@ -276,6 +302,10 @@ class MetricsRecorder:
         self._masked_in_step = list(state["masked_in_step"])
         self._empty_batches, self._skipped_steps = state["empty_batches"], state["skipped_steps"]
         self._overflows = state["overflows"]
+        if self.levels is not None:
+            self.levels.begin_training()
+            if "levels" in state:
+                self.levels.training.load_state_dict(state["levels"])
 
     def _settle(self, in_flight: int) -> None:
         while len(self._pending) > in_flight:
@@ -336,6 +366,8 @@ class MetricsRecorder:
             train["sipo/empty_batches"] = [self._empty_batches]
         if self.skips:
             train["sipo/skipped_steps"] = [self._skipped_steps]
+        if recorded.levels is not None and self.levels is not None:
+            self.levels.add_training(recorded.level_names, recorded.levels.wait())
 
     def _count_empty(self, masked_fraction: float, ends_step: bool) -> None:
         """A batch is empty when every micro-batch of it is masked altogether."""
@@ -372,12 +404,42 @@ class MetricsRecorder:
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def record_evaluation(self, statistics: dict[str, torch.Tensor], pair_index: torch.Tensor) -> None:
+    def begin_evaluation(self, prefix: str) -> None:
+        """Forget the evaluation before.
+
+        Args:
+            prefix: Of the metrics of this one.
+        """
+        self.metrics["eval"].clear()
+        if self.levels is not None:
+            self.levels.begin_evaluation(prefix)
+
+    def end_evaluation(self, prefix: str) -> dict[str, float]:
+        """The means over all pairs that were recorded, by name, each with the prefix before it."""
+        means = {f"{prefix}_{name}": sum(values) / len(values) for name, values in self.metrics["eval"].items()}
+        self.metrics["eval"].clear()
+        return means
+
+    def record_evaluation(
+        self,
+        statistics: dict[str, torch.Tensor],
+        pair_index: torch.Tensor,
+        levels: Mapping[float, NoiseLevel],
+        of_levels: Sequence[tuple[PairErrors, Mapping[str, torch.Tensor]]],
+    ) -> None:
         """Append every pair's value (each pair once, whatever the batches), so that `log` takes the exact mean.
 
         NaN, of what a pair has not, is left out.
+
+        Args:
+            statistics: Name to (batch,).
+            pair_index: (batch,).
+            levels: Time to level (1,), of those at which the pairs were measured.
+            of_levels: For each of them the errors and statistics of the pairs.
         """
-        rows = self.accelerator.gather_for_metrics(torch.stack(list(statistics.values()), dim=1)).tolist()
+        kept = [] if self.levels is None else [level_values(*measured) for measured in of_levels]
+        parts = [value for of_level in kept for value in of_level.values()]
+        rows = self.accelerator.gather_for_metrics(torch.stack([*statistics.values(), *parts], dim=1)).tolist()
         pairs = self.accelerator.gather_for_metrics(pair_index).tolist()
         if not self.metrics["eval"]:  # another evaluation
             self._evaluated_pairs.clear()
@@ -387,9 +449,11 @@ class MetricsRecorder:
             self._is_counted.append(pair not in self._evaluated_pairs)
             self._evaluated_pairs.add(pair)
         new = list(compress(rows, self._is_counted))
-        for name, column in zip(statistics, zip(*new, strict=True), strict=bool(new)):
+        for name, column in zip(statistics, zip(*new, strict=True), strict=False):
             if values := [value for value in column if not math.isnan(value)]:
                 self.metrics["eval"][name].extend(values)
+        if self.levels is not None and parts and new:
+            self.levels.add_evaluation(levels, tuple(kept[0]), [row[len(statistics) :] for row in new])
 
     def gather_counted(self, values: torch.Tensor) -> torch.Tensor:
         """Rows of all processes, of the pairs that the last [`record_evaluation`] counted.

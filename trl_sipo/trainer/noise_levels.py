@@ -4,6 +4,7 @@
 import copy
 import logging
 
+import numpy as np
 import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
@@ -114,3 +115,23 @@ def evaluation_levels(
 def level_of_timesteps(schedule: VPSchedule | FlowSchedule, timesteps: torch.Tensor) -> NoiseLevel:
     """The levels of timesteps (batch,); of flow schedules they are thousandths of sigma."""
     return schedule.level(timesteps if isinstance(schedule, VPSchedule) else timesteps / 1000)
+
+
+def times_of(
+    timesteps: np.ndarray, schedule: VPSchedule | FlowSchedule, args: DiffusionPreferenceConfig
+) -> np.ndarray:
+    """The times, as [`evaluation_levels`] has them, of timesteps (n,) as the network is told them; float64."""
+    if isinstance(schedule, VPSchedule):
+        return timesteps / 1000 if args.timesteps is not None else (timesteps + 0.5) / schedule.num_train_timesteps
+    sigma = timesteps / schedule.timestep_scale
+    return sigma if args.timesteps is not None else sigma / (schedule.drawn_shift - (schedule.drawn_shift - 1) * sigma)
+
+
+def timesteps_of(
+    times: np.ndarray, schedule: VPSchedule | FlowSchedule, args: DiffusionPreferenceConfig
+) -> np.ndarray:
+    """The inverse of [`times_of`], of times (n,); between two timesteps where a schedule has whole ones; float64."""
+    if isinstance(schedule, VPSchedule):
+        return 1000 * times if args.timesteps is not None else times * schedule.num_train_timesteps - 0.5
+    shift = 1.0 if args.timesteps is not None else schedule.drawn_shift
+    return schedule.timestep_scale * shift * times / (1 + (shift - 1) * times)

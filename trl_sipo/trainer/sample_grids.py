@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample grids during training: the same prompts and seeds each time, the base model beside the current one."""
 
+import logging
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,23 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError, RewardError, StorageError
 from trl_sipo.generation.media_files import to_frames
+from trl_sipo.trainer._trl_compat import log_by_itself
 from trl_sipo.trainer.compilation import uncompiled
+from trl_sipo.trainer.run_log import set_aside
+from trl_sipo.trainer.sample_files import (
+    BASE_FOLDER,
+    SAMPLES_FILE,
+    samples_folder,
+    step_name,
+    write_animation,
+    write_picture,
+    write_samples,
+    write_settings,
+)
+
+logger = logging.getLogger(__name__)
 
 # Frames of each clip that a contact sheet shows, evenly spaced.
 SHEET_FRAMES = 6
@@ -25,7 +42,9 @@ class SampleGridCallback(TrainerCallback):
 
     Writes `<output_dir>/samples/step-<step>.png` and hands this image to the active trackers. Of images it is one row
     per prompt, the reference on the left and the current model on the right. Of videos it is a contact sheet, two rows
-    of frames per prompt with the reference above the current model, and `step-<step>.webp` beside it plays both.
+    of frames per prompt with the reference above the current model, and `step-<step>.webp` beside it plays both. The
+    single pictures are beside it too (see `trl_sipo.trainer.sample_files`), and rewards score them where
+    `sample_rewards` asks for it. A full disk costs pictures, and not the run.
 
     Args:
         trainer: A diffusion preference trainer.
@@ -35,34 +54,92 @@ class SampleGridCallback(TrainerCallback):
         check_grids(trainer)
         self.trainer = trainer
         self._base: list[np.ndarray] | None = None
+        self._base_scores: dict[str, float] = {}
+        self._has_warned = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Draw the reference's samples once."""
-        if state.is_world_process_zero:
-            self._base = self._draw(use_reference=True)
+        if not state.is_world_process_zero:
+            return
+        if state.global_step == 0 and (self._folder / SAMPLES_FILE).is_file():
+            self._written(lambda: set_aside(self._folder))
+        self._draw_base()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Draw a grid when its step has come."""
         if state.is_world_process_zero and state.global_step % args.sample_every_steps == 0:
             self.save(state.global_step)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        """Let scorers outside of this process go."""
+        if self.trainer.sample_rewards is not None:
+            self.trainer.sample_rewards.close()
+
     def save(self, step: int) -> Path:
-        """Draw the grid of `step`, write it and report it; returns its path."""
-        if self._base is None:
-            self._base = self._draw(use_reference=True)
+        """Draw the grid of `step`, write, report and score it; returns its path."""
+        base = self._draw_base() if self._base is None else self._base
         current = self._draw(use_reference=False)
-        path = Path(self.trainer.args.output_dir, "samples", f"step-{step:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.trainer.args.num_frames == 1:
-            grid = side_by_side([clip[0] for clip in self._base], [clip[0] for clip in current])
-        else:
-            grid = contact_sheet(self._base, current)
-            frame_rate = self.trainer.args.frame_rate or self.trainer.adapter.frame_rate
-            save_animation(path.with_suffix(".webp"), self._base, current, frame_rate)
-        grid.save(path)
+        path = self._folder / f"{step_name(step)}.png"
+        grid = side_by_side([clip[0] for clip in base], [clip[0] for clip in current])
+        if self._frame_rate is not None:
+            grid = contact_sheet(base, current)
+            self._written(lambda: save_animation(path.with_suffix(".webp"), base, current, self._frame_rate))
+        self._written(lambda: write_picture(path, grid))
+        self._written(lambda: write_samples(path.with_suffix(""), current, self._frame_rate))
         for reporter in _REPORTERS:
             reporter(self.trainer, grid, step)
+        self._log_scores(step, current)
         return path
+
+    @property
+    def _folder(self) -> Path:
+        return samples_folder(self.trainer.args.output_dir)
+
+    @cached_property
+    def _frame_rate(self) -> float | None:
+        """Of videos; `None`: images are drawn."""
+        args = self.trainer.args
+        return None if args.num_frames == 1 else args.frame_rate or self.trainer.adapter.frame_rate
+
+    def _draw_base(self) -> list[np.ndarray]:
+        """The reference's samples, drawn, written and scored."""
+        trainer, args = self.trainer, self.trainer.args
+        base = self._base = self._draw(use_reference=True)
+        settings = {
+            "prompts": args.sample_prompts,
+            "seed": args.sample_seed,
+            "num_inference_steps": args.sample_num_inference_steps,
+            "guidance_scale": args.sample_guidance_scale,
+            "size": trainer.size,
+            "num_frames": args.num_frames,
+            "frame_rate": self._frame_rate,
+        }
+        self._written(lambda: write_settings(self._folder, settings))
+        self._written(lambda: write_samples(self._folder / BASE_FOLDER, base, self._frame_rate))
+        if trainer.sample_rewards is not None:  # what cannot be scored raises here, before the first step
+            self._base_scores = trainer.sample_rewards.score(base, args.sample_prompts)
+        return base
+
+    def _log_scores(self, step: int, current: list[np.ndarray]) -> None:
+        """Log the rewards of a grid; a scorer that fails in the middle of a run leaves a gap, and a warning."""
+        if self.trainer.sample_rewards is None:
+            return
+        try:
+            scores = self.trainer.sample_rewards.score(current, self.trainer.args.sample_prompts)
+        except RewardError as error:
+            logger.warning("Step %d: the samples could not be scored, and training goes on. %s", step, error)
+            return
+        base = {f"samples/{name}_base": score for name, score in self._base_scores.items()}
+        log_by_itself(self.trainer, {f"samples/{name}": score for name, score in scores.items()} | base)
+
+    def _written(self, write: Callable[[], None]) -> None:
+        """Write pictures; where that fails say so, the first time: training is worth more than its pictures."""
+        try:
+            write()
+        except (OSError, StorageError) as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("Samples are missing, and training goes on: %s", error)
 
     def _draw(self, *, use_reference: bool) -> list[np.ndarray]:
         """One clip (frames, height, width, 3) uint8 per prompt; a single frame of image models.
@@ -148,9 +225,7 @@ def save_animation(path: Path, base: list[np.ndarray], current: list[np.ndarray]
         side_by_side([clip[index] for clip in base], [clip[index] for clip in current])
         for index in range(len(base[0]))
     ]
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], duration=round(1000 / frame_rate), loop=0, lossless=False
-    )
+    write_animation(path, frames, frame_rate)
 
 
 def _tiles(rows: list[list[np.ndarray]]) -> Image.Image:
