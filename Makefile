@@ -21,6 +21,7 @@ help:
 	@echo 'make pipeline  set up .venv and go from prompts to a better model: feedback, sipo, evaluate, online'
 	@echo 'make test    set up .venv and run the tests (PYTEST_ARGS="-m slow" for the slow ones)'
 	@echo 'make check   lint, docstrings, import contracts, types'
+	@echo 'make docs    the documentation as a site, into docs/_build/html; a warning is an error'
 	@echo 'make style   format the code and sort the imports'
 	@echo 'make build   the wheel and the source archive, into dist/'
 	@echo 'make clean   remove .venv, caches and what was built or written by the demo'
@@ -49,6 +50,11 @@ contracts: .venv/stamp-test
 types: .venv/stamp-test
 	$(BIN)/pyrefly check
 
+# The source is the whole checkout: pages link to reports, examples and code.
+docs: .venv/stamp-test
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo 'Open docs/_build/html/index.html.'
+
 style: .venv/stamp-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -57,7 +63,7 @@ build: .venv/stamp-test
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv build dist *.egg-info demo_output pipeline_output
+	rm -rf .venv build dist docs/_build *.egg-info demo_output pipeline_output
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -87,4 +93,4 @@ clean:
 	$(INSTALL) -e '.[test,dev]'
 	@touch .venv/stamp-demo $@
 
-.PHONY: help demo pipeline test check lint contracts types style build clean
+.PHONY: help demo pipeline test check lint contracts types docs style build clean

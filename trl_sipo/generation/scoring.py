@@ -94,7 +94,7 @@ def score_samples(
     """Score all samples of a folder; every process of the run must call it, and takes its share.
 
     Args:
-        folder: As [`draw_samples`] made it, complete.
+        folder: As [`~trl_sipo.generation.sampling.draw_samples`] made it, complete.
         rewards: Each with a name of its own.
         batch_size: Samples that are opened, and given to a reward, at once.
 
