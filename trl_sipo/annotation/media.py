@@ -135,6 +135,21 @@ def filled_up(content: bytes, length: int) -> bytes:
     return content + struct.pack(">I", rest) + b"free" + bytes(rest - _BOX_SIZE)
 
 
+def without_filling(content: bytes) -> bytes:
+    """The file as it was before [`filled_up`]."""
+    if content.endswith(_END):
+        start = content.rfind(_CHUNK) - 4
+        size = len(content) - len(_END) - start - _CHUNK_SIZE
+        return content[:start] + _END if _says(content, start, size) else content
+    start = content.rfind(b"free") - 4
+    return content[:start] if _says(content, start, len(content) - start) else content
+
+
+def _says(content: bytes, start: int, size: int) -> bool:
+    """Whether a part of a file begins here that has this size, by the number that it begins with."""
+    return start > 0 and int.from_bytes(content[start : start + 4], "big") == size
+
+
 def degraded(medium: Medium, generator: np.random.Generator) -> Medium:
     """The same picture or video blurred and with noise on it: worse, whoever looks at it."""
     height, width = medium.frames.shape[1:3]

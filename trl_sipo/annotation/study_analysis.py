@@ -27,7 +27,7 @@ class CoupleResult:
         win_rate: Of the second; a tie counts one half.
         p_value: Of "neither wins more often".
         corrected_p_value: Holm's, over all two models; None of categories.
-        share_of_answers: Of all single answers, those for the second; a tie counts one half.
+        share_of_answers: For the second, of the single answers to a pair; the mean over pairs. A tie counts one half.
         by_group: Group -> win rate of the second by this group's labels.
         num_pairs: In the study; those that nobody judged count nowhere else.
         num_in_all_groups: Pairs that every group has judged.

@@ -218,12 +218,17 @@ def plain_cell(text: str) -> str:
 
 def markdown(report: Report) -> str:
     """The report as Markdown."""
-    lines = [f"# {_escaped(report['title'])}", "", *[f"- {_escaped(sentence)}" for sentence in verdict(report)], ""]
+    lines = markdown_lines(report["title"], verdict(report))
     for table in tables(report):
         lines += markdown_table(table)
     settings = json.dumps(report["settings"], indent=1)
     lines += ["## How it was made", "", *_code(report["command"]), "", "```json", settings, "```", ""]
     return "\n".join(lines)
+
+
+def markdown_lines(title: str, sentences: Sequence[str]) -> list[str]:
+    """A title, and what is to be said first as a list, as lines of Markdown."""
+    return [f"# {_escaped(title)}", "", *[f"- {_escaped(sentence)}" for sentence in sentences], ""]
 
 
 def _code(text: str) -> list[str]:
