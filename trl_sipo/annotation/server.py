@@ -36,7 +36,8 @@ class TransportLimits:
         head_bytes: Of its first line and headers together.
         idle_seconds: Between two requests of a connection.
         read_seconds: For the whole of a request, from its first byte on, however slowly they come.
-        slowest_reader: Bytes a second at which an answer is taken, after ten seconds for the first of them.
+        answer_seconds: For an answer to be taken, and more for a long one:
+        slowest_reader: so many bytes a second.
         connections: At once, of all.
         connections_per_address: At once, of one address; a browser opens six.
     """
@@ -45,6 +46,7 @@ class TransportLimits:
     head_bytes: int = 16384
     idle_seconds: float = 20.0
     read_seconds: float = 10.0
+    answer_seconds: float = 10.0
     slowest_reader: int = 32768
     connections: int = 512
     connections_per_address: int = 192
@@ -91,6 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection, in a thread of its own."""
 
     protocol_version = "HTTP/1.1"
+    request_version = default_request_version = "HTTP/1.0"  # of requests that do not say: they get a head too
     disable_nagle_algorithm = True
     server: "AnnotationServer"
 
@@ -193,8 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_all(self, stream: BinaryIO, length: int) -> None:
         """The head that was put together, and the body; in all not slower than the slowest reader that is allowed."""
-        deadline = time.monotonic() + 10 + length / self.server.limits.slowest_reader
-        self.connection.settimeout(10)
+        limits = self.server.limits
+        deadline = time.monotonic() + limits.answer_seconds + length / limits.slowest_reader
+        self.connection.settimeout(limits.answer_seconds)
         self.end_headers()
         while chunk := stream.read(_CHUNK):
             self.connection.settimeout(max(0.001, deadline - time.monotonic()))
@@ -244,6 +248,12 @@ class AnnotationServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def port(self) -> int:
         """That is listened on."""
         return self.server_address[1]
+
+    @property
+    def num_connections(self) -> int:
+        """That are open."""
+        with self._lock:
+            return len(self._open)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection a thread, unless there are too many."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from trl_sipo.annotation.application import Application, Limits
 from trl_sipo.annotation.hosts import is_loopback, is_name
 from trl_sipo.annotation.records import Rater
-from trl_sipo.annotation.server import AnnotationServer
+from trl_sipo.annotation.server import AnnotationServer, TransportLimits
 from trl_sipo.annotation.sessions import Sessions, read_key
 from trl_sipo.annotation.store import Store
 from trl_sipo.errors import ConfigurationError
@@ -52,8 +52,12 @@ def make_server(
     address: Address,
     *,
     limits: Limits | None = None,
+    transport: TransportLimits | None = None,
 ) -> AnnotationServer:
     """A server of a study, which listens already, and answers as soon as it is run.
+
+    Args:
+        limits, transport: What is allowed; as good for a study of some hundred raters, if not given.
 
     Raises:
         ConfigurationError: It cannot listen there.
@@ -62,7 +66,7 @@ def make_server(
     check_address(address)
     key = read_key(store.path.parent)
     try:
-        server = AnnotationServer(address.host, address.port)
+        server = AnnotationServer(address.host, address.port, transport)
     except OSError as error:
         raise ConfigurationError(
             f"Cannot listen on {address.host} port {address.port}: {error.strerror or error}. Give another `--port` "

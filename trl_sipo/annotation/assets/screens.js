@@ -109,7 +109,8 @@ export function fillChoice(choice) {
 export function fillProgress(done, total, position) {
   find("progress-bar").max = Math.max(1, total);
   find("progress-bar").value = done;
-  setText("progress-text", `${done} of ${total} answered${position === null ? "" : ` · pair ${position + 1}`}`);
+  setText("progress-text", `${done} of ${total} answered`);
+  setText("position-text", position === null ? "" : `· pair ${position + 1}`);
 }
 
 // elements: the samples of left and right; null while they are on their way.
