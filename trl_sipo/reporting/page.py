@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML file that opens from disk: text, tables and embedded figures, light and dark, readable on a phone."""
+"""One HTML file that opens from disk: text, tables and embedded figures, light and dark, readable on a phone.
+
+A policy within the file forbids it whatever it does not hold itself: it loads nothing and runs no script but its own.
+"""
 
 import base64
+import hashlib
 import html
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +30,23 @@ pre{background:var(--card);padding:.8rem;overflow-x:auto;border-radius:4px;font-
 
 @dataclass
 class Page:
-    """A report under construction; the parts appear in the order in which they were added."""
+    """A report under construction; the parts appear in the order in which they were added.
+
+    Attributes:
+        title: Its heading, and the window's.
+        parts: Markup, as it is.
+        style: Added to the style that all pages share.
+        script: Run at the end; empty: none.
+        data: Numbers for the script, as JSON in the element `data`.
+        reload_seconds: After which the page is loaded again where scripts do not run; None: never.
+    """
 
     title: str
     parts: list[str] = field(default_factory=list)
+    style: str = ""
+    script: str = ""
+    data: Any = None
+    reload_seconds: int | None = None
 
     def heading(self, text: str) -> None:
         """A section's heading."""
@@ -40,17 +58,12 @@ class Page:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is the row's name."""
-        head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        self.parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
+        self.parts.append(table_markup(header, rows))
 
     def figure(self, png: bytes, caption: str, alternative: str) -> None:
         """An embedded picture, with its text alternative."""
-        data = base64.b64encode(png).decode()
         self.parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}">'
+            f'<figure><img src="{data_address("image/png", png)}" alt="{html.escape(alternative)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
@@ -60,12 +73,56 @@ class Page:
 
     def render(self) -> str:
         """The whole document."""
-        title = html.escape(self.title)
+        title, style = html.escape(self.title), _STYLE + self.style
+        reload = f'<noscript><meta http-equiv="refresh" content="{self.reload_seconds}"></noscript>'
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
-            f"<body><main><h1>{title}</h1>{''.join(self.parts)}</main></body></html>\n"
+            f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, self.script)}">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{style}</style>'
+            f"{reload if self.reload_seconds else ''}</head>"
+            f"<body><main><h1>{title}</h1>{''.join(self.parts)}</main>{self._scripts()}</body></html>\n"
         )
+
+    def _scripts(self) -> str:
+        data = (
+            "" if self.data is None else f'<script type="application/json" id="data">{script_json(self.data)}</script>'
+        )
+        return f"{data}<script>{self.script}</script>" if self.script else data
+
+
+def _policy(style: str, script: str) -> str:
+    """What the page may use: pictures within it, and this very style and script."""
+    scripts = _hash(script) if script else "'none'"
+    return (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {scripts}; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand within a script element: no character in it ends the element, or a line of a script.
+
+    Raises:
+        ValueError: A number is not finite, which JSON has no word for.
+    """
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # non-ASCII characters are escaped already
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def table_markup(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls sideways on its own; the first column is the row's name."""
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def data_address(kind: str, content: bytes) -> str:
+    """A file as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def png_bytes(figure: Any) -> bytes:

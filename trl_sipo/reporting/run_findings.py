@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the numbers of a run say, in sentences: whether it learns, stands still or falls apart, and from which numbers.
+
+The rules are those of docs/source/metrics.md, "Reading them together"; the warnings are the trainer's own.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trl_sipo.reporting.charts import short
+from trl_sipo.reporting.run_files import Run
+from trl_sipo.reporting.thinning import Course
+from trl_sipo.trainer.run_warnings import DRIFT_RISE, MASKED_SHARE, SATURATED_SHARE
+
+ACCURACY, MARGIN, CHOSEN = "rewards/accuracies", "rewards/margins", "rewards/chosen"
+DRIFT, REJECTED_DRIFT = "drift/chosen_error", "drift/rejected_error"
+MASKED, SATURATED = "sipo/masked_fraction", "rewards/saturated_fraction"
+_FEW_LOGS = 5
+# The margin has fallen when less than this share of its best is left.
+_FALLEN = 0.5
+# Accuracy in training and held out between which a run memorises.
+_MEMORISED, _UNLEARNT = 0.95, 0.6
+_NO_MARGIN = 0.01
+# Kinds of what is found, the best first.
+GOOD, NEUTRAL, DOUBT, BAD = "good", "neutral", "doubt", "bad"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the summary.
+
+    Attributes:
+        name: What it is.
+        value: As text.
+        note: Since when, or compared with what.
+    """
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass
+class Findings:
+    """What is said of a run.
+
+    Attributes:
+        kind: "good", "neutral", "doubt" or "bad".
+        verdict: In a few words.
+        sentences: What it rests on.
+        figures: The numbers worth a look.
+    """
+
+    kind: str
+    verdict: str
+    sentences: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+
+
+def findings_of(run: Run) -> Findings:
+    """Look at a run."""
+    if run.is_empty:
+        return Findings(NEUTRAL, "Nothing logged yet", ["The run has not logged anything so far."], [])
+    rules = (_broken, _diverging, _standing, _forgetting, _memorising, _learning)
+    found = [result for rule in rules if (result := rule(run)) is not None]
+    kind, verdict, first = found[0] if found else _unknown(run)
+    sentences = [first, *(sentence for _, _, sentence in found[1:]), *run.warnings]
+    return Findings(kind, verdict, sentences, _figures(run))
+
+
+_Finding = tuple[str, str, str]
+
+
+def _best_course(run: Run, key: str) -> tuple[Course | None, str]:
+    """Held out if it is there, else of training."""
+    for split in run.held_out:
+        if (course := run.course(key, split)) is not None and course.finite:
+            return course, "held-out"
+    course = run.course(key)
+    return (course if course is not None and course.finite else None), "training"
+
+
+def _broken(run: Run) -> _Finding | None:
+    for key in run.train.keys:
+        course = run.course(key)
+        if course is not None and course.num_broken:
+            text = (
+                f"{course.num_broken} logged value(s) of `{key}` are NaN or infinite, the first by step "
+                f"{short(course.first_broken)}; charts have gaps there."
+            )
+            return BAD, "Numbers that are not finite", text
+    return None
+
+
+def _diverging(run: Run) -> _Finding | None:
+    drift, where = _best_course(run, DRIFT)
+    margin, where_margin = _best_course(run, MARGIN)
+    texts = []
+    if drift is not None and drift.finite[-1][1] > DRIFT_RISE:
+        step, last = drift.finite[-1]
+        texts.append(
+            f"The winner drifts: at step {short(step)} the {where} error on chosen images is {last:.1%} above the "
+            "reference's."
+        )
+    if where_margin == "held-out" and margin is not None:
+        best_step, best = max(margin.finite, key=lambda point: point[1])
+        step, last = margin.finite[-1]
+        if best > _NO_MARGIN and last < _FALLEN * best:
+            texts.append(
+                f"The held-out margin has fallen from {short(best)} at step {short(best_step)} to {short(last)} at "
+                f"step {short(step)}: take the weights of the former."
+            )
+    return (BAD, "Falling apart", " ".join(texts)) if texts else None
+
+
+def _standing(run: Run) -> _Finding | None:
+    masked, saturated = run.recent(MASKED), run.recent(SATURATED)
+    if masked is not None and masked >= MASKED_SHARE:
+        text = f"Lately {masked:.0%} of the pairs are masked: hardly anything is trained, and flat is no convergence."
+        return DOUBT, "Standing still: masked", text
+    if saturated is not None and saturated > SATURATED_SHARE:
+        return (
+            DOUBT,
+            "Standing still: saturated",
+            f"Lately {saturated:.0%} of the logits are saturated: `beta` is large.",
+        )
+    return None
+
+
+def _forgetting(run: Run) -> _Finding | None:
+    """Margins rise while the chosen images become less likely too."""
+    chosen, where = _best_course(run, CHOSEN)
+    margin, _ = _best_course(run, MARGIN)
+    if chosen is None or margin is None or len(chosen.finite) < 2:
+        return None
+    last, gain = chosen.finite[-1][1], margin.finite[-1][1]
+    if gain <= _NO_MARGIN or last >= -0.1 * gain:
+        return None
+    text = (
+        f"The {where} reward of chosen images is {short(last)}, so that the margin of {short(gain)} "
+        "comes from rejected images that get worse faster. Look at the samples."
+    )
+    return DOUBT, "Winning by forgetting", text
+
+
+def _memorising(run: Run) -> _Finding | None:
+    train, held_out = run.recent(ACCURACY), run.last_held_out(ACCURACY)
+    if train is None or held_out is None or train < _MEMORISED or held_out > _UNLEARNT:
+        return None
+    return (
+        DOUBT,
+        "Memorising",
+        f"Accuracy is {train:.0%} in training and {held_out:.0%} held out: the run memorises its pairs.",
+    )
+
+
+def _learning(run: Run) -> _Finding | None:
+    accuracy, where = _best_course(run, ACCURACY)
+    margin, _ = _best_course(run, MARGIN)
+    if accuracy is None or margin is None:
+        return None
+    last, gain = accuracy.finite[-1][1], margin.finite[-1][1]
+    chance = chance_range(run) if where == "held-out" else None
+    band = f"; chance alone would be {chance[0]:.0%} to {chance[1]:.0%} with that many pairs" if chance else ""
+    if where != "held-out":
+        band = "; without held-out pairs this may be memory"
+    text = f"The {where} accuracy is {last:.1%}{band}. The margin is {short(gain)}."
+    if last > (chance[1] if chance else 0.5) and gain > 0:
+        return (GOOD, "Learning", text) if where == "held-out" else (NEUTRAL, "Learning its training pairs", text)
+    if run.train.num_rows < _FEW_LOGS:
+        return NEUTRAL, "Too early to say", text
+    advice = " The learning rate or the number of steps is small for this `beta`." if abs(gain) < _NO_MARGIN else ""
+    return DOUBT, "No sign of learning", f"{text}{advice}"
+
+
+def _unknown(run: Run) -> _Finding:
+    loss, _ = _best_course(run, "loss")
+    if loss is None:
+        return NEUTRAL, "Nothing to judge by", "Neither accuracy nor margin nor loss was logged."
+    (_, first), (step, last) = loss.finite[0], loss.finite[-1]
+    course = f"from {short(first)} to {short(last)} at step {short(step)}"
+    text = f"This method has no margin to judge by. Its loss went {course}."
+    return NEUTRAL, "Trains without pairs", text
+
+
+def chance_range(run: Run) -> tuple[float, float] | None:
+    """Accuracies of a model that knows nothing, in 95 of 100 runs; a pair counts once, however many its levels."""
+    pairs = run.last_start.get("eval_pairs")
+    if isinstance(pairs, Mapping):
+        pairs = next(iter(pairs.values()), None)
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or not 0 < pairs < 2**53:
+        return None
+    half = min(0.98 / math.sqrt(pairs), 0.5)
+    return 0.5 - half, 0.5 + half
+
+
+def _figures(run: Run) -> list[Figure]:
+    figures = []
+    for name, key, is_share in (
+        ("accuracy", ACCURACY, True),
+        ("margin", MARGIN, False),
+        ("winner's drift", DRIFT, True),
+        ("loss", "loss", False),
+    ):
+        course, where = _best_course(run, key)
+        if course is not None:
+            step, value = course.finite[-1]
+            figures.append(Figure(name, f"{value:.1%}" if is_share else short(value), f"{where}, step {short(step)}"))
+    for name, key in (("masked", MASKED), ("saturated", SATURATED)):
+        if (share := run.recent(key)) is not None:
+            figures.append(Figure(name, f"{share:.0%}", "last tenth of the steps"))
+    return figures

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-sipo report`: what one or several runs did, as one HTML file, also while they go on."""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_sipo.errors import ConfigurationError
+from trl_sipo.printing import ArgumentParser, printable
+
+if TYPE_CHECKING:
+    from trl_sipo.reporting.run_files import Run
+    from trl_sipo.reporting.run_pictures import PictureReader
+
+WATCH_SECONDS = 30.0
+_MOST_RUNS = 24
+_LARGEST_SIDE = 2048
+
+
+def make_parser(prog: str = "trl-sipo report") -> argparse.ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(
+        prog=prog,
+        description="Write one HTML file about one or several training runs: rewards, quality, drift, noise levels, "
+        "sample grids, settings. It opens from disk, and needs no network.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
+    add("--output", type=Path, required=True, metavar="FILE", help="the HTML file")
+    add("--title", help="of the page (default: the runs' names)")
+    add(
+        *("--evaluation",),
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="outputs of `trl-sipo evaluate` whose models are checkpoints of these runs: quality over steps",
+    )
+    add("--max_pictures", type=int, default=160, metavar="N", help="of samples; a clip counts as 8 (default: 160)")
+    add("--picture_size", type=int, default=384, metavar="PX", help="longest side of one (default: %(default)s)")
+    add(
+        *("--watch",),
+        nargs="?",
+        type=float,
+        const=WATCH_SECONDS,
+        metavar="SECONDS",
+        help=f"write again as the runs go on, until they end or Ctrl-C (every {WATCH_SECONDS:g} s if not given)",
+    )
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise [`ConfigurationError`] on options that make no sense, before anything is read."""
+    from trl_sipo.reporting.run_quality import check_evaluations
+
+    if arguments.max_pictures < 0:
+        raise ConfigurationError(f"`--max_pictures` must be at least 0, got {arguments.max_pictures}.")
+    if not 16 <= arguments.picture_size <= _LARGEST_SIDE:
+        raise ConfigurationError(f"`--picture_size` must be from 16 to {_LARGEST_SIDE}, got {arguments.picture_size}.")
+    if arguments.watch is not None and not 1 <= arguments.watch <= 86400:
+        raise ConfigurationError(f"`--watch` takes seconds, from 1 to 86400, got {arguments.watch:g}.")
+    if len(arguments.runs) > _MOST_RUNS:
+        raise ConfigurationError(f"A page shows at most {_MOST_RUNS} runs, got {len(arguments.runs)}.")
+    check_evaluations(arguments.evaluation)
+    _check_output(arguments.output)
+
+
+def _check_output(output: Path) -> None:
+    folder = output.parent
+    if output.is_dir():
+        raise ConfigurationError(
+            f"`--output {output}` is a folder. Name a file in it, such as {output / 'report.html'}."
+        )
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigurationError(
+            f"`--output {output}`: nothing can be written in {str(existing)!r}. Choose another place."
+        )
+
+
+def run(command: str, argv: list[str]) -> None:
+    """Read the runs and write the page; with `--watch`, again and again.
+
+    Raises:
+        ConfigurationError: Options that make no sense, a folder that is no run.
+        DatasetError: A file of a run that is none.
+        StorageError: The page cannot be written.
+    """
+    arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
+    check_arguments(arguments)
+    from trl_sipo.reporting.run_pictures import Limits, PictureReader
+
+    limits = Limits(arguments.max_pictures // len(arguments.runs), arguments.picture_size)
+    reader = PictureReader(limits)
+    if arguments.watch is None:
+        runs = write_page(arguments, reader, reload_seconds=None)
+        print(f"Open {arguments.output}.")
+        for one in runs:
+            print(f"- {printable(one.name)}: {printable(headline(one))}")
+    else:
+        watch(arguments, reader)
+
+
+def write_page(
+    arguments: argparse.Namespace, reader: "PictureReader", *, reload_seconds: int | None
+) -> "Sequence[Run]":
+    """Read everything and write the page, whole or not at all; returns the runs.
+
+    Args:
+        reload_seconds: Between two looks of a page whose runs go on.
+    """
+    from trl_sipo.data.cache.shards import write_whole
+    from trl_sipo.reporting.run_files import read_runs
+    from trl_sipo.reporting.run_pictures import read_samples
+    from trl_sipo.reporting.run_quality import read_quality
+    from trl_sipo.reporting.run_report import Contents, run_page
+
+    runs = read_runs(arguments.runs, may_be_new=reload_seconds is not None)
+    samples = [read_samples(run.folder, reader) if reader.limits.pictures else None for run in runs]
+    is_over = all(run.has_ended for run in runs)
+    title = arguments.title or " and ".join(run.name for run in runs)
+    quality = read_quality(runs, arguments.evaluation)
+    page = run_page(Contents(title, runs, samples, quality, None if is_over else reload_seconds))
+    write_whole(arguments.output, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+    return runs
+
+
+def headline(run: "Run") -> str:
+    """The verdict on a run, in a line."""
+    from trl_sipo.reporting.run_findings import findings_of
+
+    findings = findings_of(run)
+    return f"{findings.verdict}. {findings.sentences[0]}"
+
+
+def watch(arguments: argparse.Namespace, reader: "PictureReader") -> None:
+    """Write the page whenever the runs' files have changed, until all runs have ended."""
+    seen: object = None
+    print(f"Watching; open {arguments.output}. Ctrl-C ends it, and the page stays.", flush=True)
+    while True:
+        state = state_of([*arguments.runs, *arguments.evaluation])
+        if state != seen:
+            runs = write_page(arguments, reader, reload_seconds=max(1, round(arguments.watch)))
+            for one in runs:
+                waits = "has not begun yet" if one.is_empty else f"step {one.last_step}: {headline(one)}"
+                print(f"- {printable(one.name)}: {printable(waits)}", flush=True)
+            if all(one.has_ended for one in runs):
+                print("All runs have ended.")
+                return
+            seen = state
+        time.sleep(arguments.watch)
+
+
+def state_of(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that a page is made from: it is another if one of these has changed."""
+    patterns = ("run_log/*.jsonl", "samples", "samples/*", "checkpoint-*/trainer_state.json", "*.json")
+    paths = sorted(path for folder in folders for pattern in patterns for path in folder.glob(pattern))
+    found = []
+    for path in paths:
+        try:
+            state = path.stat()
+        except FileNotFoundError:  # replaced or removed just now
+            continue
+        found.append((str(path), state.st_size, state.st_mtime_ns))
+    return found
