@@ -74,19 +74,22 @@ def check_plotting() -> None:
         raise ConfigurationError("Figures need matplotlib: `pip install trl-sipo[plots]`.") from error
 
 
-def _figure(**options: Any):
+def new_figure(**options: Any):
+    """An empty figure that belongs to no window."""
     check_plotting()
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", **options)
 
 
-def _style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and line of the index-th line of a figure, told apart without colour too."""
     style = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
     return style if index < len(COLOURS) else {**style, "marker": MARKERS[index // len(COLOURS)]}
 
 
-def _clean(axes, title: str, x_label: str, y_label: str) -> None:
+def label_axes(axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels, a light grid, and no frame."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -96,7 +99,7 @@ def _clean(axes, title: str, x_label: str, y_label: str) -> None:
 
 def _draw(axes, series: Sequence[Series], scale: float = 1.0) -> None:
     for index, line in enumerate(series):
-        style = _style(index)
+        style = line_style(index)
         axes.plot(line.steps, [scale * value for value in line.centre], label=line.label, **style)
         if len(line.values) > 1:
             low, high = ([scale * value for value in bound] for bound in (line.low, line.high))
@@ -112,27 +115,27 @@ def importance_weight_figure(
     level_label: str = "timestep t (0 is clean)",
 ):
     """w against the noise level, one curve per model (Fig. 4 of the SIPO paper); the masked region lies below."""
-    figure = _figure(figsize=(8.2, 3.6))
+    figure = new_figure(figsize=(8.2, 3.6))
     axes = figure.subplots()
     for index, (label, weights) in enumerate(curves.items()):
-        axes.plot(levels, weights, label=label, **_style(index))
+        axes.plot(levels, weights, label=label, **line_style(index))
     if threshold is not None:
         axes.axhspan(0, threshold, color="#999999", alpha=0.15, linewidth=0)
         axes.text(levels[-1], threshold / 2, "masked", ha="right", va="center", color="#555555")
     axes.set_ylim(0, 1.02)
-    _clean(axes, title, level_label, "mean w(t)")
+    label_axes(axes, title, level_label, "mean w(t)")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
 def reward_figure(panels: Mapping[str, tuple[Series, Series]]):
     """Held-out chosen and rejected rewards over steps, one panel per method (Fig. 2 of the SIPO paper)."""
-    figure = _figure(figsize=(3.0 * len(panels), 3.0))
+    figure = new_figure(figsize=(3.0 * len(panels), 3.0))
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, (chosen, rejected)) in zip(row, panels.items(), strict=True):
         _draw(axes, (chosen, rejected))
         axes.axhline(0, color="#555555", linewidth=0.8)
-        _clean(axes, label, "step", "reward")
+        label_axes(axes, label, "step", "reward")
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -146,11 +149,11 @@ def quality_figure(
         x_label, x_scale: Of what takes the place of the steps, and matplotlib's name of its scale.
     """
     rows = -(-len(panels) // columns)
-    figure = _figure(figsize=(3.6 * columns, 2.9 * rows))
+    figure = new_figure(figsize=(3.6 * columns, 2.9 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (label, series) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, series)
-        _clean(axes, label, x_label, "")
+        label_axes(axes, label, x_label, "")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xscale(x_scale)
     for axes in list(grid.flat)[len(panels) :]:
@@ -167,7 +170,7 @@ def trade_off_figure(panels: Mapping[str, Sequence[Point]], labels: tuple[str, s
         labels: What the measures are.
     """
     rows = -(-len(panels) // columns)
-    figure = _figure(figsize=(4.8 * columns, 3.8 * rows))
+    figure = new_figure(figsize=(4.8 * columns, 3.8 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     names = list(dict.fromkeys(point.label for points in panels.values() for point in points))
     handles = {}
@@ -177,7 +180,7 @@ def trade_off_figure(panels: Mapping[str, Sequence[Point]], labels: tuple[str, s
             bars = _draw_point(axes, point, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
             if not point.is_hollow:
                 handles[point.label] = bars
-        _clean(axes, title, *labels)
+        label_axes(axes, title, *labels)
         _plain_log_axis(axes)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)

@@ -6,6 +6,7 @@ from trl_sipo.scripts.subcommands import run_named, usage_of
 # Audit -> (module with `run(command, argv)`, one line of help).
 AUDITS = {
     "weights": ("trl_sipo.scripts.audit_weights", "which noise levels SIPO would mask for this model and these pairs"),
+    "beta": ("trl_sipo.scripts.audit_beta", "how strong a beta is for this model and these pairs, and a range"),
 }
 
 
