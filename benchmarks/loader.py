@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from random_pipelines import PIPELINES, make_pipeline
 from records import add_common_options, processor_seconds, write_record
-from step_counting import timed
 from step_variants import DTYPES, BareStep
 from synthetic_pairs import BarePictures, rows, write_image_folder, write_parquet
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from trl_sipo.cost.measuring import timed
 from trl_sipo.data.cache.dataset import CachedPairs
 from trl_sipo.data.collator import DataCollatorForDiffusionPreference
 from trl_sipo.data.loading import load_preference_dataset

@@ -33,11 +33,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from trl_sipo.adapters.wrappers import repeated_blocks
 from trl_sipo.cost.architectures import ARCHITECTURES
 from trl_sipo.cost.communication import STRATEGIES, Workload, sent_per_step
 from trl_sipo.scripts.env import environment
 from trl_sipo.trainer.methods import method_classes
-from trl_sipo.trainer.sharding import repeated_blocks
 
 GPUS = (8, 64, 256, 1024)
 RANK = 16

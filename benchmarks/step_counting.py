@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step takes: seconds, operations, and bytes kept for its backward pass; and how fast a device multiplies."""
+"""What a step takes: seconds, operations, and bytes kept for its backward pass."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from trl_sipo.cost.measuring import timed
 
 _ATEN = torch.ops.aten
 
@@ -26,21 +27,6 @@ _CPU_ATTENTION = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }
-_MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
-_MATRIX_TRIES = 7
-
-
-def timed(function: Callable[[], Any], device: str) -> float:
-    """Seconds of a call; processor seconds on a CPU, where others may be at work."""
-    if device == "cpu":
-        began = time.process_time()
-        function()
-        return time.process_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -60,15 +46,6 @@ def count_flops(step: Callable[[], None]) -> int:
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         step()
     return counter.get_total_flops()
-
-
-def matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """Floating point operations a second of the best of some products of large matrices."""
-    side = _MATRIX_SIDE[device]
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    with torch.no_grad():
-        best = min(timed(lambda: left @ right, device) for _ in range(_MATRIX_TRIES))
-    return 2 * side**3 / best
 
 
 def activation_bytes(step: Callable[[], None], model: nn.Module, device: str) -> int:

@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from random_pipelines import PIPELINES, make_pipeline
 from records import Ratio, add_common_options, print_ratios, write_record
-from step_counting import activation_bytes, count_flops, matrix_rate, measure
+from step_counting import activation_bytes, count_flops, measure
 from step_variants import DTYPES, IMAGES, TRAINERS, make_steps
 
+from trl_sipo.cost.measuring import matrix_rate
 from trl_sipo.trainer import reference_bank
 
 # Ratio -> (numerator, denominator, target, whether it should be below)

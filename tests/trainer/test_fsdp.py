@@ -9,7 +9,7 @@ from tests.trainer import sharded_run
 from tests.trainer.processes import run_ranks
 from tests.trainer.runs import largest_difference
 from tests.trainer.sharded import METHODS, check_two_processes_are_one
-from trl_sipo.trainer.sharding import repeated_blocks
+from trl_sipo.adapters.wrappers import repeated_blocks
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", pytest.param("trained_lora", marks=pytest.mark.slow)])

@@ -19,6 +19,15 @@ def find_peft_model(denoiser: nn.Module) -> PeftModel | None:
     return next((module for module in _from_outside_in(denoiser) if isinstance(module, PeftModel)), None)
 
 
+def repeated_blocks(model: nn.Module) -> list[str]:
+    """Names of the classes of a denoiser's repeated blocks, as diffusers gives them, of those that it has."""
+    named = set()
+    for module in model.modules():
+        for names in ("_repeated_blocks", "_no_split_modules"):
+            named.update(getattr(module, names, None) or ())
+    return sorted(named & {type(module).__name__ for module in model.modules()})
+
+
 def _from_outside_in(module: Any) -> Iterator[Any]:
     while isinstance(module, nn.Module):
         yield module

@@ -191,3 +191,8 @@ DENOISER_INPUTS: dict[str, Callable[[Sample, Any], dict[str, Any]]] = {
     "HunyuanVideoTransformer3DModel": _hunyuan,
     "HunyuanVideo15Transformer3DModel": _hunyuan15,
 }
+
+OF_THE_PROMPT = (
+    "encoder_hidden_states", "encoder_hidden_states_2", "pooled_projections", "text_embeds", "cap_feats",
+)  # fmt: skip
+"""Those that a prompt is encoded to, which a cache stores."""

@@ -146,7 +146,7 @@ def count_step(
     autocast_dtype: torch.dtype | None = None,
     counter: OperationCounter | None = None,
 ) -> dict[str, int]:
-    """Bytes of one forward and backward pass, beside the model's parameters and buffers.
+    """Bytes of one forward and backward pass, beside the model's parameters, buffers and the gradients that it has.
 
     Args:
         model: On the meta device, or any other; its gradients are left in place.
@@ -158,7 +158,8 @@ def count_step(
         `saved`: what the forward pass keeps for the backward pass; `peak`: the most that was alive at a time,
         the gradients of the trained parameters included.
     """
-    existing = [*model.parameters(), *model.buffers()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    existing = [*model.parameters(), *model.buffers(), *gradients]
     is_meta = existing[0].device.type == "meta"
     assert is_meta or autocast_dtype is None, "with data, autocast itself is there"
     own = {tensor.untyped_storage()._cdata for tensor in existing}

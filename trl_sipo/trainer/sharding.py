@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from trl_sipo.adapters.base import BackboneAdapter
+from trl_sipo.adapters.wrappers import repeated_blocks
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.strategy import strategy_in_force
 
@@ -100,15 +101,6 @@ def _wrap_blocks(plugin: Any, model: nn.Module) -> None:
     """
     if plugin.transformer_cls_names_to_wrap is None and plugin.auto_wrap_policy is not None:
         plugin.transformer_cls_names_to_wrap = repeated_blocks(model)
-
-
-def repeated_blocks(model: nn.Module) -> list[str]:
-    """Names of the classes of a denoiser's repeated blocks, as diffusers gives them, of those that it has."""
-    named = set()
-    for module in model.modules():
-        for names in ("_repeated_blocks", "_no_split_modules"):
-            named.update(getattr(module, names, None) or ())
-    return sorted(named & {type(module).__name__ for module in model.modules()})
 
 
 def shard_reference(ref_model: nn.Module, accelerator: Accelerator) -> nn.Module:
