@@ -140,11 +140,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         started = time.monotonic()
         response = self.server.application.respond(request)
-        self._send(response)
         spent = 1000 * (time.monotonic() - started)
         # Of the path what is known of it: somebody may have pasted a token there.
         route = self.server.application.route_of(request.path)
         logger.debug("%s %s %d, %.0f ms", request.method, route, response.status, spent)
+        self._send(response)
 
     def _request(self) -> Request:
         """The request, with its body.
