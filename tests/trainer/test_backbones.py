@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backbone through the same trainers: nothing in them knows which one it is."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -203,6 +204,10 @@ def test_sample_grids_of_video(tmp_path):
     assert film.n_frames == num_frames and film.size == (2 * width + 4, 2 * (height + 4) - 4)
     film.load()
     assert film.info["duration"] == 83
+    for name in ("base", "step-000002"):  # and each clip by itself
+        clip = Image.open(tmp_path / "run" / "samples" / name / "01.webp")
+        assert clip.n_frames == num_frames and clip.size == (width, height)
+    assert json.loads((tmp_path / "run/samples/samples.json").read_text())["frame_rate"] == 12.0
     pixels = np.asarray(sheet)
     base, current = pixels[:height], pixels[height + 4 : 2 * height + 4]
     assert np.abs(base.astype(int) - current).max() > 0

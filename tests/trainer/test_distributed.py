@@ -6,6 +6,7 @@ import torch
 
 from tests.trainer.distributed_run import train
 from tests.trainer.processes import run_ranks
+from tests.trainer.run_logs import lines
 from tests.trainer.runs import largest_difference
 
 SAMPLES = {"sample_prompts": ["a red cat"], "sample_every_steps": 2, "sample_num_inference_steps": 1}
@@ -48,5 +49,20 @@ def test_two_processes_are_one(case, tmp_path):
     for key, value in one["metrics"].items():
         if "rewards" in key or "loss" in key or "sipo" in key:
             assert two["metrics"][key] == pytest.approx(value, rel=2e-3, abs=1e-4), key
+    _check_same_log(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "training_args.bin").is_file()
     assert (tmp_path / "two" / "samples/step-000002.png").is_file() == ("sample_prompts" in options_of_two)
+
+
+def _check_same_log(one, two):
+    """Of all pairs, whichever process had them, and each held-out pair once."""
+    (start,) = lines(two, "starts")
+    assert start["environment"]["processes"] == 2
+    assert [row["step"] for row in lines(two, "metrics")] == [row["step"] for row in lines(one, "metrics")]
+    for line, other in zip(lines(one, "levels"), lines(two, "levels"), strict=True):
+        assert (line["step"], line["split"]) == (other["step"], other["split"])
+        assert sum(level["pairs"] for level in other["levels"]) == (8 if line["split"] == "train" else 3 * 7)
+        for level, same in zip(line["levels"], other["levels"], strict=True):
+            assert level.keys() == same.keys() and level["pairs"] == same["pairs"]
+            for name in ("time", "chosen_error", "rejected_ref_error", "importance_weight"):
+                assert same[name] == pytest.approx(level[name], rel=2e-3)

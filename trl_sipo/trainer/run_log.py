@@ -13,6 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
             while data:
                 data = data[file.write(data) :]
         except OSError:
-            file.truncate(end)
+            with suppress(OSError):  # of a device that cannot be shortened; the first error says more
+                file.truncate(end)
             raise
 
 
@@ -156,7 +158,7 @@ def set_aside(folder: Path) -> None:
     while (other := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     folder.rename(other)
-    logger.warning("%s, of an earlier run, was moved to %s: this run begins anew.", folder, other.name)
+    logger.warning("%s, of another run, was moved to %s, so that the two are not mixed.", folder, other.name)
 
 
 def _put_back(folder: Path, run: str) -> None:
