@@ -12,7 +12,7 @@ from typing import Any
 
 from drawing import over_steps
 from protocol import GOOD_BETA, SMALL_BETA, arm
-from question import Question, ask
+from question import Question, ask, guarded
 
 METHODS = ("SIPO", "SIPO, weight detached")
 AT = (SMALL_BETA, GOOD_BETA)
@@ -37,4 +37,4 @@ QUESTION = Question(
 )
 
 if __name__ == "__main__":
-    ask(QUESTION)
+    guarded(ask, QUESTION)

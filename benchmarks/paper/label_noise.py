@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_values
-from protocol import ALPHAS, FLIP_RATES, GOOD_BETA, arm
-from question import BASE, Question, ask
+from protocol import ALPHAS, FLIP_RATES, GOOD_BETA, STEPS, arm
+from question import BASE, Question, ask, guarded
 from runs import Run
 
 
@@ -22,17 +22,18 @@ def label(alpha: float, rate: float) -> str:
 
 
 def make(alpha: float, rate: float) -> Run:
-    """Poly-DPO; at alpha 0 the same run as Diffusion-DPO's elsewhere."""
+    """Poly-DPO; at alpha 0 Diffusion-DPO, with clean labels the same run as elsewhere."""
     if alpha == 0:
-        return arm("DPO", GOOD_BETA, flip_rate=rate)
-    return arm("Poly-DPO", GOOD_BETA, overrides={"poly_alpha": alpha}, flip_rate=rate)
+        return arm("DPO", GOOD_BETA, eval_every=STEPS, flip_rate=rate) if rate else arm("DPO", GOOD_BETA)
+    overrides = {"poly_alpha": alpha}
+    return arm("Poly-DPO", GOOD_BETA, eval_every=STEPS, overrides=overrides, flip_rate=rate)
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Quality over the rate of wrong labels, one line per alpha."""
-    lines = {f"alpha {alpha:g}": {rate: label(alpha, rate) for rate in FLIP_RATES} for alpha in ALPHAS}
+    """Quality over alpha, one line per rate of wrong labels."""
+    lines = {f"{rate:.0%} flipped": {alpha: label(alpha, rate) for alpha in ALPHAS} for rate in FLIP_RATES}
     measures = ("second_accuracy", "frechet_distance", "held_out_accuracies")
-    over_values(result, lines, measures, path, x_label="share of labels exchanged")
+    over_values(result, lines, measures, path, x_label="alpha")
 
 
 QUESTION = Question(
@@ -47,4 +48,4 @@ QUESTION = Question(
 )
 
 if __name__ == "__main__":
-    ask(QUESTION)
+    guarded(ask, QUESTION)

@@ -4,8 +4,8 @@
     python benchmarks/paper/overhead.py
 
 One training step of each on the same batch of the embedded model: operations and bytes kept for the backward pass,
-which are counted, and processor seconds, of which ratios are taken within a round, since rounds differ in what else the
-machine does. The objectives take turns, in another order each round.
+which are counted, and processor seconds, of which ratios are taken within a round, since rounds differ in what else
+the machine does. The objectives take turns, in another order each round.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import protocol
 from protocol import METHODS, arm
-from question import ROOT, checked, make_parser
+from question import ROOT, checked, guarded, make_parser
 from runs import Run, Workplace
 
 NAMES = ("DPO", "C&M", "SIPO", "SIPO, weight detached", "dynamic mask", "Poly-DPO")
@@ -169,4 +169,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    ask()
+    guarded(ask)

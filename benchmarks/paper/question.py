@@ -14,7 +14,7 @@ import intervals
 import protocol
 from runs import Run, Workplace, run_all
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "reports" / "paper"
@@ -44,6 +44,16 @@ class Question:
     late: Callable[[Mapping[str, Any]], Sequence[tuple[str, str]]] = lambda found: ()
     more: Callable[[Workplace], dict[str, Any]] = lambda place: {}
     draw: Callable[[Mapping[str, Any], Path], None] | None = None
+
+
+def guarded(command: Callable[..., Any], *arguments: Any) -> None:
+    """Run a command; what a user can act on ends it with a line and not with a traceback."""
+    try:
+        command(*arguments)
+    except (ConfigurationError, StorageError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. Finished runs are kept: the same command goes on.")
 
 
 def make_parser(title: str) -> argparse.ArgumentParser:
@@ -88,11 +98,13 @@ def ask(question: Question, arguments: Sequence[str] | None = None) -> dict[str,
         The result, as written.
     """
     from trl_sipo.demo.arm import write_json
+    from trl_sipo.demo.demo import hush_libraries
     from trl_sipo.reporting.figures import check_plotting
     from trl_sipo.scripts.env import environment
 
     options = checked(make_parser(question.title).parse_args(arguments))
     check_plotting()
+    hush_libraries()
     options.output.mkdir(parents=True, exist_ok=True)
     place = Workplace(options.runs, protocol.settings(quick=options.quick)).prepared(options.workers)
     began = time.perf_counter()

@@ -141,7 +141,7 @@ def run_all(runs: Sequence[Run], place: Workplace, workers: int) -> list[dict[st
     Args:
         runs: May name one run several times.
         place: A prepared one.
-        workers: Training processes of one thread each.
+        workers: Training processes of one thread each; with one, it is this process.
     """
     todo = [run for run in unique(runs) if not place.result(run).is_file()]
     if todo:
@@ -155,9 +155,18 @@ def unique(runs: Sequence[Run]) -> list[Run]:
 
 
 def _train(todo: Sequence[Run], place: Workplace, workers: int) -> None:
+    with tqdm(total=sum(run.steps for run in todo), unit="step", desc=f"{len(todo)} runs, {workers} at a time") as bar:
+        if workers > 1:
+            _train_in_parallel(todo, place, workers, bar)
+            return
+        for run in todo:
+            make(run, place)
+            bar.update(run.steps)
+
+
+def _train_in_parallel(todo: Sequence[Run], place: Workplace, workers: int, bar: tqdm) -> None:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
-    bar = tqdm(total=sum(run.steps for run in todo), unit="step", desc=f"{len(todo)} runs, {workers} at a time")
     try:
         jobs = {pool.submit(make, run, place): run for run in todo}
         for job in as_completed(jobs):
@@ -169,7 +178,6 @@ def _train(todo: Sequence[Run], place: Workplace, workers: int) -> None:
             process.terminate()
         raise
     finally:
-        bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -205,8 +213,8 @@ def train(run: Run, place: Workplace) -> dict[str, Any]:
     """Train and measure one run.
 
     Returns:
-        `{"run", "records", "log", "seconds"}`: a record is one of the demo's `MeasureCallback` with the images that each
-        verifier finds right and the held-out loss; `log` is what the trainer logs of training; seconds of the
+        `{"run", "records", "log", "seconds"}`: a record is one of the demo's `MeasureCallback` with the images that
+        each verifier finds right and the held-out loss; `log` is what the trainer logs of training; seconds of the
         processor.
     """
     from transformers import PrinterCallback

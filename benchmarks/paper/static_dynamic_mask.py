@@ -13,7 +13,7 @@ from typing import Any
 
 from drawing import over_steps
 from protocol import SMALL_BETA, arm
-from question import BASE, Question, ask
+from question import BASE, Question, ask, guarded
 
 DPO, STATIC, DYNAMIC, RANDOM = "DPO", "static mask", "dynamic mask", "random mask at its rate"
 
@@ -45,4 +45,4 @@ QUESTION = Question(
 )
 
 if __name__ == "__main__":
-    ask(QUESTION)
+    guarded(ask, QUESTION)

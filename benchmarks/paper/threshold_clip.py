@@ -3,8 +3,8 @@
 
     python benchmarks/paper/threshold_clip.py
 
-The paper's epsilon moves both: weights are clipped to 1 +- epsilon, and masked below 1 - epsilon. Two more arms move one
-of them alone.
+The paper's epsilon moves both: weights are clipped to 1 +- epsilon, and masked below 1 - epsilon. Two more arms move
+one of them alone.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_values
-from protocol import CLIP_RANGES, SMALL_BETA, arm
-from question import BASE, Question, ask
+from protocol import CLIP_RANGES, SMALL_BETA, STEPS, arm
+from question import BASE, Question, ask, guarded
 
 
 def label(clip_range: float) -> str:
@@ -35,8 +35,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def with_clip(clip_range: float, **more: float):
     """SIPO at the small beta; the default is the same run as elsewhere."""
-    overrides = {"clip_range": clip_range, **more} if clip_range != 0.1 or more else {}
-    return arm("SIPO", SMALL_BETA, overrides=overrides)
+    if clip_range == 0.1 and not more:
+        return arm("SIPO", SMALL_BETA)
+    return arm("SIPO", SMALL_BETA, eval_every=STEPS, overrides={"clip_range": clip_range, **more})
 
 
 QUESTION = Question(
@@ -57,4 +58,4 @@ QUESTION = Question(
 )
 
 if __name__ == "__main__":
-    ask(QUESTION)
+    guarded(ask, QUESTION)
