@@ -10,6 +10,11 @@ from trl_sipo.annotation.records import LEFT, RIGHT, Answer, Comparison
 from trl_sipo.annotation.store import Store
 from trl_sipo.annotation.study_report import csv_text
 
+COLUMNS: Final = (
+    *("answer_id", "rater", "group", "position", "kind", "pair_id", "prompt_id", "prompt", "category"),
+    *("left", "right", "choice", "chosen", "seconds", "answered_at", "is_last"),
+)
+
 
 def answer_rows(store: Store) -> list[dict[str, Any]]:
     """A row for each answer, in the order in which they came. `is_last`: no later one replaces it."""
@@ -23,29 +28,19 @@ def answer_rows(store: Store) -> list[dict[str, Any]]:
 
 def _row(answer: Answer, pair: Comparison, is_last: bool) -> dict[str, Any]:
     left, right = pair.models[::-1] if answer.task.is_flipped else pair.models
-    return {
-        "answer_id": answer.answer_id,
-        "rater": answer.rater.name,
-        "group": answer.rater.group,
-        "position": answer.position,
-        "kind": answer.task.kind,
-        "pair_id": pair.pair_id,
-        "prompt_id": pair.prompt_id,
-        "prompt": pair.prompt,
-        "category": pair.category,
-        "left": left,
-        "right": right,
-        "choice": answer.choice,
-        "chosen": {LEFT: left, RIGHT: right}.get(answer.choice, ""),
-        "seconds": answer.seconds,
-        "answered_at": datetime.fromtimestamp(answer.answered_at, UTC).isoformat(timespec="milliseconds"),
-        "is_last": is_last,
-    }
+    cells = (
+        *(answer.answer_id, answer.rater.name, answer.rater.group, answer.position, answer.task.kind),
+        *(pair.pair_id, pair.prompt_id, pair.prompt, pair.category, left, right, answer.choice),
+        {LEFT: left, RIGHT: right}.get(answer.choice, ""),
+        answer.seconds,
+        datetime.fromtimestamp(answer.answered_at, UTC).isoformat(timespec="milliseconds"),
+        is_last,
+    )
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:
-    header = list(rows[0]) if rows else []
-    return csv_text(header, [list(row.values()) for row in rows])
+    return csv_text(COLUMNS, [list(row.values()) for row in rows])
 
 
 def _as_json_lines(rows: list[dict[str, Any]]) -> str:

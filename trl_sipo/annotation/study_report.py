@@ -149,7 +149,7 @@ def _number(value: float | None) -> str:
 def tables(analysis: StudyAnalysis) -> list[Table]:
     """All tables, in the order of the page."""
     kept, everyone = analysis.kept, analysis.everyone
-    found = [_couples_table("Results", _RESULTS_NOTE, kept.couples)]
+    found = [_couples_table("Results", _RESULTS_NOTE, kept.couples), _groups_table(kept.couples)]
     if kept.categories:
         found.append(_couples_table("By category", "The p-values here are not corrected.", kept.categories))
     if analysis.discarded:
@@ -162,35 +162,44 @@ def tables(analysis: StudyAnalysis) -> list[Table]:
 _RESULTS_NOTE = (
     "By majority within each group, then across groups; a lead that is shared is a tie. The win rate is that of the "
     "first named, a tie counts one half. Intervals and p-values take prompts as drawn at random and the raters as "
-    "given: they say how it would be with other prompts, not with other raters. Groups beside one another show how "
-    "far raters matter. The share of answers counts single answers, without majorities. Where most prompts came out "
-    "alike an interval is a cautious bound, which may hold one half while the test, being exact, does not."
+    "given: they say how it would be with other prompts, not with other raters. What other raters might say is "
+    "seen in how far the groups differ. The share of answers counts single answers, without majorities. Where most "
+    "prompts came out alike an interval is a cautious bound, which may hold one half while the exact test does not."
 )
 
 
 def _couples_table(title: str, note: str, couples: Sequence[CoupleResult]) -> Table:
     has_categories = any(couple.category is not None for couple in couples)
+    is_corrected = len(couples) > 1 and not has_categories
     header = ["models", *["category"] * has_categories, "pairs judged", "wins", "ties", "losses", "win rate", "p"]
-    rows = []
-    for couple in couples:
-        judged = couple.wins + couple.ties + couple.losses
-        groups = ", ".join(f"{group}: {rate:.1%}" for group, rate in couple.by_group.items())
-        rows.append(
-            [
-                f"{couple.second} against {couple.first}",
-                *[couple.category or ""] * has_categories,
-                f"{judged} of {couple.num_pairs}",
-                *map(str, (couple.wins, couple.ties, couple.losses)),
-                _percent(couple.win_rate),
-                p_value(couple.p_value),
-                *([] if has_categories else [p_value(couple.corrected_p_value)]),
-                _percent(couple.share_of_answers),
-                groups,
-                str(couple.num_in_all_groups),
-            ]
-        )
-    corrected = [] if has_categories else ["p corrected"]
-    return Table(title, note, [*header, *corrected, "share of answers", "win rate by group", "in all groups"], rows)
+    rows = [
+        [
+            f"{couple.second} against {couple.first}",
+            *[couple.category or ""] * has_categories,
+            f"{couple.wins + couple.ties + couple.losses} of {couple.num_pairs}",
+            *map(str, (couple.wins, couple.ties, couple.losses)),
+            _percent(couple.win_rate),
+            p_value(couple.p_value),
+            *[p_value(couple.corrected_p_value)] * is_corrected,
+            _percent(couple.share_of_answers),
+        ]
+        for couple in couples
+    ]
+    return Table(title, note, [*header, *["p corrected"] * is_corrected, "share of answers"], rows)
+
+
+def _groups_table(couples: Sequence[CoupleResult]) -> Table:
+    groups = sorted({group for couple in couples for group in couple.by_group})
+    rows = [
+        [
+            f"{couple.second} against {couple.first}",
+            *[_share(couple.by_group.get(group)) for group in groups],
+            f"{couple.num_in_all_groups} of {couple.num_pairs}",
+        ]
+        for couple in couples
+    ]
+    header = ["models", *[f"group {group}" for group in groups], "pairs judged by all groups"]
+    return Table("By group", "Win rates by the labels of each group alone.", header, rows)
 
 
 def _agreement_table(analysis: StudyAnalysis) -> Table:
@@ -296,8 +305,8 @@ def chart(couples: Sequence[CoupleResult]) -> str:
     return (
         f'<figure><svg role="img" aria-label="{html.escape(spoken)}" width="{_CHART_WIDTH}" height="{height}" '
         f'viewBox="0 0 {_CHART_WIDTH} {height}" font-size="13" fill="currentColor">{rows}</svg>'
-        "<figcaption>Blue: wins of the first named. Grey: ties. Orange: losses. The line marks one half; ties count "
-        "one half to either side of it.</figcaption></figure>"
+        "<figcaption>Blue: wins of the first named. Grey: ties. Orange: losses. The win rate is the middle of the "
+        "grey part; the line marks one half.</figcaption></figure>"
     )
 
 
