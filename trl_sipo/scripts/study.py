@@ -7,6 +7,9 @@ from trl_sipo.scripts.subcommands import run_named, usage_of
 STUDY_COMMANDS = {
     "build": ("trl_sipo.scripts.study_build", "make a study of the samples of two or more models"),
     "serve": ("trl_sipo.scripts.study_serve", "the pages on which raters answer"),
+    "report": ("trl_sipo.scripts.study_report", "who wins, how sure that is, and how far raters agree"),
+    "export": ("trl_sipo.scripts.study_export", "all answers as CSV or JSON Lines"),
+    "import": ("trl_sipo.scripts.study_import", "the result as preference pairs, to train on"),
     "invite": ("trl_sipo.scripts.study_invite", "add a rater, or give one a new token"),
 }
 
