@@ -214,21 +214,22 @@ function leavePair() {
 function answer(choice) {
   if (choice !== SKIP && (!shown || (choice === "tie" && !study.allows_tie))) return;
   const task = study.tasks[position];
-  const isRevised = decided(task);
+  const before = choiceOf(task);
   outbox.add(task.id, choice, clock.seconds());
-  if (isRevised) next();
-  else if (freshFrom(position + 1) >= 0) showPair(freshFrom(position + 1));
-  else if (choice === SKIP) showFreshOrEnd();
-  else goOn();
+  if (before === undefined) showFreshOrEnd(position + 1);
+  else if (before === SKIP && choice !== SKIP) goOn();
+  else next();
 }
 
 function next() {
   if (position + 1 < study.tasks.length) showPair(position + 1);
-  else showFreshOrEnd();
+  else showFreshOrEnd(0);
 }
 
-function showFreshOrEnd() {
-  if (freshFrom(0) >= 0) showPair(freshFrom(0));
+// The next pair from there on that nobody has looked at, or one before; without any, the end.
+function showFreshOrEnd(start) {
+  const fresh = freshFrom(start) >= 0 ? freshFrom(start) : freshFrom(0);
+  if (fresh >= 0) showPair(fresh);
   else showFinished();
 }
 
