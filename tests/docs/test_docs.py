@@ -31,9 +31,10 @@ from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.online.config import EvaluationSettings, OnlineConfig, make_config, read_settings, with_overrides
-from trl_sipo.scripts import data_check, demo, encode, evaluate, feedback
+from trl_sipo.scripts import data_check, demo, encode, evaluate, feedback, label
 from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.sampling_options import check_sampling_options
+from trl_sipo.scripts.study import STUDY_COMMANDS
 from trl_sipo.scripts.train import DataArguments, ModelArguments, parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
@@ -122,7 +123,8 @@ def test_training_commands_parse(monkeypatch):
         else:
             continue
         data, training, _ = parse(method, argv)
-        assert data.dataset_name in ("your/preferences", "cache") and training.max_steps > 0
+        assert data.dataset_name in ("your/preferences", "cache", "runs/study_pairs/pairs.parquet")
+        assert training.max_steps > 0
         seen += 1
     assert seen >= 3
 
@@ -132,6 +134,13 @@ def test_audit_commands_parse():
     assert audits
     for name, *argv in audits:
         assert importlib.import_module(AUDITS[name][0]).make_parser().parse_args(argv)
+
+
+def test_study_commands_parse():
+    lines = [words[2:] for words in _commands() if words[:2] == ["trl-sipo", "study"]]
+    assert {name for name, *_ in lines} == set(STUDY_COMMANDS)
+    for name, *argv in lines:
+        assert importlib.import_module(STUDY_COMMANDS[name][0]).make_parser().parse_args(argv)
 
 
 def test_encode_commands_parse():
@@ -171,7 +180,8 @@ def test_options_in_running_text_exist():
     configs = {field.name for config in (*CONFIGS, DataArguments, ModelArguments) for field in fields(config)}
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
-    parsers = [command.make_parser() for command in (data_check, encode, demo, feedback, evaluate)]
+    studies = [importlib.import_module(module) for module, _ in STUDY_COMMANDS.values()]
+    parsers = [command.make_parser() for command in (data_check, encode, demo, feedback, evaluate, label, *studies)]
     rounds = {field.name for settings in (OnlineConfig, EvaluationSettings) for field in fields(settings)}
     audits = (
         rounds | {"lora", "output", "training"} | {action.dest for parser in parsers for action in parser._actions}
@@ -179,7 +189,7 @@ def test_options_in_running_text_exist():
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`
-        assert option.removeprefix("no_") in configs | scripts | launchers | audits, option
+        assert {option, option.removeprefix("no_")} & (configs | scripts | launchers | audits), option
 
 
 @each_page

@@ -25,7 +25,7 @@ class CoupleResult:
         category: None: all prompts.
         wins, ties, losses: Of the second, by the final labels.
         win_rate: Of the second; a tie counts one half.
-        p_value: Of "neither wins more often".
+        p_value: Of "neither wins more often"; of categories not corrected for their number.
         corrected_p_value: Holm's, over all two models; None of categories.
         share_of_answers: For the second, of the single answers to a pair; the mean over pairs. A tie counts one half.
         by_group: Group -> win rate of the second by this group's labels.

@@ -151,7 +151,11 @@ def tables(analysis: StudyAnalysis) -> list[Table]:
     kept, everyone = analysis.kept, analysis.everyone
     found = [_couples_table("Results", _RESULTS_NOTE, kept.couples), _groups_table(kept.couples)]
     if kept.categories:
-        found.append(_couples_table("By category", "The p-values here are not corrected.", kept.categories))
+        found.append(
+            _couples_table(
+                "By category", "Without p-values: of many, one in twenty is below 0.05 by chance.", kept.categories
+            )
+        )
     if analysis.discarded:
         note = "The same with the answers of all raters, the discarded ones among them."
         found.append(_couples_table("With every rater", note, everyone.couples))
@@ -171,7 +175,16 @@ _RESULTS_NOTE = (
 def _couples_table(title: str, note: str, couples: Sequence[CoupleResult]) -> Table:
     has_categories = any(couple.category is not None for couple in couples)
     is_corrected = len(couples) > 1 and not has_categories
-    header = ["models", *["category"] * has_categories, "pairs judged", "wins", "ties", "losses", "win rate", "p"]
+    header = [
+        "models",
+        *["category"] * has_categories,
+        "pairs judged",
+        "wins",
+        "ties",
+        "losses",
+        "win rate",
+        *["p"] * (not has_categories),
+    ]
     rows = [
         [
             f"{couple.second} against {couple.first}",
@@ -179,7 +192,7 @@ def _couples_table(title: str, note: str, couples: Sequence[CoupleResult]) -> Ta
             f"{couple.wins + couple.ties + couple.losses} of {couple.num_pairs}",
             *map(str, (couple.wins, couple.ties, couple.losses)),
             _percent(couple.win_rate),
-            p_value(couple.p_value),
+            *[p_value(couple.p_value)] * (not has_categories),
             *[p_value(couple.corrected_p_value)] * is_corrected,
             _percent(couple.share_of_answers),
         ]
