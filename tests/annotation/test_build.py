@@ -6,6 +6,7 @@ import io
 import shutil
 import stat
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -217,6 +218,10 @@ def test_videos_have_one_length_rate_codec_and_size(tmp_path):
     shown = read_medium(files[pair.second_media], is_video=True).frames.astype(int)
     assert abs(shown[3, 5, 5] - (80, 60, 90)).max() <= 6
     for path in files.values():
+        with av.open(str(path)) as opened:
+            stream = opened.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            assert "creation_time" not in opened.metadata
         content = path.read_bytes()
         assert content.index(b"moov") < content.index(b"mdat") and path.suffix == ".mp4"
         assert len(without_filling(content)) < len(content)
@@ -308,6 +313,26 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     (folders["tuned"] / "1.png").symlink_to(secret)
     with pytest.raises(StudyError, match="leads out of its folder"):
         plan_study(folders, settings(), tmp_path / "prompts.csv")
+
+
+def test_tables_may_name_files_or_give_ids(tmp_path):
+    folders = model_folders(tmp_path, 2)
+    for folder in folders.values():
+        (folder / "0.png").rename(folder / "version 1.5.png")
+    for name, rows in (
+        ("metadata.csv", "file_name,prompt\nfolder/version 1.5.png,a cat\n1.png,a dog\n"),
+        ("metadata.jsonl", '{"id": "version 1.5", "caption": "a cat"}\n{"id": 1, "caption": "a dog", "tag": "x"}\n'),
+    ):
+        (folders["tuned"] / name).write_text(rows)
+        plan = plan_study(folders, settings(gold=None))
+        assert sorted(pair.samples[0].prompt for pair in plan.pairs) == ["a cat", "a dog"]
+        (folders["tuned"] / name).unlink()
+    (tmp_path / "bad.csv").write_text("file_name,prompt\n1.png,a dog\n1.png,a cat\n")
+    with pytest.raises(StudyError, match="row 1: '1' has another prompt"):
+        plan_study(folders, settings(), tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").write_text("name,text of it\n1,a dog\n")
+    with pytest.raises(StudyError, match="expected a column of file_name"):
+        plan_study(folders, settings(), tmp_path / "bad.csv")
 
 
 def test_prompts_that_differ_are_no_pairs(tmp_path):

@@ -131,6 +131,8 @@ def test_a_request_that_comes_again_is_no_second_answer(store):
         ({"seconds": float("inf")}, "seconds"),
         ({"request_id": ""}, "1 to 64"),
         ({"request_id": "x" * 65}, "1 to 64"),
+        ({"request_id": "\ud800"}, "ASCII"),
+        ({"assignment_id": "\ud800"}, "no such assignment"),
     ],
 )
 def test_answers_that_are_none_are_refused(store, change, words):
@@ -189,6 +191,12 @@ def test_no_pair_can_name_a_file_elsewhere(tmp_path, name):
     pair = Comparison("p", "p", "a cat", "", "base", "tuned", "0a.png", name)
     with pytest.raises(StudyError, match="cannot hold"):
         store.add_pairs([pair])
+
+
+def test_texts_that_are_no_unicode_are_told(tmp_path):
+    with pytest.raises(StudyError, match="no Unicode"):
+        Store.create(tmp_path / STUDY_FILE, Study("half a \ud800 character"))
+    assert not (tmp_path / STUDY_FILE).exists()
 
 
 def test_files_that_are_no_studies_are_refused(tmp_path, store):

@@ -99,6 +99,8 @@ def test_tokens_are_printed_where_their_file_cannot_be_written(tmp_path, models,
         (["--title", " "], "needs a title"),
         (["--samples_per_prompt", "2"], "a prompt has 1"),
         (["--tasks_per_rater", "7"], "from 1 to 6"),
+        (["--raters_per_group", "1000000000"], "more than 1,000 raters"),
+        (["--title", "\ud800"], "no Unicode"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, models, capsys, options, words):
@@ -123,6 +125,7 @@ def test_a_study_without_answers_exports_a_header(tmp_path, models, capsys):
         (["report", "STUDY"], "Nobody has judged"),
         (["report", "STUDY", "--max_side_share", "2"], "`max_side_share`"),
         (["report", "STUDY", "--level", "1"], "level"),
+        (["report", "STUDY", "--seed", "-1"], "zero or more"),
         (["report", "elsewhere"], "no study at 'elsewhere'"),
         (["export", "STUDY", "--output", "answers.txt"], "must end with .csv or .jsonl"),
         (["import", "STUDY", "--output", "pairs"], "Nobody has judged"),

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tests.annotation.studies import answer_all, comparisons, empty_study, side_of
+from tests.browsers import PHONE, open_context
 from trl_sipo.annotation.rater_checks import CheckSettings
 from trl_sipo.annotation.records import GOLD, LEFT, MIRRORED, SAMPLE, TIE, Study
 from trl_sipo.annotation.store import STUDY_FILE, Store
@@ -180,3 +181,20 @@ def test_files_hold_the_same_numbers_and_nothing_hostile_gets_through(tmp_path):
         assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows)
         assert not any(cell.startswith(("=", "+", "@")) for row in rows for cell in row)
     assert write_report(analysis, tmp_path / "report", command="", checks=checks)  # replaces an earlier one
+
+
+def test_the_page_is_readable_on_a_phone_and_runs_nothing(tmp_path, browser):
+    store = three_groups(tmp_path)
+    answer_all(store, lazy)
+    write_report(analyse(store), tmp_path, command="trl-sipo study report", checks=CheckSettings())
+    with open_context(browser, viewport=PHONE, is_phone=True, dark=True) as context:
+        opened = context.new_page()
+        opened.goto((tmp_path / "report.html").as_uri())
+        assert context.failures == [] and opened.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+        bars = opened.locator("svg rect")
+        assert bars.count() == 3
+        widths = [bars.nth(number).bounding_box()["width"] for number in range(3)]
+        couple = analyse(store).kept.couples[0]
+        shares = [number / 12 for number in (couple.wins, couple.ties, couple.losses)]
+        assert [width / sum(widths) for width in widths] == pytest.approx(shares, abs=0.01)
+        assert "tuned wins against base" in opened.locator("svg").get_attribute("aria-label")

@@ -175,7 +175,8 @@ def _read_table(path: Path) -> dict[str, tuple[str, str]]:
                 f"{where}: expected a column of {', '.join(NAME_COLUMNS)}, and one of {', '.join(PROMPT_COLUMNS)}; "
                 f"the columns are {list(row)}."
             )
-        stem = Path(str(name)).stem if "." in str(name) else str(name)
+        path_in_table = Path(str(name))
+        stem = path_in_table.stem if path_in_table.suffix.lower() in FRAME_SUFFIXES | _MOVING else path_in_table.name
         category = _cell(row, CATEGORY_COLUMNS)
         record = read_prompt(prompt, where=where).strip(), "" if category is None else str(category)
         if records.setdefault(stem, record) != record:

@@ -295,11 +295,12 @@ class Store:
             raise AnswerError(f"The choice {str(choice)[:20]!r} is none of {', '.join((*allowed, SKIP))}.")
         if not math.isfinite(seconds) or not 0 <= seconds <= _MAX_SECONDS:
             raise AnswerError(f"{seconds} seconds cannot have been spent on an answer.")
-        if not 1 <= len(request_id) <= _MAX_REQUEST:
-            raise AnswerError(f"A request's name has 1 to {_MAX_REQUEST} characters, this one {len(request_id)}.")
+        if not 1 <= len(request_id) <= _MAX_REQUEST or not request_id.isascii():
+            raise AnswerError(f"A request's name has 1 to {_MAX_REQUEST} characters of ASCII.")
         with self._writing() as database:
             owner = database.execute(
-                "SELECT 1 FROM assignments WHERE assignment_id = ? AND rater_id = ?", (assignment_id, rater_id)
+                "SELECT 1 FROM assignments WHERE assignment_id = ? AND rater_id = ?",
+                (assignment_id if assignment_id.isascii() else "", rater_id),
             ).fetchone()
             if owner is None:  # the same words whether it is another's or nobody's
                 raise AnswerError("There is no such assignment.")
@@ -318,16 +319,16 @@ class Store:
 
     def answers(self) -> list[Answer]:
         """All answers that were ever given, the replaced ones among them, in the order in which they came."""
-        raters = {rater.rater_id: rater for rater in self.raters()}
         with self._reading() as database:
             rows = database.execute(
-                "SELECT answer_id, answers.rater_id, assignment_id, position, pair_id, kind, is_flipped, choice, "
-                "seconds, answered_at FROM answers JOIN assignments USING (assignment_id) ORDER BY answer_id"
+                "SELECT answer_id, raters.rater_id, name, group_number, assignment_id, position, pair_id, kind, "
+                "is_flipped, choice, seconds, answered_at FROM answers JOIN assignments USING (assignment_id) "
+                "JOIN raters ON raters.rater_id = answers.rater_id ORDER BY answer_id"
             ).fetchall()
         return [
             Answer(
                 answer_id=row["answer_id"],
-                rater=raters[row["rater_id"]],
+                rater=Rater(row["rater_id"], row["name"], row["group_number"]),
                 assignment_id=row["assignment_id"],
                 position=row["position"],
                 task=Task(row["pair_id"], row["kind"], bool(row["is_flipped"])),
@@ -377,6 +378,8 @@ class Store:
             ) from error
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{str(self.path)!r} is no study, or damaged: {error}. Take a copy of it.") from error
+        except UnicodeEncodeError as error:  # halves of characters, which JSON can spell and no file can hold
+            raise StudyError(f"A text for the study is no Unicode: {error}. Correct it.") from error
 
 
 class _Connection:

@@ -44,6 +44,7 @@ BETTER, WORSE = "better", "worse"
 
 _GOLD_SHARE, _LEAST_GOLD = 0.05, 2  # of the pairs
 _MIRRORED_SHARE = 0.1  # of a rater's pairs
+_MOST_RATERS = 1000
 _SECONDS_PER_TASK = {False: 10.0, True: 20.0}  # of images and of videos: for the estimate alone
 _LOSSY = {".jpg", ".jpeg"}
 _DEGRADED = ", degraded"  # after the name of the model whose sample it was
@@ -84,6 +85,11 @@ class BuildSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StudyError(f"`{name}` must be at least 1, got {value}.")
+        if self.groups * self.raters_per_group > _MOST_RATERS:
+            raise StudyError(
+                f"`groups`={self.groups} of `raters_per_group`={self.raters_per_group} are more than {_MOST_RATERS:,} "
+                "raters. Build for fewer, and invite more later."
+            )
         if self.num_gold is not None and self.gold != AUTO:
             raise StudyError(f"`num_gold`={self.num_gold} is for gold={AUTO!r}; a folder's pairs are all taken.")
 

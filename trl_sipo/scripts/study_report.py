@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_sipo.annotation.rater_checks import CheckSettings
+from trl_sipo.errors import ConfigurationError
 from trl_sipo.printing import ArgumentParser, printable, words_without_secrets
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def run(command: str, argv: list[str]) -> None:
     from trl_sipo.annotation.study_report import write_report
     from trl_sipo.evaluation.comparison import StatisticsSettings
 
+    if arguments.seed < 0:
+        raise ConfigurationError(f"`--seed` must be zero or more, got {arguments.seed}.")
     statistics = StatisticsSettings(arguments.level, arguments.num_resamples, arguments.seed)
     store = Store.open(arguments.study)
     analysis = analyse(store, checks, statistics)
