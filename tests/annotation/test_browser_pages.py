@@ -281,11 +281,8 @@ def test_it_fits_a_phone_and_can_be_read(browser, tmp_path, dark):
         _check_sizes(rater.page)
         rater.begin()
         _check_sizes(rater.page)
-        boxes = [rater.locate(f"#{side} .frame").bounding_box() for side in ("left", "right")]
-        assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"] and min(box["height"] for box in boxes) > 150
-        assert boxes[0]["width"] == boxes[1]["width"] and boxes[0]["height"] == pytest.approx(
-            boxes[1]["height"], abs=1
-        )
+        first, second = _frames(rater)
+        assert first["y"] + first["height"] <= second["y"] and first["height"] > 150
         last = rater.locate("#next-button").bounding_box()
         assert last["y"] + last["height"] <= PHONE["height"]
         rater.locate("#left .frame").tap()
@@ -293,8 +290,21 @@ def test_it_fits_a_phone_and_can_be_read(browser, tmp_path, dark):
         rater.locate("#left .frame").tap()
         expect(rater.locate("#arms")).not_to_have_class("zoomed")
         rater.locate("#choose-left").tap()
-        rater.is_at(2).locate("#pause-button").tap()
+        rater.is_at(2).locate("#previous-button").tap()
+        _frames(rater.is_at(1))
+        rater.page.set_viewport_size({"width": PHONE["height"], "height": PHONE["width"]})
+        first, second = _frames(rater)
+        assert first["x"] + first["width"] <= second["x"] and first["height"] > 140
         _check_sizes(rater.page)
+        rater.locate("#pause-button").tap()
+        _check_sizes(rater.page)
+
+
+def _frames(rater):
+    """Where both samples are shown: as large as one another, so that nothing but their content differs."""
+    first, second = (rater.locate(f"#{side} .frame").bounding_box() for side in ("left", "right"))
+    assert (first["width"], first["height"]) == pytest.approx((second["width"], second["height"]), abs=0.5)
+    return first, second
 
 
 def _check_sizes(page):
@@ -353,7 +363,7 @@ def test_videos_start_loop_and_stop_together(browser, tmp_path):
     store, token = make_videos(tmp_path / "study")
     with running(store) as server, open_context(browser) as context:
         rater = RaterPage(context, link(server, token)).begin()
-        expect(rater.locate("#play-button")).to_contain_text("Stop videos")
+        expect(rater.locate("#play-button")).to_contain_text("Stop")
         times = rater.page.evaluate(
             """async () => {
                 const videos = [...document.querySelectorAll("video")];
@@ -369,10 +379,10 @@ def test_videos_start_loop_and_stop_together(browser, tmp_path):
         assert apart[len(apart) // 2] < 0.1, apart
         assert any(later[0] < sooner[0] for sooner, later in zip(times, times[1:], strict=False))  # began anew
         rater.press(" ")
-        expect(rater.locate("#play-button")).to_contain_text("Play videos")
+        expect(rater.locate("#play-button")).to_contain_text("Play")
         assert rater.page.evaluate("() => [...document.querySelectorAll('video')].every((v) => v.paused && v.muted)")
         rater.press(" ").press("ArrowLeft").is_at(2)
-        expect(rater.locate("#play-button")).to_contain_text("Stop videos")
+        expect(rater.locate("#play-button")).to_contain_text("Stop")
         rater.press("ArrowRight").is_done()
         assert failures_of(context) == []
 
@@ -404,7 +414,7 @@ def test_who_wants_less_motion_starts_videos_by_hand(browser, tmp_path):
         rater.page.emulate_media(reduced_motion="reduce")
         rater.page.goto(link(server, token))  # the same page but for the fragment: it is not loaded again
         rater.begin()
-        expect(rater.locate("#play-button")).to_contain_text("Play videos")
+        expect(rater.locate("#play-button")).to_contain_text("Play")
         assert rater.page.evaluate("() => [...document.querySelectorAll('video')].every((v) => v.paused)")
 
 

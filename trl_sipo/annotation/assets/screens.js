@@ -31,11 +31,12 @@ export const find = (id) => document.getElementById(id);
 
 // Show one part of the page, and go to its heading, where keys and screen readers go on.
 export function show(name, focus = true) {
+  const before = shownScreen();
   for (const screen of SCREENS) find(screen).hidden = screen !== name;
   find("bar").hidden = ["waiting", "sign-in"].includes(name);
   find("pause-button").hidden = name !== "pair";
-  document.body.classList.toggle("comparing", name === "pair");
-  if (focus) find(name).querySelector("[tabindex='-1']").focus({ preventScroll: name === "pair" });
+  if (name !== before) scrollTo(0, 0);
+  if (focus) find(name).querySelector("[tabindex='-1']").focus({ preventScroll: true });
 }
 
 export function shownScreen() {
@@ -132,7 +133,7 @@ export function fillLoading(text, canRetry = false) {
 export function fillPlayback(playback) {
   const button = find("play-button");
   button.hidden = !playback;
-  if (playback) button.replaceChildren(playback.isPlaying ? "Stop videos" : "Play videos", elementWith("kbd", "Space"));
+  if (playback) button.replaceChildren(playback.isPlaying ? "Stop" : "Play", elementWith("kbd", "Space"));
 }
 
 export function fillFinished(total, skipped) {
