@@ -146,7 +146,8 @@ def verdict(beta: float, found: BetaRange) -> tuple[str, str]:
         if ratio > _FAR:
             return "far_too_small", (
                 f"beta = {beta:g} is FAR TOO SMALL, {ratio:.0f} times below the recommended {span}: {typical} "
-                "the whole error, which no model does. Only SIPO's mask brakes the push; without it a long run collapses."
+                "the whole error, which no model does. Only SIPO's mask brakes the push; without it a long run "
+                "collapses."
             )
         return "small", (
             f"beta = {beta:g} is small, below the recommended {span}: {typical}. It learns fast and drifts far: watch "

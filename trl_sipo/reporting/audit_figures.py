@@ -43,3 +43,38 @@ def beta_figure(
     right.set_yscale("log")
     label_axes(right, "Margin by beta and drift", level_label, "scale")
     return figure
+
+
+def data_figure(
+    shortcuts: Mapping[str, Mapping[str, float]],
+    levels: Sequence[float],
+    agreements: Sequence[Mapping[str, float]],
+    *,
+    level_label: str,
+):
+    """How far simple properties, and the model as it is, tell the chosen sample from the rejected one.
+
+    Args:
+        shortcuts: Property to its share with "estimate", "low" and "high".
+        levels, agreements: Of the model, (levels,), the shares likewise; empty without a model.
+    """
+    figure = new_figure(figsize=(9.2, 3.4))
+    left, right = figure.subplots(1, 2)
+    for place, share in enumerate(reversed(shortcuts.values())):
+        ends = [[100 * (share["estimate"] - share["low"])], [100 * (share["high"] - share["estimate"])]]
+        left.errorbar(100 * share["estimate"], place, xerr=ends, fmt="o", color=line_style(0)["color"])
+    left.set_yticks(range(len(shortcuts)), [name.replace("_", " ") for name in reversed(shortcuts)])
+    left.axvline(50, color="#555555", linewidth=0.8)
+    left.set_xlim(-2, 102)
+    label_axes(left, "Chosen sample has more of it", "% of pairs", "")
+    if levels:
+        low, middle, high = ([100 * share[end] for share in agreements] for end in ("low", "estimate", "high"))
+        style = line_style(1)
+        right.plot(levels, middle, **style)
+        right.fill_between(levels, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        right.axhline(50, color="#555555", linewidth=0.8)
+        right.set_ylim(-2, 102)
+        label_axes(right, "Chosen sample is likelier to the model", level_label, "% of pairs")
+    else:
+        right.set_visible(False)
+    return figure

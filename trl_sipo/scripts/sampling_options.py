@@ -42,10 +42,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, samples_per_prompt:
     add("--device", help="default: the GPU of this process, if there is one")
 
 
-def add_reward_options(parser: argparse.ArgumentParser) -> None:
+def add_reward_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Which rewards score."""
     add = parser.add_argument_group("rewards").add_argument
-    add("--rewards", nargs="+", required=True, metavar="REWARD", help="names, module:Class, http://..., process:...")
+    named = {"nargs": "+", "required": required, "default": [], "metavar": "REWARD"}
+    add("--rewards", **named, help="names, module:Class, http://..., process:...")
     add(
         "--reward_options",
         type=_options_by_reward,

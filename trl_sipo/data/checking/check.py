@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trl_sipo.data.checking.features import FEATURES
 from trl_sipo.data.checking.judgements import Count, Judgements, Repeats, find_repeats, find_triples
 from trl_sipo.data.checking.noise import noise_report, share
 from trl_sipo.data.checking.rows import CheckedRow, RowCheck, is_of_videos, text_hash
@@ -38,6 +39,7 @@ class CheckOptions:
         frame_rate: of the clips; None: the videos' own.
         decode_videos: every frame of every video; False: the index of frames and the first one.
         num_shown: pairs to look at.
+        measure_features: note what no preference should hang on, such as brightness (`features.FEATURES`).
         num_workers: processes; a stream is read in this one alone.
         show_progress: a bar.
     """
@@ -47,6 +49,7 @@ class CheckOptions:
     frame_rate: float | None = None
     decode_videos: bool = False
     num_shown: int = 24
+    measure_features: bool = False
     num_workers: int = 0
     show_progress: bool = True
 
@@ -89,11 +92,17 @@ class DataCheck:
         report: counts and statistics, as JSON takes them.
         listed: name of a list to its rows and the reason of each; `bad_rows` are those that cannot be trained on.
         shown: some rows, with thumbnails.
+        judgements: of the rows that open, as hashes.
+        keys: (rows that open,) uint64.
+        features: (rows that open, 2, features) float64, where they were measured.
     """
 
     report: dict[str, Any]
     listed: dict[str, list[Listed] | ListedRows]
     shown: list[CheckedRow]
+    judgements: Judgements
+    keys: np.ndarray
+    features: np.ndarray | None = None
 
     def write(self, folder: Path) -> list[Path]:
         """`report.json`, and one JSON Lines file of `{"row", "key", "reason"}` for each list that is not empty."""
@@ -127,7 +136,8 @@ def check_data(dataset: Dataset | IterableDataset, options: CheckOptions | None 
     if num_rows == 0:
         raise DatasetError("the dataset is empty: it has no rows")
     rows = undecoded(dataset, fmt)
-    check = RowCheck(fmt, _videos(rows, fmt, options), options.decode_videos)
+    is_measured = options.measure_features and not fmt.holds_latents
+    check = RowCheck(fmt, _videos(rows, fmt, options), options.decode_videos, is_measured)
     found = _Findings()
     for checked in tqdm(
         _checked(rows, check, num_rows, options), total=num_rows, unit="row", disable=not options.show_progress
@@ -188,6 +198,7 @@ class _Findings:
     second: array = field(default_factory=lambda: array("q"))
     label: array = field(default_factory=lambda: array("d"))
     words: array = field(default_factory=lambda: array("q"))
+    features: array = field(default_factory=lambda: array("d"))
     sizes: Counter = field(default_factory=Counter)
     lengths: Counter = field(default_factory=Counter)
     rates: Counter = field(default_factory=Counter)
@@ -211,6 +222,7 @@ class _Findings:
             self.sizes.update([arm.size] if arm.size else [])
             self.lengths.update([arm.num_frames] if arm.num_frames else [])
             self.rates.update([arm.frame_rate] if arm.frame_rate else [])
+            self.features.extend(arm.features)
         self.num_unequal_sizes += first.size != second.size
         self.num_unequal_lengths += first.num_frames != second.num_frames
         if first.thumbnail is not None:
@@ -247,7 +259,9 @@ def _summary(found: _Findings, fmt: PreferenceFormat, check: RowCheck) -> DataCh
         "prompts": _prompt_statistics(judgements.prompt, np.array(found.words)),
         "label_noise": noise_report(repeats.agreement, find_triples(judgements), minority),
     }
-    return DataCheck(report, _lists(found, identical, repeats), found.shown)
+    features = np.array(found.features).reshape(len(judgements.row), 2, len(FEATURES)) if check.measure else None
+    keys = np.array(found.key, dtype=np.uint64)
+    return DataCheck(report, _lists(found, identical, repeats), found.shown, judgements, keys, features)
 
 
 def _label_counts(label: np.ndarray) -> dict[str, Any]:

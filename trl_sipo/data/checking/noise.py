@@ -13,8 +13,8 @@ from typing import Any
 from trl_sipo.data.checking.judgements import Count
 
 _Z = 1.959964  # 95 %
-_FEW = 30  # comparisons below which no suggestion is made
-_CLEAN, _NOISY = 0.05, 0.15
+FEW = 30  # comparisons below which no suggestion is made
+CLEAN, NOISY = 0.05, 0.15
 
 CANNOT_KNOW = (
     "This cannot tell a second judgement from a copied row (copies always agree), and says nothing of errors that all "
@@ -79,24 +79,24 @@ def noise_report(agreement: Count, triples: Count, minority_share: float | None)
 def suggestion(agreeing: Share | None, cyclic: Share | None) -> str:
     """A starting point for Poly-DPO's `poly_alpha`, from the larger of the two rates of flips."""
     rates = []
-    if agreeing is not None and agreeing.total >= _FEW:
+    if agreeing is not None and agreeing.total >= FEW:
         rates.append(_range(flips_from_agreement, agreeing))
-    if cyclic is not None and cyclic.total >= _FEW:
+    if cyclic is not None and cyclic.total >= FEW:
         rates.append(_range(flips_from_cycles, cyclic))
     if not rates:
         return (
-            f"Nothing: fewer than {_FEW} pairs were judged twice, and as few triples in full. Compare `poly_alpha` 0 "
+            f"Nothing: fewer than {FEW} pairs were judged twice, and as few triples in full. Compare `poly_alpha` 0 "
             "and 8 on held-out pairs."
         )
     worst = max(rates, key=lambda rate: rate["value"])
     found = f"About {worst['value']:.0%} of the labels look turned ({worst['low']:.0%} to {worst['high']:.0%})."
-    if worst["low"] > _NOISY:
+    if worst["low"] > NOISY:
         advice = "That is noisy: start with a positive `poly_alpha`; 8 is reported best on Pick-a-Pic v2."
-    elif worst["high"] < _CLEAN:
+    elif worst["high"] < CLEAN:
         advice = "That is clean: start with `poly_alpha` near 0, which is Diffusion-DPO."
     else:
         advice = "That is neither clearly clean nor clearly noisy: compare `poly_alpha` 0 and 8 on held-out pairs."
-    return f"{found} {advice} The bounds, {_CLEAN:.0%} and {_NOISY:.0%}, are a rule of thumb, no published result."
+    return f"{found} {advice} The bounds, {CLEAN:.0%} and {NOISY:.0%}, are a rule of thumb, no published result."
 
 
 def _range(flips: Any, of: Share) -> dict[str, float]:

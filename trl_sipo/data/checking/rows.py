@@ -14,6 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from trl_sipo.data.checking.features import arm_features
 from trl_sipo.data.formats import PreferenceFormat, read_prompt
 from trl_sipo.data.frame_source import FrameSource
 from trl_sipo.data.images import verify_image
@@ -38,6 +39,7 @@ class CheckedArm:
         num_frames: of a video.
         frame_rate: of a video whose file says it.
         thumbnail: where it was asked for.
+        features: those of `features.FEATURES`, where they were asked for.
     """
 
     content: int
@@ -45,6 +47,7 @@ class CheckedArm:
     num_frames: int | None = None
     frame_rate: float | None = None
     thumbnail: PIL.Image.Image | None = None
+    features: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,13 @@ class RowCheck:
         fmt: which column holds what.
         videos: the arms are videos, of which these frames are needed at least; None: images (or latents).
         decode: decode every frame of videos; False: the index of frames and the first one.
+        measure: note the features of each arm, such as its brightness.
     """
 
     fmt: PreferenceFormat
     videos: ClipSampler | None = None
     decode: bool = False
+    measure: bool = False
 
     def __call__(self, number: int, row: Mapping[str, Any], *, with_thumbnails: bool = False) -> CheckedRow:
         """Look at one row."""
@@ -101,7 +106,7 @@ class RowCheck:
         arms = []
         for column in self.fmt.media_columns:
             value, where = row[column], f"column {column!r}"
-            look = functools.partial(_image, value, where)
+            look = functools.partial(self._image, value, where)
             if self.videos is not None:
                 look = functools.partial(self._video, value, where, self.videos, opened)
             arms.append(_attempt(problems, look))
@@ -110,6 +115,12 @@ class RowCheck:
         if self.videos is not None and self.videos.num_frames > 1:  # it is known what clips training will take
             _attempt(problems, functools.partial(common_rate, opened, self.videos, where="the row"))
         return arms[0], arms[1]
+
+    def _image(self, value: Any, where: str) -> CheckedArm:
+        image = verify_image(value, where=where)
+        content = _hash([repr(image.size).encode(), image.tobytes()])
+        features = arm_features(value, image) if self.measure else ()
+        return CheckedArm(content, image.size, thumbnail=image, features=features)
 
     def _video(self, value: Any, where: str, clip: ClipSampler, opened: list[FrameSource]) -> CheckedArm:
         video = open_video(value, frame_rate=clip.rate, where=where)
@@ -124,7 +135,8 @@ class RowCheck:
         if first is None:
             raise DatasetError(f"{where}: the video has no frames")
         rate = None if video.rate is None else round(float(video.rate), 3)
-        return CheckedArm(media_hash(value), first.size, length, rate, first)
+        features = arm_features(value, first, num_frames=length, frame_rate=rate) if self.measure else ()
+        return CheckedArm(media_hash(value), first.size, length, rate, first, features)
 
     def _latents(self, row: Mapping[str, Any]) -> tuple[CheckedArm, CheckedArm]:
         pair = {"prompt": "", "chosen": row[self.fmt.first], "rejected": row[self.fmt.second]}
@@ -178,11 +190,6 @@ def _hash(parts: Any) -> int:
     for part in parts:
         digest.update(part)
     return int.from_bytes(digest.digest(), "big") >> 1
-
-
-def _image(value: Any, where: str) -> CheckedArm:
-    image = verify_image(value, where=where)
-    return CheckedArm(_hash([repr(image.size).encode(), image.tobytes()]), image.size, thumbnail=image)
 
 
 def _with_thumbnail(arm: CheckedArm) -> CheckedArm:
