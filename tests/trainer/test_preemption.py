@@ -99,7 +99,7 @@ def test_ctrl_c_while_saving_leaves_no_part_of_a_checkpoint(tmp_path):
     trainer._save_rng_state = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2", "run_log"]
     assert checkpoint_files.why_not_resumable(tmp_path / "checkpoint-2") is None
 
 

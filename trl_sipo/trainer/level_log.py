@@ -26,7 +26,7 @@ _STATISTICS = {
 _BINS = checks.items(checks.count(), NUM_BINS, NUM_BINS)
 _SUMS = checks.items(checks.number(is_finite=False), NUM_BINS, NUM_BINS)
 # What a state of the training draws must be.
-LEVEL_SUMS = checks.record({"pairs": _BINS, "counts": checks.table(_BINS), "sums": checks.table(_SUMS)})
+LEVEL_SUMS = checks.record({"pairs": _BINS, "values": checks.table(checks.row(_BINS, _SUMS))})
 
 MapTimes = Callable[[np.ndarray], np.ndarray]
 """Timesteps (n,) -> times (n,) in 0..1, or back; float64."""
@@ -99,18 +99,15 @@ class LevelSums:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, of values that JSON can hold."""
-        tables = {"counts": self._counts, "sums": self._sums}
-        return {
-            "pairs": self._pairs.tolist(),
-            **{name: {key: column.tolist() for key, column in table.items()} for name, table in tables.items()},
-        }
+        """Of every value its counts and its sums, of values that JSON can hold."""
+        values = {name: [counts.tolist(), self._sums[name].tolist()] for name, counts in self._counts.items()}
+        return {"pairs": self._pairs.tolist(), "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what [`state_dict`] gave."""
         self._pairs = np.array(state["pairs"], np.int64)
-        self._counts = {name: np.array(column, np.int64) for name, column in state["counts"].items()}
-        self._sums = {name: np.array(column, np.float64) for name, column in state["sums"].items()}
+        self._counts = {name: np.array(counts, np.int64) for name, (counts, _) in state["values"].items()}
+        self._sums = {name: np.array(sums, np.float64) for name, (_, sums) in state["values"].items()}
 
 
 class LevelLog:
