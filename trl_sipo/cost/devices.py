@@ -22,6 +22,7 @@ class Device:
         bandwidth: Bytes a second of its memory.
         link: Bytes a second to another GPU of the machine, in one direction.
         has_bfloat16: Whether the 16 bits may be bfloat16.
+        calibration: Seconds of a real forward pass over those that were computed; `None`: none was measured.
     """
 
     name: str
@@ -32,6 +33,12 @@ class Device:
     bandwidth: float
     link: float
     has_bfloat16: bool = True
+    calibration: float | None = None
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether times can be computed; of a machine that was not measured its memory alone is known."""
+        return self.bandwidth > 0
 
     def rate(self, operation: Operation, allows_tf32: bool = False) -> float:
         """Published operations a second for an operation that computes.

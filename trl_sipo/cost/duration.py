@@ -5,6 +5,7 @@ An operation takes its arithmetic or its memory traffic, whichever is longer, si
 other; together they take no less than the host needs to start them.
 """
 
+import math
 from dataclasses import dataclass
 
 from trl_sipo.cost.devices import FAST, SLOW, Device, Efficiency
@@ -13,6 +14,9 @@ from trl_sipo.cost.operations import Operation, Operations
 # AdamW reads weight, gradient and two moments and writes all but the gradient, in float32; clipping reads the gradient
 # twice and writes it once.
 UPDATE_BYTES = 4 * (4 + 3 + 3)
+
+CALIBRATED_WITHIN = 1.25
+"""The range of a machine that was measured, as a factor up and down: assumed, for what is not a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,22 @@ class Seconds:
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(self.low + other.low, self.high + other.high)
 
+    @property
+    def middle(self) -> float:
+        """The geometric mean of both ends."""
+        return math.sqrt(self.low * self.high)
+
     def __mul__(self, factor: float) -> "Seconds":
         return Seconds(self.low * factor, self.high * factor)
 
 
-NO_TIME = Seconds(0.0, 0.0)
-
-
 def computing(operations: Operations, device: Device, *, allows_tf32: bool = False) -> Seconds:
-    """What the operations take, on their own."""
+    """What the operations take, on their own; of a machine that was measured, around the middle times its ratio."""
     low, high = (_computing(operations, device, efficiency, allows_tf32) for efficiency in (FAST, SLOW))
-    return Seconds(low, high)
+    if device.calibration is None:
+        return Seconds(low, high)
+    middle = Seconds(low, high).middle * device.calibration
+    return Seconds(middle / CALIBRATED_WITHIN, middle * CALIBRATED_WITHIN)
 
 
 def _computing(operations: Operations, device: Device, efficiency: Efficiency, allows_tf32: bool) -> float:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run costs on a device: whether it fits, how long it takes, and what would have to change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_sipo.cost.communication import Workload, sent_per_step
 from trl_sipo.cost.devices import Device
 from trl_sipo.cost.disk import DiskPlan
-from trl_sipo.cost.duration import NO_TIME, Seconds, computing, sending, updating
+from trl_sipo.cost.duration import Seconds, computing, sending, updating
 from trl_sipo.cost.memory import memory_parts
 from trl_sipo.cost.step import StepCounts, StepPlan
 
@@ -60,16 +60,16 @@ class Estimate:
         device: Its name.
         memory: Bytes at the peak of a step, by what they are for.
         room: Bytes of the device.
-        step: Seconds of a step.
-        run: Seconds of the whole run: steps, reference errors before training, sample grids.
+        step: Seconds of a step; `None`: the device's rates are not known.
+        run: Seconds of the whole run: steps, reference errors before training, sample grids; `None` as `step`.
         note: What is particular to the device; empty if nothing is.
     """
 
     device: str
     memory: dict[str, float]
     room: float
-    step: Seconds
-    run: Seconds
+    step: Seconds | None
+    run: Seconds | None
     note: str = ""
 
     @property
@@ -91,18 +91,14 @@ def estimate(counts: StepCounts, run: RunPlan, device: Device) -> Estimate:
         run: What is planned.
         device: On which.
     """
-    step = step_seconds(counts, run, device)
-    sample = _forward_of_a_sample(counts, run, device)
-    before = sample * (run.reference_samples / run.processes)
-    # The first process draws the grids, and the others wait.
-    grids = sample * run.grid_samples
+    step = step_seconds(counts, run, device) if device.has_rates else None
     no_bfloat16 = run.step.precision == "bfloat16" and not device.has_bfloat16
     return Estimate(
         device=device.name,
         memory=memory_of(counts, run),
         room=device.memory,
         step=step,
-        run=step * run.steps + before + grids,
+        run=None if step is None else step * run.steps + beside_steps(counts, run, device),
         note="has no bfloat16: set fp16" if no_bfloat16 else "",
     )
 
@@ -135,6 +131,10 @@ def step_seconds(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
     return busy + sending(sum(sent_per_step(run.strategy, workload(counts, run), run.processes).values()), rate, busy)
 
 
+def _is_sharded(run: RunPlan) -> bool:
+    return run.processes > 1 and run.strategy != "DDP"
+
+
 def workload(counts: StepCounts, run: RunPlan) -> Workload:
     """What the processes send to one another."""
     is_lora = run.step.lora_rank is not None
@@ -151,17 +151,17 @@ def workload(counts: StepCounts, run: RunPlan) -> Workload:
 
 
 def encoding_seconds(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
-    """Of `trl-sipo encode` on one device: every image or clip through the VAE, in float32."""
+    """Of `trl-sipo encode` on one device: every image or clip of the data through the VAE, in float32."""
     return computing(counts.encoding, device) * (run.disk.pairs * run.step.arms)
 
 
-def _forward_of_a_sample(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
-    if not (run.reference_samples or run.grid_samples):
-        return NO_TIME
-    return computing(counts.reference, device, allows_tf32=run.allows_tf32) * (1 / run.step.samples)
+def beside_steps(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
+    """Of the reference errors before training, which the devices share, and of the sample grids, which one draws."""
+    samples = run.reference_samples / run.processes + run.grid_samples
+    return computing(counts.reference, device, allows_tf32=run.allows_tf32) * (samples / run.step.samples)
 
 
-# ---------------------------------------------------------------------------------------- what would have to change
+# ------------------------------------------------------------------------------------------ what would have to change
 
 
 @dataclass(frozen=True)
@@ -170,72 +170,77 @@ class Change:
 
     Attributes:
         words: For the user: the setting, and in brackets its price.
-        run: The plan with it.
+        applies: Whether it is possible, and not there yet.
+        made: The plan with it.
     """
 
     words: str
-    run: RunPlan
-
-
-def changes(run: RunPlan) -> Iterator[Change]:
-    """Plans that need less and less memory, each with one change more than the one before; the cheapest first."""
-    for words, applies, change in _CHANGES:
-        if applies(run):
-            run = change(run)
-            yield Change(words, run)
+    applies: Callable[[RunPlan], bool]
+    made: Callable[[RunPlan], RunPlan]
 
 
 def _of_step(**settings: Any) -> Callable[[RunPlan], RunPlan]:
     return lambda run: replace(run, step=replace(run.step, **settings))
 
 
-def _is_sharded(run: RunPlan) -> bool:
-    return run.processes > 1 and run.strategy != "DDP"
-
-
 def _one_pair_at_a_time(run: RunPlan) -> RunPlan:
     return replace(run, step=replace(run.step, pairs=1), accumulation=run.accumulation * run.step.pairs)
 
 
-def _as_lora(run: RunPlan) -> RunPlan:
-    frozen = run.step.precision
-    return replace(run, step=replace(run.step, lora_rank=16, frozen_precision=frozen))
+def _can_shard(run: RunPlan) -> bool:
+    """What FSDP2 is refused with is not there (docs/source/distributed.md); fp16 may be exchanged."""
+    is_plain = not (run.step.is_quantized or run.reference_samples or run.grid_samples)
+    return is_plain and run.processes > 1 and run.strategy in ("DDP", "ZeRO-2")
 
 
-_CHANGES: tuple[tuple[str, Callable[[RunPlan], bool], Callable[[RunPlan], RunPlan]], ...] = (
-    ("`trl-sipo encode` first", lambda run: run.step.holds_encoders, _of_step(encodes=False, holds_encoders=False)),
-    (
+def _shard(run: RunPlan) -> RunPlan:
+    step = run.step if run.step.precision == "float32" else replace(run.step, precision="bfloat16")
+    return replace(run, strategy="FSDP2", step=step)
+
+
+# The cheapest first. Those that name another number of steps or a price in time say so.
+CHANGES: tuple[Change, ...] = (
+    Change(
+        "`trl-sipo encode` first",
+        lambda run: run.step.holds_encoders,
+        _of_step(encodes=False, holds_encoders=False),
+    ),
+    Change(
         "`gradient_checkpointing` (a third more time)",
         lambda run: not run.step.checkpointing,
         _of_step(checkpointing=True),
     ),
-    (
-        "`per_device_train_batch_size` 1, with more `gradient_accumulation_steps`",
+    Change(
+        "`per_device_train_batch_size` 1, with as many times more `gradient_accumulation_steps`",
         lambda run: run.step.pairs > 1,
         _one_pair_at_a_time,
     ),
-    (
+    Change(
         "`split_pair_backward` (a fifth more time)",
         lambda run: run.step.arms == 2 and not run.step.split,
         _of_step(split=True),
     ),
-    (
-        "an optimiser of 8 bits (`optim` adamw_bnb_8bit)",
-        lambda run: run.optimizer == "32 bits" and run.step.lora_rank is None,
-        lambda run: replace(run, optimizer="8 bits"),
+    Change(
+        "FSDP2, with `bf16`",
+        _can_shard,
+        _shard,
     ),
-    (
+    Change(
         "`precompute_ref_log_probs` (no second model)",
         lambda run: run.step.lora_rank is None and run.step.has_reference and not _is_sharded(run),
         _of_step(has_reference=False),
     ),
-    (
-        "FSDP2",
-        lambda run: run.processes > 1 and run.strategy in ("DDP", "ZeRO-2"),
-        lambda run: replace(run, strategy="FSDP2"),
+    Change(
+        "an optimiser of 8 bits (`optim` adamw_bnb_8bit)",
+        lambda run: run.optimizer == "32 bits" and run.step.lora_rank is None,
+        lambda run: replace(run, optimizer="8 bits"),
     ),
-    ("a LoRA (`use_peft`) instead of all weights", lambda run: run.step.lora_rank is None, _as_lora),
-    (
+    Change(
+        "a LoRA (`use_peft`) instead of all weights",
+        lambda run: run.step.lora_rank is None,
+        lambda run: replace(run, step=replace(run.step, lora_rank=16, frozen_precision=run.step.precision)),
+    ),
+    Change(
         "weights of 4 bits (`load_in_4bit`)",
         lambda run: run.step.lora_rank is not None and not run.step.is_quantized and not _is_sharded(run),
         _of_step(is_quantized=True),
@@ -246,16 +251,35 @@ _CHANGES: tuple[tuple[str, Callable[[RunPlan], bool], Callable[[RunPlan], RunPla
 def first_that_fits(
     run: RunPlan, room: float, counts_of: Callable[[StepPlan], StepCounts]
 ) -> tuple[list[str], RunPlan] | None:
-    """The changes, put together, after which a run fits into so many bytes; `None`: these are not enough.
+    """The first changes of `CHANGES` after which a run fits, less those that are not needed; `None`: it never does.
 
     Args:
         run: What is planned.
         room: Bytes of the device.
         counts_of: Counts a step.
     """
-    words = []
-    for change in changes(run):
-        words.append(change.words)
-        if sum(memory_of(counts_of(change.run.step), change.run).values()) <= room:
-            return words, change.run
-    return None
+
+    def fits(made: Sequence[Change]) -> bool:
+        changed = _with(run, made)
+        return sum(memory_of(counts_of(changed.step), changed).values()) <= room
+
+    made: list[Change] = []
+    for change in CHANGES:
+        if change.applies(_with(run, made)):
+            made.append(change)
+            if fits(made):
+                break
+    else:
+        return None
+    # The last is needed, since the others alone were not enough.
+    for change in made[:-1]:
+        others = [other for other in made if other is not change]
+        if all(other.applies(_with(run, others[:place])) for place, other in enumerate(others)) and fits(others):
+            made = others
+    return [change.words for change in made], _with(run, made)
+
+
+def _with(run: RunPlan, made: Sequence[Change]) -> RunPlan:
+    for change in made:
+        run = change.made(run)
+    return run

@@ -134,8 +134,8 @@ def configured_model(name: str, size: Size = (None, None, None), **hub_kwargs: A
     weightless = (*denoiser_names(name, revision=revision), *ENCODER_NAMES)
     pipeline = load_pipeline(name, weightless=weightless, **hub_kwargs)
     adapter = adapter_for(pipeline)
-    own = (*adapter.default_size, adapter.default_num_frames)
-    height, width, frames = (value if given is None else given for given, value in zip(size, own, strict=True))
+    height, width = adapter.default_size if None in size[:2] else size[:2]
+    frames = adapter.default_num_frames if size[2] is None else size[2]
     experts = getattr(adapter.denoiser, "experts", None)
     denoiser: Any = adapter.denoiser if experts is None else next(iter(experts.values()))
     targets = adapter.lora_target_modules

@@ -6,7 +6,8 @@ and with as many samples as the trainers would call it.
 """
 
 import re
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -114,17 +115,13 @@ class StepCounts:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists."""
-        plain = asdict(self)
-        return {**plain, **{name: to_rows(plain[name]) for name in ("policy", "reference", "encoding")}}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: to_rows(value) if isinstance(value, Counter) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> "StepCounts":
         """What [`to_json`] gave."""
-        counted = ("policy", "reference", "encoding")
-        return cls(**{
-            entry.name: from_rows(plain[entry.name]) if entry.name in counted else plain[entry.name]
-            for entry in fields(cls)
-        })  # fmt: skip
+        return cls(**{name: from_rows(value) if isinstance(value, list) else value for name, value in plain.items()})
 
 
 def count(model: Model, plan: StepPlan) -> StepCounts:

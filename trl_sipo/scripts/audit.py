@@ -8,6 +8,7 @@ AUDITS = {
     "weights": ("trl_sipo.scripts.audit_weights", "which noise levels SIPO would mask for this model and these pairs"),
     "beta": ("trl_sipo.scripts.audit_beta", "how strong a beta is for this model and these pairs, and a range"),
     "data": ("trl_sipo.scripts.audit_data", "what is wrong with the pairs, and how a model and rewards see them"),
+    "cost": ("trl_sipo.scripts.audit_cost", "memory, time and disk of a run, for this machine and for named GPUs"),
 }
 
 

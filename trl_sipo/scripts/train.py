@@ -136,8 +136,8 @@ def parse(
     data_args, training_args, model_args = parse_with(make_parser(method), argv, defaults)
     check_name("dataset_name", data_args.dataset_name, "preference pairs")
     check_name("model_name_or_path", model_args.model_name_or_path, "a diffusers pipeline")
-    _check_lora_arguments(model_args)
-    _check_quantization(model_args)
+    check_trained_part(model_args)
+    _check_quantization_package(model_args)
     check_trackers(training_args.report_to)
     return data_args, training_args, model_args
 
@@ -167,6 +167,12 @@ def parse_with(parser: "TrlParser", argv: list[str], defaults: dict[str, Any] | 
         return parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, ConfigurationError) else ConfigurationError(str(error)) from error
+
+
+def check_trained_part(model_args: ModelArguments) -> None:
+    """Raise [`ConfigurationError`] when what is said of a LoRA, and of weights in four bits, makes no sense."""
+    _check_lora_arguments(model_args)
+    _check_quantization(model_args)
 
 
 def _check_lora_arguments(model_args: ModelArguments) -> None:
@@ -203,7 +209,10 @@ def _check_quantization(model_args: ModelArguments) -> None:
             "`load_in_4bit` without `use_peft`: weights of 4 bits cannot be trained. Set `use_peft` to true to train "
             "a LoRA on them, or remove `load_in_4bit`."
         )
-    if find_spec("bitsandbytes") is None:
+
+
+def _check_quantization_package(model_args: ModelArguments) -> None:
+    if model_args.load_in_4bit and find_spec("bitsandbytes") is None:
         raise ConfigurationError(
             'The package bitsandbytes is missing, which `load_in_4bit` needs: pip install "trl-sipo[quantization]".'
         )
