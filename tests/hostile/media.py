@@ -45,7 +45,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def _png_bomb() -> bytes:
+def png_bomb() -> bytes:
     """Some hundred bytes that say they are 65,535 x 65,535 pixels."""
     header = struct.pack(">IIBBBBB", 65535, 65535, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 100_000)
@@ -116,7 +116,7 @@ IMAGES = [
     Case("a PNG cut off in the middle", _file(encoded(_ANY)[:600]), "the image does not open"),
     Case(
         "a PNG of 200 bytes that says it is 65,535 x 65,535 pixels",
-        _file(_png_bomb()),
+        _file(png_bomb()),
         "too large to be opened safely",
     ),
     Case(

@@ -57,7 +57,7 @@ class ChartCards:
             "frames": [[_numbers(line) for line in frame] for frame in framed.frames],
             "texts": framed.texts,
         }
-        header = ["noise level", *(f"{line.label}, step {step}" for step in steps for line in _moving(framed))]
+        header = ["noise", *(f"{line.label}, step {step}" for step in steps for line in _moving(framed))]
         rows = [
             [short(time), *(short(line[index]) for frame in framed.frames for line in frame)]
             for index, time in enumerate(framed.times)
@@ -78,7 +78,7 @@ class ChartCards:
         self.data[card_id] = {"group": group, "heat": {"steps": chart.steps, "times": chart.times, "cells": cells}}
         header = ["step", *(f"time {short(time)}" for time in chart.times)]
         rows = [[short(step), *map(short, column)] for step, column in zip(chart.steps, chart.cells, strict=True)]
-        note = f"{chart.note} Up: more noise."
+        note = f"{chart.note} Up: more noise. Grey: no pair."
         return _card(card_id, chart.title, heat_map(chart), "", note, table_markup(header, rows))
 
     def _next_id(self) -> str:

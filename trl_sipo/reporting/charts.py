@@ -17,6 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 26.0
 NUM_STYLES = len(COLOURS)
 _MOST_MARKERS = 40
 _DECADES = 2.5  # that positive values span before their axis is logarithmic
+_FEW_DECADES = 2.2  # within which 2 and 5 times a power of ten have their ticks
 _MARKERS = (
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0",
     "m-2.7 -2.7h5.4v5.4h-5.4z",
@@ -61,11 +62,13 @@ class Chart:
         title: What is drawn.
         lines: At least one.
         note: How to read it.
-        x_label: Of the axis below.
+        x_label: Of the axis below; a short word.
         levels: Horizontal lines and their names, such as (0.5, "chance"), which are always within the picture.
         limits: The same, drawn if the lines come near.
-        y_range: Fixed instead of what the lines span.
+        x_range, y_range: Fixed instead of what the lines span.
+        is_log: Whether a fixed range of values, which is then above 0, is logarithmic.
         shaded_below: The region below this value is shaded.
+        gaps: Sentences on what is missing.
     """
 
     title: str
@@ -74,7 +77,9 @@ class Chart:
     x_label: str = "step"
     levels: Sequence[tuple[float, str]] = ()
     limits: Sequence[tuple[float, str]] = ()
+    x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
+    is_log: bool = False
     shaded_below: float | None = None
     gaps: Sequence[str] = field(default_factory=tuple)
 
@@ -110,17 +115,22 @@ def _log(value: float) -> float:
     return math.log10(max(value, 1e-300))
 
 
-def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, `count` or a few less."""
+def round_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, about `count` of them."""
     raw = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.8 * raw)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 
 
 def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten, with 2 and 5 times them between where they are few; round values within one."""
     first, last = math.ceil(_log(low) - 1e-9), math.floor(_log(high) + 1e-9)
+    if _log(high) - _log(low) < _FEW_DECADES:
+        steps = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5)]
+        within = [step for step in steps if low * (1 - 1e-9) <= step <= high * (1 + 1e-9)]
+        return within if len(within) > 2 else round_ticks(low, high)
     every = max(1, (last - first) // 4 + ((last - first) % 4 > 0))
     return [10.0**power for power in range(first, last + 1, every)]
 
@@ -138,9 +148,9 @@ def short(value: float | None) -> str:
 def axes_of(chart: Chart) -> tuple[Axis, Axis]:
     """The axis of the steps, and that of the values."""
     xs = [value for line in chart.lines for value in line.x] or [0.0, 1.0]
-    x_axis = Axis(*_widened(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
+    x_axis = Axis(*(chart.x_range or _widened(min(xs), max(xs))), LEFT, WIDTH - RIGHT)
     if chart.y_range is not None:
-        return x_axis, Axis(*chart.y_range, HEIGHT - BOTTOM, TOP)
+        return x_axis, Axis(*chart.y_range, HEIGHT - BOTTOM, TOP, chart.is_log)
     values = [value for line in chart.lines for part in (line.y, line.low, line.high) for value in part]
     found = [value for value in values if value is not None] + [value for value, _ in chart.levels]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
@@ -211,7 +221,7 @@ def _grid(chart: Chart, x_axis: Axis, y_axis: Axis) -> str:
         parts.append(f'<path d="M{x:.1f} {base:g}v4"/>')
         anchor = ' class="end"' if x > right - 18 else ""
         parts.append(f'<text{anchor} x="{x:.1f}" y="{base + 16:g}">{short(value)}</text>')
-    parts.append(f'<text class="end label" x="{right:g}" y="{base - 5:g}">{html.escape(chart.x_label)}</text>')
+    parts.append(f'<text class="end label" x="{LEFT - 12:g}" y="{base + 16:g}">{html.escape(chart.x_label)}</text>')
     for value, name in (*chart.levels, *chart.limits):
         if y_axis.low <= value <= y_axis.high:
             y = y_axis.place(value)

@@ -86,13 +86,11 @@ def heat_map(chart: HeatMap) -> str:
     cells = []
     for column, values in enumerate(chart.cells):
         for row, value in enumerate(values):
-            if value is None:
-                continue
             x, y = LEFT + column * width, base - (row + 1) * height
+            fill = 'class="unknown"' if value is None else f'fill="{colour_of((value - chart.low) / span)}"'
             # A little larger than a cell, so that no line of the background shines through.
             cells.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{width + 0.4:.1f}" height="{height + 0.4:.1f}" '
-                f'fill="{colour_of((value - chart.low) / span)}"/>'
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{width + 0.4:.1f}" height="{height + 0.4:.1f}" {fill}/>'
             )
     column = f'<rect class="column" x="{right - width:.1f}" y="{TOP:g}" width="{width:.1f}" height="{base - TOP:g}"/>'
     return (
@@ -111,6 +109,7 @@ def _axes(chart: HeatMap, right: float, base: float, width: float, height: float
     for row in range(0, len(chart.times), max(1, len(chart.times) // 5)):
         y = base - (row + 0.5) * height
         parts.append(f'<text class="y" x="{LEFT - 6:g}" y="{y + 4:.1f}">{short(chart.times[row])}</text>')
+    parts.append(f'<text class="end label" x="{LEFT - 12:g}" y="{base + 16:g}">step</text>')
     return f'<g class="grid" aria-hidden="true">{"".join(parts)}</g>'
 
 

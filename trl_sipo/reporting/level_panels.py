@@ -13,6 +13,7 @@ WEIGHT, MASKED_SHARE = "importance_weight", "masked"
 # Where nothing is masked, the line at which SIPO's default would.
 _DEFAULT_THRESHOLD = 0.9
 _FIRST_STYLE = 7
+_ROOM = 1.05  # above and below the errors
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _weight_chart(run: Run, frames: Sequence[Frame]) -> FramedChart | None:
         lines,
         "Mean w by noise level, 0 clean, 1 pure noise; pairs below the line are masked. It falls as the policy leaves "
         "the data.",
-        x_label="noise level",
+        x_label="noise",
+        x_range=(0.0, 1.0),
         levels=((line, f"{name} {short(line)}"),),
         y_range=(0.0, _top_of(values, 1.04)),
         shaded_below=line if is_masking else None,
@@ -118,45 +120,50 @@ def _weight_text(frame: Frame, row: Sequence[float | None], line: float) -> str:
 
 
 def _error_chart(run: Run, frames: Sequence[Frame]) -> FramedChart | None:
-    """Errors against the reference's, or as they are where there is none."""
+    """Errors over the reference's, or as they are where there is none."""
     has_reference = any("chosen_ref_error" in values for frame in frames for values in frame.levels.values())
-    measure: Callable[[Frame, str, Sequence[float]], list[float | None]] = _relative if has_reference else _absolute
+    measure = _ratio if has_reference else _absolute
     times = _times(frames)
     rows = [[measure(frame, arm, times) for arm in ("chosen", "rejected")] for frame in frames]
     known = [value for row in rows for line in row for value in line if value is not None]
     if not known:
         return None
-    low, high = min([0.0, *known]), max([0.0, *known])
-    margin = 0.06 * (high - low) or 0.01
+    low, high = (min([1.0, *known]), max([1.0, *known])) if has_reference else (min(known), max(known))
     arms = [Line(name, times, rows[-1][index], style=index) for index, name in enumerate(("chosen", "rejected"))]
-    note = "Error of the policy against the reference's, minus 1." if has_reference else "Error of the policy."
+    note = "Error of the policy by noise level."
+    if has_reference:
+        note = "Error of the policy over the reference's. Chosen below 1 is learning; both above 1 is forgetting."
     chart = Chart(
         "Error by noise level",
         arms,
-        f"{note} Chosen below 0 is learning; both above 0 is forgetting." if has_reference else note,
-        x_label="noise level",
-        levels=((0.0, "the reference"),) if has_reference else (),
-        y_range=(low - margin * (low < 0), high + margin),
+        note,
+        x_label="noise",
+        x_range=(0.0, 1.0),
+        levels=((1.0, "the reference"),) if has_reference else (),
+        y_range=(low / _ROOM, high * _ROOM),
+        is_log=True,
     )
-    texts = [_error_text(frame, row) for frame, row in zip(frames, rows, strict=True)]
+    show = (lambda value: f"{value - 1:+.1%}") if has_reference else short
+    texts = [_error_text(frame, row, show) for frame, row in zip(frames, rows, strict=True)]
     return FramedChart(chart, times, rows, texts)
 
 
-def _relative(frame: Frame, arm: str, times: Sequence[float]) -> list[float | None]:
+def _ratio(frame: Frame, arm: str, times: Sequence[float]) -> list[float | None]:
     errors, references = frame.values(f"{arm}_error", times), frame.values(f"{arm}_ref_error", times)
-    return [None if a is None or not b else a / b - 1 for a, b in zip(errors, references, strict=True)]
+    return [a / b if a and b and a > 0 and b > 0 else None for a, b in zip(errors, references, strict=True)]
 
 
 def _absolute(frame: Frame, arm: str, times: Sequence[float]) -> list[float | None]:
-    return frame.values(f"{arm}_error", times)
+    return [value if value is not None and value > 0 else None for value in frame.values(f"{arm}_error", times)]
 
 
-def _error_text(frame: Frame, rows: Sequence[Sequence[float | None]]) -> str:
+def _error_text(frame: Frame, rows: Sequence[Sequence[float | None]], show: Callable[[float], str]) -> str:
+    """How far the errors go, as they are or against the reference's."""
     words = []
     for name, row in zip(("chosen", "rejected"), rows, strict=True):
         known = [value for value in row if value is not None]
         if known:
-            words.append(f"{name} {short(min(known))} to {short(max(known))}")
+            words.append(f"{name} {show(min(known))} to {show(max(known))}")
     return f"Step {frame.step}: {', '.join(words)}."
 
 

@@ -65,9 +65,9 @@ def metric_charts(runs: Sequence[Run], *, is_reward: bool) -> Iterator[Chart]:
 _REWARD_METRICS = (
     ("Margin", "rewards/margins", "Chosen minus rejected reward: the argument of the loss."),
     ("Implicit accuracy", "rewards/accuracies", "Share of pairs with a margin above 0."),
-    ("Loss", "loss", "Of the objective, masked pairs counted as 0. Between methods, compare accuracies instead."),
 )
 _METRICS = (
+    ("Loss", "loss", "Of the objective, masked pairs counted as 0. Between methods, compare accuracies instead."),
     ("Drift of the winner", "drift/chosen_error", "Error on chosen images against the reference's, minus 1."),
     (
         "Drift of the loser",

@@ -16,7 +16,7 @@ from typing import Any
 from trl_sipo.errors import ConfigurationError, DatasetError
 from trl_sipo.reporting.level_frames import ExactFrames, Frame, PooledFrames, read_levels
 from trl_sipo.reporting.run_lines import JsonLines, as_number, as_step, file_inside, json_object
-from trl_sipo.reporting.thinning import Course, ThinnedLog
+from trl_sipo.reporting.thinning import FEWEST_POINTS, Course, ThinnedLog
 from trl_sipo.trainer.run_log import LEVELS, METRICS, RUN_LOG_FOLDER, STARTS
 from trl_sipo.trainer.run_warnings import RunWarnings
 
@@ -25,7 +25,9 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 _METRIC = re.compile(r"(?:loss|grad_norm|learning_rate|kl|(?:rewards|logps|sipo|drift)/[\w./-]{1,60})")
 _EVALUATED = re.compile(rf"eval_(?:(.{{1,60}})_)??({_METRIC.pattern})")
 _SAMPLES = re.compile(r"samples/(.{1,100})", re.DOTALL)
+_OF_TEXT = "sipo/chosen_importance_weight"
 _MOST_STARTS = 100
+_LEAST_POINTS = 20
 _MOST_SPLITS = 8
 _RECENT = 0.1  # of a run, over which its last training numbers are averaged
 
@@ -124,16 +126,25 @@ def read_runs(folders: Sequence[Path], *, may_be_new: bool = False) -> list[Run]
         may_be_new: Whether a folder may be missing or empty, as that of a run that has not begun.
 
     Raises:
-        ConfigurationError: A folder is not there, or holds no run.
+        ConfigurationError: A folder is not there, or holds no run; or runs of language models beside others.
         DatasetError: A file of a run is none.
     """
-    names = _names(folders)
-    return [read_run(folder, name, may_be_new=may_be_new) for folder, name in zip(folders, names, strict=True)]
+    points = max(_LEAST_POINTS, FEWEST_POINTS // len(folders))  # a page of many runs is no larger than one of few
+    runs = [
+        read_run(folder, name, may_be_new=may_be_new, points=points)
+        for folder, name in zip(folders, _names(folders), strict=True)
+    ]
+    _check_alike(runs)
+    return runs
 
 
-def read_run(folder: Path, name: str, *, may_be_new: bool = False) -> Run:
-    """Read one run; see [`read_runs`]."""
-    run = Run(folder, name)
+def read_run(folder: Path, name: str, *, may_be_new: bool = False, points: int = FEWEST_POINTS) -> Run:
+    """Read one run; see [`read_runs`].
+
+    Args:
+        points: That a long log is thinned to, at least.
+    """
+    run = Run(folder, name, train=ThinnedLog(points), samples=ThinnedLog(points))
     if folder.is_dir():
         for read in (_read_log, _read_checkpoint, _read_demo):
             read(run)
@@ -143,6 +154,17 @@ def read_run(folder: Path, name: str, *, may_be_new: bool = False) -> Run:
     if not run.source and not has_pictures and not may_be_new:
         raise ConfigurationError(_no_run(folder))
     return run
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    """Language models have no noise levels, and their rewards are sums over tokens: nothing of theirs compares."""
+    texts = [run.name for run in runs if _OF_TEXT in run.train.keys]
+    others = [run.name for run in runs if run.train.num_rows and run.name not in texts]
+    if texts and others:
+        raise ConfigurationError(
+            f"{texts[0]!r} trained a language model and {others[0]!r} a diffusion model, whose rewards are of other "
+            "kinds. Write a report of each."
+        )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -233,7 +255,7 @@ def _take_rows(run: Run, rows: Any) -> float:
 def _add_held_out(run: Run, split: str, step: int, key: str, number: float) -> None:
     if "/time_" in key or (split not in run.held_out and len(run.held_out) >= _MOST_SPLITS):
         return
-    run.held_out.setdefault(split, ThinnedLog()).add(step, {key: number})
+    run.held_out.setdefault(split, ThinnedLog(run.train.limit)).add(step, {key: number})
 
 
 def _take_levels(run: Run, rows: Any) -> None:

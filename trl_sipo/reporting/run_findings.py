@@ -168,7 +168,7 @@ def _learning(run: Run) -> _Finding | None:
     text = f"The {where} accuracy is {last:.1%}{band}. The margin is {short(gain)}."
     if last > (chance[1] if chance else 0.5) and gain > 0:
         return (GOOD, "Learning", text) if where == "held-out" else (NEUTRAL, "Learning its training pairs", text)
-    if run.train.num_rows < _FEW_LOGS:
+    if run.train.num_rows < _FEW_LOGS or accuracy.finite[-1][0] == 0:
         return NEUTRAL, "Too early to say", text
     advice = " The learning rate or the number of steps is small for this `beta`." if abs(gain) < _NO_MARGIN else ""
     return DOUBT, "No sign of learning", f"{text}{advice}"

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ _LONGEST_LINE = 4 << 20  # bytes
 _LARGEST_FILE = 64 << 20  # bytes, of what is read as a whole
 _WORTH_A_BAR = 64 << 20  # bytes
 _LARGEST_STEP = 2**53
+_LARGEST_FLOAT = int(sys.float_info.max)
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -94,7 +96,9 @@ def as_number(value: Any) -> float | None:
         return _NUMBERS.get(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < 1e308 or isinstance(value, float) else math.copysign(math.inf, value)
+    if isinstance(value, int) and abs(value) > _LARGEST_FLOAT:  # more than a float can hold
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def as_step(value: Any) -> int | None:

@@ -2,6 +2,7 @@
 """The page of `trl-sipo report`: what runs did, in one HTML file that needs nothing else."""
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ from trl_sipo.reporting.run_pictures import GRID, Picture, PromptSamples, Sample
 from trl_sipo.reporting.run_quality import Quality
 from trl_sipo.reporting.setting_tables import command_of, environment_rows, setting_rows, start_rows
 
+# Methods whose rewards are no log-ratios of pairs against a reference (docs/source/metrics.md).
+_OTHER_REWARDS = {"MaPO", "Diffusion-KTO", "D3PO"}
 _SIGNS = {"good": "✓", "neutral": "·", "doubt": "!", "bad": "✕"}
 # Contrast that a line needs against its background (WCAG 2.2, 1.4.11), with a little to spare.
 _CONTRAST = 3.2
@@ -151,7 +154,7 @@ def _summary_card(run: Run, findings: Findings, style: int, num_runs: int) -> st
         f'<dd class="since">{html.escape(figure.note)}</dd></div>'
         for figure in findings.figures
     )
-    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in [*findings.sentences, *run.notes])
+    sentences = "".join(f"<li>{_prose(text)}</li>" for text in [*findings.sentences, *run.notes])
     return (
         f'<article class="summary {findings.kind}"><h3>{key}{html.escape(run.name)}</h3>'
         f'<p class="facts">{html.escape(" · ".join(filter(None, facts)))}</p>'
@@ -159,6 +162,11 @@ def _summary_card(run: Run, findings: Findings, style: int, num_runs: int) -> st
         f"{html.escape(findings.verdict)}</p>"
         f'<dl class="figures">{figures}</dl><ul class="sentences">{sentences}</ul></article>'
     )
+
+
+def _prose(text: str) -> str:
+    """A sentence as markup; what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _progress(run: Run) -> str:
@@ -170,8 +178,8 @@ def _progress(run: Run) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _grid(markup: Sequence[str]) -> str:
-    return f'<div class="cards">{"".join(markup)}</div>' if markup else ""
+def _grid(markup: Sequence[str], kind: str = "cards") -> str:
+    return f'<div class="{kind}">{"".join(markup)}</div>' if markup else ""
 
 
 def _by_run(contents: Contents, make: Callable[[int, Run], str]) -> str:
@@ -194,7 +202,14 @@ def _rewards(contents: Contents, cards: ChartCards) -> str:
             title = chart.title if len(contents.runs) == 1 else f"{chart.title}: {run.name}"
             own.append(cards.line_card(type(chart)(**{**chart.__dict__, "title": title})))
     others = [cards.line_card(chart) for chart in metric_charts(contents.runs, is_reward=True)]
-    return _grid([*own, *others])
+    unlike = sorted({run.text("method") for run in contents.runs} & _OTHER_REWARDS)
+    note = (
+        f'<p class="note">Rewards of {html.escape(" and ".join(unlike))} are of another kind than those of the other '
+        "methods: compare their courses, not their values.</p>"
+        if unlike and len({run.text("method") for run in contents.runs}) > 1
+        else ""
+    )
+    return _grid([*own, *others]) + note
 
 
 def _quality(contents: Contents, cards: ChartCards) -> str:
@@ -227,7 +242,7 @@ def _levels(contents: Contents, cards: ChartCards) -> str:
         charts = [cards.framed_card(chart, found.steps, group) for chart in found.charts]
         maps = [cards.map_card(chart, group) for chart in found.maps]
         slider = _slider(group, found.steps, f"Step of the noise levels of {run.name}")
-        return f'{slider}<p class="note">{html.escape(found.note)}</p>{_grid([*charts, *maps])}'
+        return f'{slider}<p class="note">{html.escape(found.note)}</p>{_grid([*charts, *maps], "cards wide")}'
 
     return _by_run(contents, panel)
 

@@ -33,7 +33,7 @@ def make_parser(prog: str = "trl-sipo report") -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FILE", help="the HTML file")
     add("--title", help="of the page (default: the runs' names)")
     add(
-        *("--evaluation",),
+        "--evaluation",
         nargs="+",
         type=Path,
         default=[],
@@ -43,7 +43,7 @@ def make_parser(prog: str = "trl-sipo report") -> argparse.ArgumentParser:
     add("--max_pictures", type=int, default=160, metavar="N", help="of samples; a clip counts as 8 (default: 160)")
     add("--picture_size", type=int, default=384, metavar="PX", help="longest side of one (default: %(default)s)")
     add(
-        *("--watch",),
+        "--watch",
         nargs="?",
         type=float,
         const=WATCH_SECONDS,
@@ -106,12 +106,17 @@ def run(command: str, argv: list[str]) -> None:
 
 
 def write_page(
-    arguments: argparse.Namespace, reader: "PictureReader", *, reload_seconds: int | None
+    arguments: argparse.Namespace,
+    reader: "PictureReader",
+    *,
+    reload_seconds: int | None,
+    may_be_new: bool = False,
 ) -> "Sequence[Run]":
     """Read everything and write the page, whole or not at all; returns the runs.
 
     Args:
         reload_seconds: Between two looks of a page whose runs go on.
+        may_be_new: Whether a run may not have begun.
     """
     from trl_sipo.data.cache.shards import write_whole
     from trl_sipo.reporting.run_files import read_runs
@@ -119,7 +124,7 @@ def write_page(
     from trl_sipo.reporting.run_quality import read_quality
     from trl_sipo.reporting.run_report import Contents, run_page
 
-    runs = read_runs(arguments.runs, may_be_new=reload_seconds is not None)
+    runs = read_runs(arguments.runs, may_be_new=may_be_new)
     samples = [read_samples(run.folder, reader) if reader.limits.pictures else None for run in runs]
     is_over = all(run.has_ended for run in runs)
     title = arguments.title or " and ".join(run.name for run in runs)
@@ -138,18 +143,26 @@ def headline(run: "Run") -> str:
 
 
 def watch(arguments: argparse.Namespace, reader: "PictureReader") -> None:
-    """Write the page whenever the runs' files have changed, until all runs have ended."""
-    seen: object = None
+    """Write the page whenever the runs' files have changed, until all runs have ended, or Ctrl-C."""
     print(f"Watching; open {arguments.output}. Ctrl-C ends it, and the page stays.", flush=True)
+    try:
+        _write_changes(arguments, reader)
+        print("All runs have ended.")
+    except KeyboardInterrupt:
+        write_page(arguments, reader, reload_seconds=None, may_be_new=True)  # one that no longer looks again
+        print(f"\nStopped watching. Open {arguments.output}.")
+
+
+def _write_changes(arguments: argparse.Namespace, reader: "PictureReader") -> None:
+    seen: object = None
     while True:
         state = state_of([*arguments.runs, *arguments.evaluation])
         if state != seen:
-            runs = write_page(arguments, reader, reload_seconds=max(1, round(arguments.watch)))
+            runs = write_page(arguments, reader, reload_seconds=max(1, round(arguments.watch)), may_be_new=True)
             for one in runs:
                 waits = "has not begun yet" if one.is_empty else f"step {one.last_step}: {headline(one)}"
                 print(f"- {printable(one.name)}: {printable(waits)}", flush=True)
             if all(one.has_ended for one in runs):
-                print("All runs have ended.")
                 return
             seen = state
         time.sleep(arguments.watch)
