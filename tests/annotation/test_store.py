@@ -227,6 +227,22 @@ def test_raters_without_a_proper_name_or_group_are_refused(store, name, group, w
         store.invite(name, group)
 
 
+def test_a_rater_who_replaces_another_gets_the_same_tasks(tmp_path):
+    store = empty_study(tmp_path, number=6, tasks_per_rater=2)
+    for name in ("one", "two", "three"):
+        store.invite(name, 1)
+    token = store.replace_rater("two", "four")
+    four, five = store.rater_of(token), joined(store, "five")
+    assert four.group == 1 and store.tasks(four.rater_id) == store.tasks(2)
+    assert {a.assignment_id for a in store.assignments(2)}.isdisjoint(a.assignment_id for a in store.assignments(4))
+    seen = [task.pair_id for rater_id in (1, 2, 3) for task in store.tasks(rater_id)]
+    assert len(set(seen)) == 6 and {task.pair_id for task in store.tasks(five.rater_id)} == set(seen[:2])
+    with pytest.raises(StudyError, match="no rater 'six'"):
+        store.replace_rater("six", "seven")
+    with pytest.raises(StudyError, match="already"):
+        store.replace_rater("two", "one")
+
+
 def test_a_name_is_given_once_and_pairs_before_raters(store, tmp_path):
     store.invite("rater-01", 1)
     with pytest.raises(StudyError, match="already"):

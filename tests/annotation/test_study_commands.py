@@ -43,6 +43,10 @@ def test_a_study_from_its_beginning_to_its_end(tmp_path, models, capsys):
     assert main(["study", "invite", str(tmp_path / "study"), "--name", "anna", "--renew"]) == 0
     assert store.rater_of(capsys.readouterr().out.split()[-1]).name == "anna"
 
+    assert main(["study", "invite", str(tmp_path / "study"), "--name", "ben", "--replaces", "rater-02"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:3] == ["ben", "group", "2"] and store.tasks(store.rater_of(words[-1]).rater_id) == store.tasks(2)
+
     answer_all(store, lambda rater, task: side_of(FIRST if task.kind == GOLD else SECOND, task))
     store.answer(1, store.assignments(1)[0].assignment_id, LEFT, 1.0, "another")
     store.close()
@@ -51,14 +55,14 @@ def test_a_study_from_its_beginning_to_its_end(tmp_path, models, capsys):
     assert "tuned wins against base: win rate 100.0%" in said and "6 wins, 0 ties, 0 losses" in said
     assert "not finished" not in said and "left out" not in said
     report = json.loads((tmp_path / "study/report/study.json").read_text())
-    assert report["num_stored"] == report["num_answered"] + 1 == 37
+    assert report["num_stored"] == report["num_answered"] + 1 == 46
     assert report["command"].startswith("trl-sipo study report ")
 
     for name in ("answers.csv", "answers.jsonl"):
         assert main(["study", "export", str(tmp_path / "study"), "--output", str(tmp_path / name)]) == 0
     rows = list(csv.DictReader((tmp_path / "answers.csv").open(encoding="utf-8")))
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == len(lines) == 37 and [line["is_last"] for line in lines].count(False) == 1
+    assert len(rows) == len(lines) == 46 and [line["is_last"] for line in lines].count(False) == 1
     assert [{name: str(value) for name, value in line.items()} for line in lines] == rows
     for line in lines:
         pair = line["kind"] != "gold" and line["is_last"] and line["rater"] != "rater-01"

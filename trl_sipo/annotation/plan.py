@@ -26,7 +26,7 @@ def plan_tasks(pairs: Sequence[Comparison], study: Study, group: int, number: in
         pairs: All of the study, gold ones among them, in an order that does not change.
         study: `seed`, `tasks_per_rater` and `num_mirrored` are used.
         group: The rater's, from 1.
-        number: Of the rater within the group, from 0.
+        number: Of the rater's share within the group, from 0.
 
     Returns:
         Every rater's share of the pairs, all gold ones, and the mirrored repeats.

@@ -26,7 +26,7 @@ _TABLES = (
 )""",
     """CREATE TABLE raters (
     rater_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, group_number INTEGER NOT NULL CHECK (group_number >= 1),
-    token_hash BLOB NOT NULL UNIQUE
+    share INTEGER NOT NULL, token_hash BLOB NOT NULL UNIQUE
 )""",
     """CREATE TABLE assignments (
     assignment_id TEXT PRIMARY KEY, rater_id INTEGER NOT NULL REFERENCES raters, position INTEGER NOT NULL,

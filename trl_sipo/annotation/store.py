@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -176,7 +176,7 @@ class Store:
     # ------------------------------------------------------------------------------------------------ raters
 
     def invite(self, name: str, group: int) -> str:
-        """Add a rater, with a share of the pairs in an order of their own.
+        """Add a rater, with the next share of the group's pairs in an order of their own.
 
         Args:
             name: Not used by another rater.
@@ -188,17 +188,49 @@ class Store:
         Raises:
             StudyError: The name is empty, too long or used; the group is none; or the study has no pairs.
         """
-        if not name.strip() or len(name) > _MAX_NAME or not name.isprintable():
-            raise StudyError(f"The rater's name {name!r} must be of 1 to {_MAX_NAME} printable characters.")
         if group < 1:
             raise StudyError(f"Groups are counted from 1, got {group}.")
+
+        def next_share(database: sqlite3.Connection) -> tuple[int, int]:
+            query = "SELECT coalesce(max(share), -1) + 1 FROM raters WHERE group_number = ?"
+            return group, database.execute(query, (group,)).fetchone()[0]
+
+        return self._add_rater(name, next_share)
+
+    def replace_rater(self, replaced: str, name: str) -> str:
+        """Add a rater who gets what another has: pairs that a discarded rater judged are given to the group again.
+
+        Args:
+            replaced: Name of the other, whose answers stay.
+            name: Not used by another rater.
+
+        Returns:
+            The new rater's token.
+
+        Raises:
+            StudyError: There is no such rater, or the name cannot be used.
+        """
+
+        def same_share(database: sqlite3.Connection) -> tuple[int, int]:
+            query = "SELECT group_number, share FROM raters WHERE name = ?"
+            row = database.execute(query, (replaced,)).fetchone()
+            if row is None:
+                raise StudyError(f"The study has no rater {replaced!r}.")
+            return row["group_number"], row["share"]
+
+        return self._add_rater(name, same_share)
+
+    def _add_rater(self, name: str, group_and_share: Callable[[sqlite3.Connection], tuple[int, int]]) -> str:
+        if not name.strip() or len(name) > _MAX_NAME or not name.isprintable():
+            raise StudyError(f"The rater's name {name!r} must be of 1 to {_MAX_NAME} printable characters.")
         study, pairs, token = self.study(), self.pairs(), secrets.token_hex(_TOKEN_BYTES)
         check_plan(sum(not pair.is_gold for pair in pairs), study.tasks_per_rater, study.num_mirrored)
         with self._writing() as database:
-            number = database.execute("SELECT count(*) FROM raters WHERE group_number = ?", (group,)).fetchone()[0]
+            group, share = group_and_share(database)
             try:
                 rater_id = database.execute(
-                    "INSERT INTO raters (name, group_number, token_hash) VALUES (?, ?, ?)", (name, group, _hash(token))
+                    "INSERT INTO raters (name, group_number, share, token_hash) VALUES (?, ?, ?, ?)",
+                    (name, group, share, _hash(token)),
                 ).lastrowid
             except sqlite3.IntegrityError as error:
                 raise StudyError(f"The study has a rater {name!r} already. Give another name.") from error
@@ -207,7 +239,7 @@ class Store:
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 [
                     (secrets.token_hex(_TOKEN_BYTES), rater_id, position, task.pair_id, task.kind, task.is_flipped)
-                    for position, task in enumerate(plan_tasks(pairs, study, group, number))
+                    for position, task in enumerate(plan_tasks(pairs, study, group, share))
                 ],
             )
         return token

@@ -17,6 +17,7 @@ def make_parser(prog: str = "trl-sipo study invite") -> argparse.ArgumentParser:
     add("--name", required=True, help="of the rater, such as rater-13")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--group", type=int, metavar="N", help="to which the rater is added, from 1")
+    what("--replaces", metavar="NAME", help="a rater whose tasks are given to this one too; their answers stay")
     what("--renew", action="store_true", help="give a rater of that name a new token; the old one is void")
     return parser
 
@@ -34,8 +35,10 @@ def run(command: str, argv: list[str]) -> None:
     store = Store.open(arguments.study)
     if arguments.renew:
         token = store.renew_token(arguments.name)
-        group = next(rater.group for rater in store.raters() if rater.name == arguments.name)
+    elif arguments.replaces is not None:
+        token = store.replace_rater(arguments.replaces, arguments.name)
     else:
-        token, group = store.invite(arguments.name, arguments.group), arguments.group
+        token = store.invite(arguments.name, arguments.group)
+    group = next(rater.group for rater in store.raters() if rater.name == arguments.name)
     store.close()
     print(f"{printable(arguments.name)}  group {group}  {token}")
