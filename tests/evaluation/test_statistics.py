@@ -144,3 +144,10 @@ def test_intervals_cover_where_nearly_all_samples_tie(share):
         interval = clustered_interval(by_cluster(outcomes, range(100)), bounds=(0, 1), num_resamples=299, seed=trial)
         covered += interval.low <= 0.5 <= interval.high
     assert covered / 200 > 0.9
+
+
+def test_one_heavy_cluster_beside_a_few_of_another_mean():
+    """So little is known that the far end is the bound itself."""
+    heavy = by_cluster([1.0] * 90 + [0.0] * 10, [0] * 90 + list(range(1, 11)))
+    found = clustered_interval(heavy, level=0.99, bounds=(0.0, 1.0))
+    assert found.estimate == 0.9 and found.low == 0 and found.high == pytest.approx(1.0)

@@ -178,6 +178,8 @@ def _chernoff_bound(share: float, number: float, tail: float) -> float:
     low, high = share, 1.0
     for _ in range(60):  # halvings: as exact as a float is
         q = (low + high) / 2
+        if q == 1:  # by rounding: not even the bound itself is excluded
+            break
         missed = (1 - share) * np.log((1 - share) / (1 - q)) if share < 1 else 0.0
         divergence = missed + (share * np.log(share / q) if share else 0.0)
         low, high = (q, high) if number * divergence <= -np.log(tail) else (low, q)
