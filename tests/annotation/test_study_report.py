@@ -183,6 +183,17 @@ def test_files_hold_the_same_numbers_and_nothing_hostile_gets_through(tmp_path):
     assert write_report(analysis, tmp_path / "report", command="", checks=checks)  # replaces an earlier one
 
 
+def test_long_names_are_cut_in_the_chart_alone(tmp_path):
+    store = Store.create(tmp_path / STUDY_FILE, Study("t"))
+    names = "a-model-of-a-very-long-name", "another-model-of-a-long-name"
+    store.add_pairs(comparisons(3, models=names))
+    store.invite("rater-01", 1)
+    answer_all(store, lambda rater, task: side_of(SECOND, task))
+    analysis = analyse(store)
+    assert "another-model-… against a-model-of-a-v…: 100.0%</text>" in chart(analysis.kept.couples)
+    assert f"<td>{names[1]} against {names[0]}</td>" in page(analysis, "", CheckSettings())
+
+
 def test_the_page_is_readable_on_a_phone_and_runs_nothing(tmp_path, browser):
     store = three_groups(tmp_path)
     answer_all(store, lazy)

@@ -36,6 +36,7 @@ COUPLES_FILE, PAIRS_FILE, RATERS_FILE = "results.csv", "pairs.csv", "raters.csv"
 # Blue, grey and vermilion of Okabe and Ito, with the colour of text on each.
 _COLOURS: Final = {SECOND: ("#0072b2", "#fff"), TIE: ("#c3c9d0", "#000"), FIRST: ("#d55e00", "#000")}
 _CHART_WIDTH, _CHART_ROW, _BAR = 320, 58, 24
+_LONGEST_NAME = 15  # characters
 _LEAST_WIDTH_OF_TEXT = 0.1  # of the bar
 
 
@@ -334,9 +335,15 @@ def _chart_row(couple: CoupleResult, top: int) -> str:
             middle = left + width / 2
             parts.append(f'<text x="{middle:.1f}" y="{top + 39}" text-anchor="middle" fill="{text}">{number}</text>')
         left += width
-    name = html.escape(f"{couple.second} against {couple.first}: {couple.win_rate.estimate:.1%}")
-    half = f'<path d="M{_CHART_WIDTH / 2} {top + 19}v{_BAR + 6}" stroke="currentColor" stroke-width="2"/>'
+    first, second = (shorten(name, _LONGEST_NAME) for name in (couple.first, couple.second))
+    name = html.escape(f"{second} against {first}: {couple.win_rate.estimate:.1%}")
+    half = f'<path d="M{_CHART_WIDTH / 2} {top + 20}v{_BAR + 6}" stroke="currentColor" stroke-width="2"/>'
     return f'<text x="0" y="{top + 15}">{name}</text>{"".join(parts)}{half}'
+
+
+def shorten(name: str, length: int) -> str:
+    """A name of at most so many characters; the tables have it in full."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def markdown(analysis: StudyAnalysis, command: str, checks: CheckSettings) -> str:
