@@ -89,6 +89,7 @@ def test_what_cannot_be_is_said_before_anything_is_served(tmp_path, capsys, opti
     model_folders(tmp_path)
     assert main([*map(str, label_words(tmp_path)), *options]) == 2
     assert problem in capsys.readouterr().err
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_study_that_is_not_there_is_said(tmp_path, capsys):

@@ -381,7 +381,13 @@ def test_videos_start_loop_and_stop_together(browser, tmp_path):
         rater.press(" ")
         expect(rater.locate("#play-button")).to_contain_text("Play")
         assert rater.page.evaluate("() => [...document.querySelectorAll('video')].every((v) => v.paused && v.muted)")
-        rater.press(" ").press("ArrowLeft").is_at(2)
+        rater.press(" ").press("Escape")
+        rater.page.keyboard.press("?")
+        rater.locate("#close-help").click()  # still a pause
+        assert rater.page.evaluate("() => [...document.querySelectorAll('video')].every((v) => v.paused)")
+        rater.page.keyboard.press("Escape")
+        expect(rater.locate("#play-button")).to_contain_text("Stop")
+        rater.press("ArrowLeft").is_at(2)
         expect(rater.locate("#play-button")).to_contain_text("Stop")
         rater.press("ArrowRight").is_done()
         assert failures_of(context) == []

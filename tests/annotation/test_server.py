@@ -256,6 +256,17 @@ def test_a_port_that_is_taken_is_said(study, server):
         make_server(study[0], Address(port=server.port))
 
 
+def test_it_listens_on_addresses_of_the_sixth_version_too(study):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with running(study[0], address=Address("::1", 0)) as server:
+        with socket.create_connection(("::1", server.port)) as connection:
+            connection.sendall(f"GET / HTTP/1.1\r\nHost: [::1]:{server.port}\r\n\r\n".encode())
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
 def test_an_address_that_others_reach_is_warned_of():
     assert warning_of("127.0.0.1") is None and warning_of("localhost") is None and warning_of("::1") is None
     assert "WARNING" in warning_of("0.0.0.0") and "192.0.2.7" in warning_of("192.0.2.7")

@@ -63,19 +63,28 @@ def make_server(
         ConfigurationError: It cannot listen there.
         StorageError: The key of the sessions can be neither read nor written.
     """
-    check_address(address)
     key = read_key(store.path.parent)
+    server = _listening(address, transport)
+    names = (*address.names, address.host) if is_name(address.host) else address.names
+    host_names = frozenset(name.lower() for name in names)
+    server.application = Application(store, Sessions(key), server.port, host_names=host_names, limits=limits)
+    return server
+
+
+def check_listening(address: Address) -> None:
+    """Raise [`ConfigurationError`] where a server could not listen now: for what takes long before it is one."""
+    _listening(address, None).server_close()
+
+
+def _listening(address: Address, transport: TransportLimits | None) -> AnnotationServer:
+    check_address(address)
     try:
-        server = AnnotationServer(address.host, address.port, transport)
+        return AnnotationServer(address.host, address.port, transport)
     except OSError as error:
         raise ConfigurationError(
             f"Cannot listen on {address.host} port {address.port}: {error.strerror or error}. Give another `--port` "
             "(0 takes a free one), and a `--host` of this machine."
         ) from error
-    names = (*address.names, address.host) if is_name(address.host) else address.names
-    host_names = frozenset(name.lower() for name in names)
-    server.application = Application(store, Sessions(key), server.port, host_names=host_names, limits=limits)
-    return server
 
 
 def url_of(host: str, port: int) -> str:

@@ -8,7 +8,7 @@ from trl_sipo.annotation.serving import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     Address,
-    check_address,
+    check_listening,
     log_to_terminal,
     make_server,
     progress_of,
@@ -48,9 +48,9 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def address_of(arguments: argparse.Namespace) -> Address:
-    """Where the options say to listen; raises [`ConfigurationError`] on what cannot be."""
+    """Where the options say to listen; raises [`ConfigurationError`] where one cannot."""
     address = Address(arguments.host, arguments.port, tuple(arguments.allowed_host))
-    check_address(address)
+    check_listening(address)
     return address
 
 

@@ -10,6 +10,7 @@ import { Rejected, RetryLater, Server, pause } from "./server.js";
 const { find } = screens;
 const BEGUN = "begun"; // in the tab's storage: the guidelines were read
 const SKIP = "skip";
+const LONGEST = 24 * 3600; // seconds that the server takes for an answer
 
 const server = new Server();
 const clock = new Clock();
@@ -37,7 +38,7 @@ let problem = ""; // with the last answer; null: it was stored
 let position = 0; // of the shown pair among the tasks
 let shown = null; // its elements
 let playback = null;
-let isPlayingAgain = false; // after a pause
+let isPlayingAgain = false; // when nothing holds the videos any more
 
 // ------------------------------------------------------------------------------------------------ coming in
 
@@ -204,6 +205,7 @@ function leavePair() {
   clock.hold("loading");
   playback?.stop();
   playback = null;
+  isPlayingAgain = false;
   screens.fillPlayback(null);
   zoom.set(false);
   screens.fillArms(null);
@@ -215,7 +217,7 @@ function answer(choice) {
   if (choice !== SKIP && (!shown || (choice === "tie" && !study.allows_tie))) return;
   const task = study.tasks[position];
   const before = choiceOf(task);
-  outbox.add(task.id, choice, clock.seconds());
+  outbox.add(task.id, choice, Math.min(clock.seconds(), LONGEST));
   if (before === undefined) showFreshOrEnd(position + 1);
   else if (before === SKIP && choice !== SKIP) goOn();
   else next();
@@ -237,9 +239,12 @@ function showFreshOrEnd(start) {
 function hold(reason, isHeld) {
   clock.hold(reason, isHeld);
   if (isHeld) {
-    isPlayingAgain = Boolean(playback?.isPlaying);
+    isPlayingAgain ||= Boolean(playback?.isPlaying);
     playback?.pause();
-  } else if (isPlayingAgain) playback?.play();
+  } else if (isPlayingAgain && !clock.isHeld) {
+    isPlayingAgain = false;
+    playback.play();
+  }
 }
 
 function pausePair(isPaused) {

@@ -22,6 +22,10 @@ export class Clock {
     this.#since = this.#holds.size ? null : this.now();
   }
 
+  get isHeld() {
+    return this.#holds.size > 0;
+  }
+
   seconds() {
     return this.#total() / 1000;
   }
