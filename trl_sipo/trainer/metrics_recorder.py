@@ -228,7 +228,7 @@ class MetricsRecorder:
             tuple(statistics), numbers, broken, batch, step, ends_step=self.accelerator.sync_gradients
         )
         if values and self.accelerator.is_main_process:  # which writes them down
-            self._last.levels, self._last.level_names = _Transfer(of_levels), tuple(values)
+            self._last.levels, self._last.level_names = _Transfer(of_levels.contiguous()), tuple(values)
         self._in_step = bounded([*self._in_step, batch])
         self._pending.append(self._last)
         if not self.skips:
