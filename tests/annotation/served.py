@@ -5,7 +5,8 @@ import http.client
 import io
 import json
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,14 @@ def running(store: Store, **options: Any) -> Iterator[AnnotationServer]:
         server.shutdown()
         thread.join()
         server.finish(seconds=5)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what threads will have done soon; an error if they have not after half a minute."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.annotation.served import Client, make_study, running
+from tests.annotation.served import Client, make_study, running, wait_until
 from trl_sipo.annotation.application import Limits
 from trl_sipo.annotation.hosts import is_allowed_host, is_same_origin
 from trl_sipo.annotation.messages import SECURITY_HEADERS
@@ -363,7 +363,9 @@ def test_slow_requests_are_cut_off(study, beginning):
         head = beginning.replace("\r\nC", f"\r\nHost: localhost:{server.port}\r\nC").encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=0.05) as connection:
             connection.sendall(head)
+            end = time.monotonic() + 30
             while _is_open(connection):
+                assert time.monotonic() < end, "it is still listened to"
                 if beginning:
                     connection.sendall(b"a")
         assert Client(server).get("/").status == 200
@@ -388,8 +390,7 @@ def test_answers_that_nobody_takes_are_given_up(tmp_path):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(request.encode())
             assert connection.recv(12) == b"HTTP/1.1 200"
-            while server.num_connections:
-                time.sleep(0.02)
+            wait_until(lambda: not server.num_connections)
             received = 0
             while part := _received(connection):
                 received += len(part)
@@ -400,8 +401,7 @@ def test_connections_are_counted(study):
     few = TransportLimits(connections=3, connections_per_address=2)
     with running(study[0], transport=few) as server:
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
-        while server.num_connections < 2:
-            time.sleep(0.01)
+        wait_until(lambda: server.num_connections == 2)
         with socket.create_connection(("127.0.0.1", server.port)) as refused:
             assert refused.recv(2**16).startswith(b"HTTP/1.1 503 ") and refused.recv(1) == b""
         with socket.create_connection(("127.0.0.1", server.port), source_address=("127.0.0.2", 0)) as other:
@@ -409,8 +409,7 @@ def test_connections_are_counted(study):
             assert other.recv(15) == b"HTTP/1.1 200 OK"
         for connection in held:
             connection.close()
-        while server.num_connections:
-            time.sleep(0.01)
+        wait_until(lambda: not server.num_connections)
         assert Client(server).get("/").status == 200
 
 
