@@ -31,7 +31,7 @@ from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.online.config import EvaluationSettings, OnlineConfig, make_config, read_settings, with_overrides
-from trl_sipo.scripts import data_check, demo, encode, evaluate, feedback, label
+from trl_sipo.scripts import data_check, demo, encode, evaluate, feedback, label, report
 from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.sampling_options import check_sampling_options
 from trl_sipo.scripts.study import STUDY_COMMANDS
@@ -159,6 +159,12 @@ def test_commands_that_sample_parse(name, command):
         check_sampling_options(command.make_parser().parse_args(argv))
 
 
+def test_report_commands_parse():
+    lines = [words[2:] for words in _commands() if words[:2] == ["trl-sipo", "report"]]
+    assert len(lines) >= 3
+    assert all(report.make_parser().parse_args(argv).runs for argv in lines)
+
+
 def test_online_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [words[2:] for words in _commands() if words[:2] == ["trl-sipo", "online"]]
@@ -181,7 +187,8 @@ def test_options_in_running_text_exist():
     scripts = {"dataset", "method", "model", "full"}
     launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
     studies = [importlib.import_module(module) for module, _ in STUDY_COMMANDS.values()]
-    parsers = [command.make_parser() for command in (data_check, encode, demo, feedback, evaluate, label, *studies)]
+    commands = (data_check, encode, demo, feedback, evaluate, label, report, *studies)
+    parsers = [command.make_parser() for command in commands]
     rounds = {field.name for settings in (OnlineConfig, EvaluationSettings) for field in fields(settings)}
     audits = (
         rounds | {"lora", "output", "training"} | {action.dest for parser in parsers for action in parser._actions}

@@ -18,7 +18,7 @@ from trl_sipo.reporting.page import script_json
 from trl_sipo.reporting.run_charts import metric_charts, table_of
 from trl_sipo.reporting.run_files import read_runs
 from trl_sipo.reporting.run_findings import chance_range, findings_of
-from trl_sipo.reporting.run_quality import Quality
+from trl_sipo.reporting.run_quality import Measured, Quality
 from trl_sipo.reporting.run_report import Contents, contrast, luminance, readable_on, run_page
 
 STEPS = range(10, 101, 10)
@@ -35,11 +35,12 @@ def _both(**others):
 CASES = {
     "learning": (_both(), "good", "Learning", "36%|80.0%.*40% to 60%"),
     "unheld": ([learning(step) for step in STEPS], "neutral", "Learning its training pairs", "may be memory"),
-    "drifting": (_both(**{"drift/chosen_error": 0.2}), "bad", "Falling apart", "20.0% above"),
+    "drifting": (_both(**{"drift/chosen_error": 0.2}), "doubt", "The winner drifts", "20.0% above"),
     "nan": (_both(loss=math.nan), "bad", "Numbers that are not finite", "of `loss` .* the first by step 10"),
+    "far": (_both(**{"drift/chosen_error": 2.0}), "bad", "The winner drifts far", "200.0% above"),
     "masked": (_both(**{"sipo/masked_fraction": 1.0}), "doubt", "Standing still: masked", "100% of the pairs"),
     "saturated": (_both(**{"rewards/saturated_fraction": 0.8}), "doubt", "Standing still: saturated", "80%"),
-    "forgetting": (_both(**{"rewards/chosen": -0.4}), "doubt", "Winning by forgetting", "Look at the samples"),
+    "forgetting": (_both(**{"rewards/chosen": -0.4}), "doubt", "Winning by forgetting", "get worse faster"),
     "memorising": (
         [r for s in STEPS for r in (learning(s, **{"rewards/accuracies": 1.0}),
                                     held_out(learning(s, **{"rewards/accuracies": 0.5})))],
@@ -64,6 +65,18 @@ def test_the_verdict_is_what_the_numbers_say(tmp_path, name):
     findings = _findings(tmp_path, rows)
     assert (findings.kind, findings.verdict) == (kind, verdict)
     assert re.search(words, findings.sentences[0]), findings.sentences[0]
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [(0.55, 0.7, "Better than its base"), (0.2, 0.4, "Worse than its base"), (0.4, 0.6, "Learning")],
+)
+def test_what_was_measured_counts_for_more(tmp_path, low, high, verdict):
+    run = read_runs([write_log(tmp_path / "run", _both())])[0]
+    quality = Quality(win_rates={"win rate by pick": {"run": [Measured(100, (low + high) / 2, low, high)]}})
+    findings = findings_of(run, quality)
+    assert findings.verdict == verdict
+    assert any(text.startswith("Measured at step 100: win rate by pick") for text in findings.sentences)
 
 
 def test_the_trainers_warnings_are_given_with_their_step(tmp_path):

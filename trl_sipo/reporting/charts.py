@@ -16,6 +16,9 @@ WIDTH, HEIGHT = 400.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 26.0
 NUM_STYLES = len(COLOURS)
 _MOST_MARKERS = 40
+_LABEL_HEIGHT = 24.0  # above the axis below, that the name of a limit needs
+_ASIDE = 4.0
+_NAME_WIDTH = 110.0
 _DECADES = 2.5  # that positive values span before their axis is logarithmic
 _FEW_DECADES = 2.2  # within which 2 and 5 times a power of ten have their ticks
 _MARKERS = (
@@ -221,18 +224,32 @@ def _grid(chart: Chart, x_axis: Axis, y_axis: Axis) -> str:
         parts.append(f'<path d="M{x:.1f} {base:g}v4"/>')
         anchor = ' class="end"' if x > right - 18 else ""
         parts.append(f'<text{anchor} x="{x:.1f}" y="{base + 16:g}">{short(value)}</text>')
-    parts.append(f'<text class="end label" x="{LEFT - 12:g}" y="{base + 16:g}">{html.escape(chart.x_label)}</text>')
+    parts.append(f'<text class="end label" x="{LEFT - 18:g}" y="{base + 16:g}">{html.escape(chart.x_label)}</text>')
     for value, name in (*chart.levels, *chart.limits):
         if y_axis.low <= value <= y_axis.high:
             y = y_axis.place(value)
             parts.append(f'<path class="level" d="M{LEFT:g} {y:.1f}H{right:g}"/>')
-            parts.append(f'<text class="label level" x="{LEFT + 4:g}" y="{y - 4:.1f}">{html.escape(name)}</text>')
+            if base - y > _LABEL_HEIGHT or (value, name) in chart.levels:
+                side, x = ("end", right - 4) if _is_crowded(chart, x_axis, y_axis, y) else ("start", LEFT + 4)
+                parts.append(f'<text class="label {side}" x="{x:g}" y="{y - 4:.1f}">{html.escape(name)}</text>')
     return f'<g class="grid" aria-hidden="true">{"".join(parts)}</g>'
+
+
+def _is_crowded(chart: Chart, x_axis: Axis, y_axis: Axis, y: float) -> bool:
+    """Whether lines come nearer to a height where a name on the left would stand than to that on the right."""
+    points = [
+        (x_axis.place(x), v) for line in chart.lines for x, v in zip(line.x, line.y, strict=True) if v is not None
+    ]
+    left = [abs(y_axis.place(value) - y) for x, value in points if x < LEFT + _NAME_WIDTH]
+    right = [abs(y_axis.place(value) - y) for x, value in points if x > WIDTH - RIGHT - _NAME_WIDTH]
+    return min(left, default=math.inf) < min(right, default=math.inf)
 
 
 def line_group(line: Line, index: int, x_axis: Axis, y_axis: Axis) -> str:
     """One line with its band or whiskers and its markers."""
-    xs = [x_axis.place(value) for value in line.x]
+    # Whiskers of several lines at one step stand beside one another.
+    aside = _ASIDE * index if line.is_measured else 0.0
+    xs = [x_axis.place(value) + aside for value in line.x]
     places = [None if value is None else y_axis.place(value) for value in line.y]
     parts = []
     if line.low:

@@ -109,7 +109,7 @@ def _axes(chart: HeatMap, right: float, base: float, width: float, height: float
     for row in range(0, len(chart.times), max(1, len(chart.times) // 5)):
         y = base - (row + 0.5) * height
         parts.append(f'<text class="y" x="{LEFT - 6:g}" y="{y + 4:.1f}">{short(chart.times[row])}</text>')
-    parts.append(f'<text class="end label" x="{LEFT - 12:g}" y="{base + 16:g}">step</text>')
+    parts.append(f'<text class="end label" x="{LEFT - 18:g}" y="{base + 16:g}">step</text>')
     return f'<g class="grid" aria-hidden="true">{"".join(parts)}</g>'
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from trl_sipo.reporting.charts import short
 from trl_sipo.reporting.run_files import Run
+from trl_sipo.reporting.run_quality import Quality
 from trl_sipo.reporting.thinning import Course
 from trl_sipo.trainer.run_warnings import DRIFT_RISE, MASKED_SHARE, SATURATED_SHARE
 
@@ -22,6 +23,8 @@ _FALLEN = 0.5
 # Accuracy in training and held out between which a run memorises.
 _MEMORISED, _UNLEARNT = 0.95, 0.6
 _NO_MARGIN = 0.01
+# Rise of the winner's error that is far.
+_FAR = 0.5
 # Kinds of what is found, the best first.
 GOOD, NEUTRAL, DOUBT, BAD = "good", "neutral", "doubt", "bad"
 
@@ -58,14 +61,17 @@ class Findings:
     figures: list[Figure] = field(default_factory=list)
 
 
-def findings_of(run: Run) -> Findings:
-    """Look at a run."""
+def findings_of(run: Run, quality: Quality | None = None) -> Findings:
+    """Look at a run, and at what was measured of its samples, which counts for more than its own numbers."""
     if run.is_empty:
         return Findings(NEUTRAL, "Nothing logged yet", ["The run has not logged anything so far."], [])
-    rules = (_broken, _diverging, _standing, _forgetting, _memorising, _learning)
-    found = [result for rule in rules if (result := rule(run)) is not None]
-    kind, verdict, first = found[0] if found else _unknown(run)
-    sentences = [first, *(sentence for _, _, sentence in found[1:]), *run.warnings]
+    measured = _measured(run, quality or Quality())
+    rules = (_fallen, _standing, _drifting, _forgetting, _memorising, _learning)
+    judged = [finding for finding in (_broken(run), *measured) if finding is not None and finding[1]]
+    judged += [result for rule in rules if (result := rule(run)) is not None]
+    kind, verdict, first = judged[0] if judged else _unknown(run)
+    undecided = [sentence for _, verdict, sentence in measured if not verdict]
+    sentences = [first, *(sentence for _, _, sentence in judged[1:]), *undecided, *run.warnings]
     return Findings(kind, verdict, sentences, _figures(run))
 
 
@@ -93,25 +99,50 @@ def _broken(run: Run) -> _Finding | None:
     return None
 
 
-def _diverging(run: Run) -> _Finding | None:
+def _measured(run: Run, quality: Quality) -> list[_Finding]:
+    """What evaluations say of the latest model against the base; without a verdict where they cannot tell."""
+    found = []
+    for measure, by_run in quality.win_rates.items():
+        points = by_run.get(run.name)
+        if not points:
+            continue
+        last = points[-1]
+        kind, verdict = NEUTRAL, ""
+        if last.low > 0.5:
+            kind, verdict = GOOD, "Better than its base"
+        elif last.high < 0.5:
+            kind, verdict = BAD, "Worse than its base"
+        interval = f"{last.value:.1%} [{last.low:.1%}, {last.high:.1%}]"
+        text = f"Measured at step {last.step}: {measure} against the base {interval}"
+        found.append((kind, verdict, f"{text}{'.' if verdict else ', which cannot tell them apart.'}"))
+    return sorted(found, key=lambda finding: (BAD, GOOD, NEUTRAL).index(finding[0]))
+
+
+def _fallen(run: Run) -> _Finding | None:
+    margin, where = _best_course(run, MARGIN)
+    if margin is None or where != "held-out":
+        return None
+    best_step, best = max(margin.finite, key=lambda point: point[1])
+    step, last = margin.finite[-1]
+    if best <= _NO_MARGIN or last >= _FALLEN * best:
+        return None
+    text = (
+        f"The held-out margin has fallen from {short(best)} at step {short(best_step)} to {short(last)} at step "
+        f"{short(step)}: take the weights of the former."
+    )
+    return BAD, "Falling apart", text
+
+
+def _drifting(run: Run) -> _Finding | None:
     drift, where = _best_course(run, DRIFT)
-    margin, where_margin = _best_course(run, MARGIN)
-    texts = []
-    if drift is not None and drift.finite[-1][1] > DRIFT_RISE:
-        step, last = drift.finite[-1]
-        texts.append(
-            f"The winner drifts: at step {short(step)} the {where} error on chosen images is {last:.1%} above the "
-            "reference's."
-        )
-    if where_margin == "held-out" and margin is not None:
-        best_step, best = max(margin.finite, key=lambda point: point[1])
-        step, last = margin.finite[-1]
-        if best > _NO_MARGIN and last < _FALLEN * best:
-            texts.append(
-                f"The held-out margin has fallen from {short(best)} at step {short(best_step)} to {short(last)} at "
-                f"step {short(step)}: take the weights of the former."
-            )
-    return (BAD, "Falling apart", " ".join(texts)) if texts else None
+    if drift is None or drift.finite[-1][1] <= DRIFT_RISE:
+        return None
+    step, last = drift.finite[-1]
+    text = (
+        f"The winner drifts: at step {short(step)} the {where} error on chosen images is {last:.1%} above the "
+        "reference's. Look at the samples, and measure their quality."
+    )
+    return (BAD, "The winner drifts far", text) if last > _FAR else (DOUBT, "The winner drifts", text)
 
 
 def _standing(run: Run) -> _Finding | None:
@@ -139,7 +170,7 @@ def _forgetting(run: Run) -> _Finding | None:
         return None
     text = (
         f"The {where} reward of chosen images is {short(last)}, so that the margin of {short(gain)} "
-        "comes from rejected images that get worse faster. Look at the samples."
+        "comes from rejected images that get worse faster."
     )
     return DOUBT, "Winning by forgetting", text
 

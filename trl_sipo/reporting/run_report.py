@@ -141,9 +141,13 @@ def _bar(contents: Contents, sections: Sequence[tuple[str, str]], now: datetime)
 
 
 def _summary(contents: Contents) -> str:
-    return '<div class="summaries">' + "".join(
-        _summary_card(run, findings_of(run), style, len(contents.runs)) for style, run in enumerate(contents.runs)
-    ) + "</div>"  # fmt: skip
+    runs = contents.runs
+    found = [findings_of(run, contents.quality) for run in runs]
+    parts = [
+        _summary_card(run, findings, style, len(runs))
+        for style, (run, findings) in enumerate(zip(runs, found, strict=True))
+    ]
+    return f'<div class="summaries">{"".join(parts)}</div>'
 
 
 def _summary_card(run: Run, findings: Findings, style: int, num_runs: int) -> str:
@@ -178,8 +182,10 @@ def _progress(run: Run) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _grid(markup: Sequence[str], kind: str = "cards") -> str:
-    return f'<div class="{kind}">{"".join(markup)}</div>' if markup else ""
+def _grid(cards: Sequence[str]) -> str:
+    """Cards three a line on a wide screen, or two where that fills the lines."""
+    wide = " wide" if len(cards) in (2, 4) else ""
+    return f'<div class="cards{wide}">{"".join(cards)}</div>' if cards else ""
 
 
 def _by_run(contents: Contents, make: Callable[[int, Run], str]) -> str:
@@ -242,7 +248,7 @@ def _levels(contents: Contents, cards: ChartCards) -> str:
         charts = [cards.framed_card(chart, found.steps, group) for chart in found.charts]
         maps = [cards.map_card(chart, group) for chart in found.maps]
         slider = _slider(group, found.steps, f"Step of the noise levels of {run.name}")
-        return f'{slider}<p class="note">{html.escape(found.note)}</p>{_grid([*charts, *maps], "cards wide")}'
+        return f'{slider}<p class="note">{html.escape(found.note)}</p>{_grid([*charts, *maps])}'
 
     return _by_run(contents, panel)
 

@@ -14,6 +14,7 @@ from trl_sipo.printing import ArgumentParser, printable
 if TYPE_CHECKING:
     from trl_sipo.reporting.run_files import Run
     from trl_sipo.reporting.run_pictures import PictureReader
+    from trl_sipo.reporting.run_quality import Quality
 
 WATCH_SECONDS = 30.0
 _MOST_RUNS = 24
@@ -97,10 +98,10 @@ def run(command: str, argv: list[str]) -> None:
     limits = Limits(arguments.max_pictures // len(arguments.runs), arguments.picture_size)
     reader = PictureReader(limits)
     if arguments.watch is None:
-        runs = write_page(arguments, reader, reload_seconds=None)
+        runs, quality = write_page(arguments, reader, reload_seconds=None)
         print(f"Open {arguments.output}.")
         for one in runs:
-            print(f"- {printable(one.name)}: {printable(headline(one))}")
+            print(f"- {printable(one.name)}: {printable(headline(one, quality))}")
     else:
         watch(arguments, reader)
 
@@ -111,8 +112,8 @@ def write_page(
     *,
     reload_seconds: int | None,
     may_be_new: bool = False,
-) -> "Sequence[Run]":
-    """Read everything and write the page, whole or not at all; returns the runs.
+) -> "tuple[Sequence[Run], Quality]":
+    """Read everything and write the page, whole or not at all; returns the runs and their quality.
 
     Args:
         reload_seconds: Between two looks of a page whose runs go on.
@@ -131,14 +132,14 @@ def write_page(
     quality = read_quality(runs, arguments.evaluation)
     page = run_page(Contents(title, runs, samples, quality, None if is_over else reload_seconds))
     write_whole(arguments.output, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
-    return runs
+    return runs, quality
 
 
-def headline(run: "Run") -> str:
+def headline(run: "Run", quality: "Quality") -> str:
     """The verdict on a run, in a line."""
     from trl_sipo.reporting.run_findings import findings_of
 
-    findings = findings_of(run)
+    findings = findings_of(run, quality)
     return f"{findings.verdict}. {findings.sentences[0]}"
 
 
@@ -158,9 +159,11 @@ def _write_changes(arguments: argparse.Namespace, reader: "PictureReader") -> No
     while True:
         state = state_of([*arguments.runs, *arguments.evaluation])
         if state != seen:
-            runs = write_page(arguments, reader, reload_seconds=max(1, round(arguments.watch)), may_be_new=True)
+            runs, quality = write_page(
+                arguments, reader, reload_seconds=max(1, round(arguments.watch)), may_be_new=True
+            )
             for one in runs:
-                waits = "has not begun yet" if one.is_empty else f"step {one.last_step}: {headline(one)}"
+                waits = "has not begun yet" if one.is_empty else f"step {one.last_step}: {headline(one, quality)}"
                 print(f"- {printable(one.name)}: {printable(waits)}", flush=True)
             if all(one.has_ended for one in runs):
                 return
