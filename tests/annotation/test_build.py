@@ -204,6 +204,11 @@ def test_videos_have_one_length_rate_codec_and_size(tmp_path):
     assert not (tmp_path / "study").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
         "base", "prompts.csv", "tuned"
     ]  # fmt: skip
+    for options, words in (({"num_frames": 5}, "6 frames and 'tuned' 5"), ({"size": (SIZE, SIZE)}, "49 x 48 pixels")):
+        for path in (tmp_path / "tuned").iterdir():
+            write_frames(path, moving(2, **options), rate=10, codec=ODD)
+        with pytest.raises(StudyError, match=words):
+            built(tmp_path, folders)
     for path in (tmp_path / "tuned").iterdir():
         write_frames(path, moving(2), rate=10, codec=ODD)
     store, _ = built(tmp_path, folders, num_gold=1, num_mirrored=0)

@@ -90,6 +90,14 @@ def test_a_study_is_for_its_owner_alone_and_never_overwritten(store):
     assert store.study().title == "Which is better?"
 
 
+def test_what_is_acknowledged_is_on_the_disk_not_only_with_the_system(store):
+    """Against a loss of power, which no test can bring about: every commit syncs the log."""
+    settings = {
+        name: store._connection().execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+    }
+    assert settings == {"journal_mode": "wal", "synchronous": 2}
+
+
 def test_later_answers_count_and_all_are_kept(store):
     rater = joined(store)
     one, two, three, *others = (assignment.assignment_id for assignment in store.assignments(rater.rater_id))
