@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_values
-from protocol import ALPHAS, FLIP_RATES, GOOD_BETA, STEPS, arm
+from protocol import ALPHAS, FLIP_RATES, GOOD_BETA, arm
 from question import BASE, Question, ask, guarded
 from runs import Run
 
@@ -24,9 +24,8 @@ def label(alpha: float, rate: float) -> str:
 def make(alpha: float, rate: float) -> Run:
     """Poly-DPO; at alpha 0 Diffusion-DPO, with clean labels the same run as elsewhere."""
     if alpha == 0:
-        return arm("DPO", GOOD_BETA, eval_every=STEPS, flip_rate=rate) if rate else arm("DPO", GOOD_BETA)
-    overrides = {"poly_alpha": alpha}
-    return arm("Poly-DPO", GOOD_BETA, eval_every=STEPS, overrides=overrides, flip_rate=rate)
+        return arm("DPO", GOOD_BETA, flip_rate=rate)
+    return arm("Poly-DPO", GOOD_BETA, overrides={"poly_alpha": alpha}, flip_rate=rate)
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -27,7 +27,7 @@ STEPS, EVAL_EVERY = 100, 50
 LONG_STEPS = 300
 
 #: Paper's epsilon: of the clip, and through 1 - epsilon of the mask (Table A2).
-CLIP_RANGES = (0.05, 0.1, 0.2, 0.5)
+CLIP_RANGES = (0.05, 0.1, 0.5)
 #: Of the training labels, exchanged; and Poly-DPO's alpha. 0 is Diffusion-DPO.
 FLIP_RATES = (0.0, 0.3)
 ALPHAS = (-0.5, 0.0, 8.0)
@@ -71,23 +71,26 @@ def arm(
     *,
     source: str = "off_policy",
     steps: int = STEPS,
-    eval_every: int = EVAL_EVERY,
     overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Run:
     """A run of a method without its seed (0), which `with_seed` gives it.
 
+    Off-policy runs of the small beta are measured on the way, all others only at the end, whichever question asks: so
+    that questions share runs.
+
     Args:
         name: Key of `METHODS`.
         beta: In the convention of Diffusion-DPO.
         source: Of the pairs.
-        steps, eval_every: Of the optimiser, and between two measurements.
+        steps: Of the optimiser.
         overrides: More fields of the method's configuration.
         options: More of `Run`.
     """
     method, fields = METHODS[name]
     merged = {"beta": beta, **fields, **(overrides or {})}
-    return Run(method, source, 0, steps, eval_every, merged, **options)
+    is_watched = beta == SMALL_BETA and source == "off_policy"
+    return Run(method, source, 0, steps, EVAL_EVERY if is_watched else steps, merged, **options)
 
 
 def with_seed(run: Run, seed: int, *, quick: bool) -> Run:

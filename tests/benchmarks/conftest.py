@@ -11,7 +11,7 @@ import pytest
 
 from tests.trainer.conftest import _modules_out_of_the_collectors_way, _one_quiet_thread
 
-__all__ = ["_modules_out_of_the_collectors_way", "_one_quiet_thread", "script"]
+__all__ = ["_modules_out_of_the_collectors_way", "_one_quiet_thread", "paper", "script"]
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -26,3 +26,17 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
         sys.path.remove(str(BENCHMARKS))
         for file in BENCHMARKS.glob("*.py"):
             sys.modules.pop(file.stem, None)
+
+
+@pytest.fixture(scope="module")
+def paper() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of `benchmarks/paper` by its name, as a question that is run there finds it."""
+    folders, known = [str(BENCHMARKS / "paper"), str(BENCHMARKS)], set(sys.modules)
+    sys.path[:0] = folders
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path[:] = [folder for folder in sys.path if folder not in folders]
+        own = {file.stem for folder in folders for file in Path(folder).glob("*.py")}
+        for name in own & (set(sys.modules) - known):
+            sys.modules.pop(name)
