@@ -327,6 +327,13 @@ def test_mistakes_exit_with_2_in_one_line(case, photographs, tmp_path, capsys):
     assert message in line
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_read(photographs, tmp_path, capsys):
+    data = _written(photographs[:2], tmp_path / "data")
+    (tmp_path / "file").touch()
+    assert main(["audit", "data", "--dataset_name", str(data), "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_prompts_cannot_steer_the_terminal_or_the_page(photographs, tmp_path, capsys):
     hostile = "\x1b[2J<script>alert(1)</script>"
     rows = [{**row, "prompt": hostile} for row in photographs[:24]]

@@ -27,7 +27,7 @@ from trl_sipo.scripts.audit_inputs import (
     training_settings,
     with_adapter,
 )
-from trl_sipo.scripts.audit_report import print_tables, recorded_command, tell_of_figures, write_audit
+from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def run(command: str, argv: list[str]) -> None:
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     check_arguments(arguments)
     settings = training_settings(arguments)
-    draws = tell_of_figures(arguments.output)
+    draws = prepare_output(arguments.output)
     check_adapter(arguments)
     adapter, rows = load_adapter(arguments), load_rows(arguments)
     settings = training_settings(arguments, rows)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError, StorageError
 from trl_sipo.printing import ArgumentParser, printable
 from trl_sipo.scripts.audit_data_report import figures_of, report_of, tables_of
 from trl_sipo.scripts.audit_inputs import (
@@ -27,7 +27,7 @@ from trl_sipo.scripts.audit_inputs import (
     settings_of,
     training_settings,
 )
-from trl_sipo.scripts.audit_report import print_tables, recorded_command, tell_of_figures, write_audit
+from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
 from trl_sipo.scripts.sampling_options import add_reward_options, check_sampling_options, opened_rewards
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run(command: str, argv: list[str]) -> None:
     """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     check_arguments(arguments)
-    draws = tell_of_figures(arguments.output)
+    draws = prepare_output(arguments.output)
     if arguments.model_name_or_path is not None:
         training_settings(arguments)
     from trl_sipo.data.cache.dataset import CachedPairs
@@ -166,7 +166,6 @@ def scores_cache(arguments: argparse.Namespace, stack: ExitStack) -> Path:
     from trl_sipo.scripts.sampling_options import SCORES_CACHE
 
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         return arguments.output / SCORES_CACHE
     return Path(stack.enter_context(tempfile.TemporaryDirectory())) / SCORES_CACHE
 
@@ -195,7 +194,7 @@ def of_rows(rows: Any, found: "DataCheck", arguments: argparse.Namespace) -> tup
     folder = lists_folder(arguments)
     lists = shlex.quote(str(folder))
     if arguments.output is not None:
-        found.write(folder)
+        written(found, folder)
     judgements = found.judgements
     is_decided = judgements.is_decided
     prompts = judgements.prompt[is_decided].tolist()
@@ -211,6 +210,16 @@ def of_rows(rows: Any, found: "DataCheck", arguments: argparse.Namespace) -> tup
     if arguments.held_out_name is not None or arguments.held_out_split is not None:
         findings += held_out_findings(found, arguments, folder)
     return evidence, shortcuts
+
+
+def written(found: "DataCheck", folder: Path) -> None:
+    """Write report and lists of rows. Raises [`StorageError`] where they cannot be written."""
+    try:
+        found.write(folder)
+    except OSError as error:
+        raise StorageError(
+            f"{str(folder)!r} cannot be written: {error}. Make room, or give another folder."
+        ) from error
 
 
 def prompt_finding(rows: Any, found: "DataCheck") -> "Finding | None":

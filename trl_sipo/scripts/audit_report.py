@@ -19,12 +19,20 @@ def recorded_command(command: str, argv: list[str]) -> str:
     return shlex.join(words_without_secrets(["trl-sipo", *command.split(), *argv]))
 
 
-def tell_of_figures(output: Path | None) -> bool:
-    """Whether figures can be drawn; says so, before anything long begins, where they are wanted and cannot."""
+def prepare_output(output: Path | None) -> bool:
+    """Make the folder before anything long begins; returns whether figures can be drawn, and says so where not.
+
+    Raises:
+        ConfigurationError: The folder cannot be made.
+    """
     if output is None:
         return False
     from trl_sipo.reporting.figures import check_plotting
 
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"`--output {output}` cannot be made: {error}. Give another folder.") from error
     try:
         check_plotting()
     except ConfigurationError as error:

@@ -35,7 +35,7 @@ from trl_sipo.scripts.audit_inputs import (
     training_settings,
     with_adapter,
 )
-from trl_sipo.scripts.audit_report import print_tables, recorded_command, tell_of_figures, write_audit
+from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
 from trl_sipo.scripts.audit_weight_curve import describe, find_regions, level_rows, table
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def run(command: str, argv: list[str]) -> None:
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     settings = training_settings(arguments)
     num_samples = number_of_samples(arguments)
-    draws = tell_of_figures(arguments.output)
+    draws = prepare_output(arguments.output)
     check_adapter(arguments)
     adapter, rows = load_adapter(arguments), load_rows(arguments)
     settings = training_settings(arguments, rows)
