@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.printing import ArgumentParser
-from trl_sipo.scripts.audit_report import print_tables, recorded_command, tell_of_figures, write_audit
+from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
 from trl_sipo.trainer.methods import METHODS
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def run(command: str, argv: list[str]) -> None:
     """Count, estimate, print, and write when asked to."""
     options = make_parser(f"trl-sipo {command}").parse_args(argv)
     check_options(options)
-    draws = tell_of_figures(options.output)
+    draws = prepare_output(options.output)
     from trl_sipo.scripts.cost_plan import find_cached_pairs, parse_command
 
     training = parse_command(options.method, options.training)
