@@ -64,6 +64,16 @@ def test_labels_become_pairs_and_later_ones_replace_them(tmp_path):
     assert leftovers == {"media", "pairs.parquet"}
 
 
+def test_samples_of_different_sizes_can_be_labelled(tmp_path):
+    """In a blind study they tell the model; here it is told anyway."""
+    model_folders(tmp_path)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "tuned" / "0.png")
+    session = session_of(tmp_path)
+    prefer(session, "tuned")
+    path, _ = write_pairs(session.store)
+    assert {image.size for image in load_preference_dataset(str(path))["chosen"]} == {(30, 20), (48, 48)}
+
+
 def test_a_label_session_is_not_confused_with_another_study(tmp_path):
     folders = model_folders(tmp_path, models=("base", "tuned", "other"))
     session_of(tmp_path)

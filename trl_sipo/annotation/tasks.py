@@ -185,7 +185,7 @@ def plan_study(folders: Mapping[str, Path], settings: BuildSettings, prompts: Pa
     couples = list(combinations(folders, 2)) if first is None else [(first, name) for name in folders if name != first]
     pairs = [SourcePair(two, (sources[two[0]][key], sources[two[1]][key])) for key in keys for two in couples]
     for pair in pairs:
-        _check_headers(pair)
+        _check_headers(pair, is_blind=settings.study.is_blind)
     study = _planned(settings, pairs)
     check_plan(len(pairs), study.tasks_per_rater, study.num_mirrored)
     pairs += _gold_pairs(pairs, settings)
@@ -219,12 +219,12 @@ def _chosen_keys(samples: Mapping[str, SourceSample], settings: BuildSettings) -
     return [key for prompt in prompts for key in by_prompt[prompt][: settings.samples_per_prompt]]
 
 
-def _check_headers(pair: SourcePair) -> None:
+def _check_headers(pair: SourcePair, *, is_blind: bool) -> None:
     """What can be known of two files without decoding them, so that a mistake is told at once."""
     first, second = pair.samples
     if first.is_video != second.is_video:
         raise StudyError(f"{str(first.path)!r} and {str(second.path)!r}: one is a video, the other an image.")
-    if not first.is_video:
+    if is_blind and not first.is_video:
         sizes = [image_size(sample.path, where=str(sample.path)) for sample in pair.samples]
         if sizes[0] != sizes[1]:
             shown = [f"{str(s.path)!r} ({size[1]} x {size[0]})" for s, size in zip(pair.samples, sizes, strict=True)]
@@ -253,7 +253,7 @@ def _gold_pairs(pairs: Sequence[SourcePair], settings: BuildSettings) -> list[So
     sources = read_sources({BETTER: folder / BETTER, WORSE: folder / WORSE}, table)
     gold = [SourcePair((BETTER, WORSE), (s, sources[WORSE][key]), is_gold=True) for key, s in sources[BETTER].items()]
     for pair in gold:
-        _check_headers(pair)
+        _check_headers(pair, is_blind=settings.study.is_blind)
     return gold
 
 
@@ -283,7 +283,7 @@ def build_study(plan: BuildPlan, output: Path, *, show_progress: bool = True) ->
         StorageError: It cannot be written: no space is left, say.
     """
     with written_study(output) as folder:
-        media = _MediaWriter(folder / MEDIA_FOLDER, plan.settings.study.seed)
+        media = _MediaWriter(folder / MEDIA_FOLDER, plan.settings.study)
         pairs = _write_media(plan.pairs, media, show_progress=show_progress)
         store = Store.create(folder / STUDY_FILE, plan.settings.study)
         try:
@@ -321,11 +321,11 @@ def written_study(output: Path) -> Iterator[Path]:
 
 
 class _MediaWriter:
-    """Writes samples that are seen together to files of one length, each once."""
+    """Writes samples that are seen together to files of one length, each once. In a blind study they must be alike."""
 
-    def __init__(self, folder: Path, seed: int):
-        self._folder = folder
-        self._noise = np.random.default_rng(random.Random(f"{seed}/noise").getrandbits(64))
+    def __init__(self, folder: Path, study: Study):
+        self._folder, self._is_blind = folder, study.is_blind
+        self._noise = np.random.default_rng(random.Random(f"{study.seed}/noise").getrandbits(64))
 
     def write_samples(self, samples: Mapping[str, SourceSample]) -> dict[str, str]:
         """The names of the files of some models' samples of one prompt, by model."""
@@ -339,9 +339,10 @@ class _MediaWriter:
 
     def _write(self, media: dict[str, Medium], samples: Mapping[str, SourceSample]) -> dict[str, str]:
         one = next(iter(media.values()))
-        check_alike(media, f"Samples of {next(iter(samples.values())).key!r}")
-        alike = [Medium(medium.frames, one.rate) for medium in media.values()]
-        contents = [encode(medium, self._folder / f"scratch{VIDEO_SUFFIX}") for medium in alike]
+        if self._is_blind:
+            check_alike(media, f"Samples of {next(iter(samples.values())).key!r}")
+            media = {name: Medium(medium.frames, one.rate) for name, medium in media.items()}
+        contents = [encode(medium, self._folder / f"scratch{VIDEO_SUFFIX}") for medium in media.values()]
         length = common_length(contents)
         files = {name: secrets.token_hex(16) + one.suffix for name in media}
         for (_, file), content in sorted(zip(files.items(), contents, strict=True), key=lambda item: item[0][1]):
