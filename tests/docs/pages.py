@@ -8,13 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "docs" / "source"
 PAGES = [
-    *sorted(SOURCE.glob("*.md")),
+    *sorted(SOURCE.rglob("*.md")),
     ROOT / "examples" / "README.md",
-    ROOT / "reports" / "sd15_step" / "README.md",
-    ROOT / "reports" / "demo" / "README.md",
-    ROOT / "reports" / "demo_video" / "README.md",
-    ROOT / "README.md",
-    ROOT / "SECURITY.md",
+    *sorted((ROOT / "reports").rglob("*.md")),
+    *sorted(ROOT.glob("[A-Z]*.md")),
 ]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)

@@ -31,11 +31,11 @@ from trl_sipo.core.importance import log_importance_weight, timestep_mask
 from trl_sipo.core.noise_schedule import VPSchedule
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.online.config import EvaluationSettings, OnlineConfig, make_config, read_settings, with_overrides
-from trl_sipo.scripts import data_check, demo, encode, evaluate, feedback, label, report
+from trl_sipo.scripts import encode, evaluate, feedback, report
 from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.sampling_options import check_sampling_options
 from trl_sipo.scripts.study import STUDY_COMMANDS
-from trl_sipo.scripts.train import DataArguments, ModelArguments, parse
+from trl_sipo.scripts.train import parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
 from trl_sipo.trainer.statistics import PairErrors, pair_statistics
@@ -182,21 +182,25 @@ def test_files_in_commands_exist():
                 assert (ROOT / word).exists(), word
 
 
-def test_options_in_running_text_exist():
-    configs = {field.name for config in (*CONFIGS, DataArguments, ModelArguments) for field in fields(config)}
-    scripts = {"dataset", "method", "model", "full"}
-    launchers = {"config", "help", "nproc_per_node", "num_processes", "cpu", "device", "latent-size", "steps"}
-    studies = [importlib.import_module(module) for module, _ in STUDY_COMMANDS.values()]
-    commands = (data_check, encode, demo, feedback, evaluate, label, report, *studies)
-    parsers = [command.make_parser() for command in commands]
-    rounds = {field.name for settings in (OnlineConfig, EvaluationSettings) for field in fields(settings)}
-    audits = (
-        rounds | {"lora", "output", "training"} | {action.dest for parser in parsers for action in parser._actions}
-    )
+def test_options_in_running_text_exist(extension):
+    """Of a command, of a setting of rounds, of a script of ours, or of a launcher."""
+    parsers = [parser for _, _, parser in extension("command_line").commands()]
+    known = {
+        string.removeprefix("--")
+        for parser in parsers
+        for action in parser._actions
+        for string in action.option_strings
+    }
+    known |= {field.name for settings in (OnlineConfig, EvaluationSettings) for field in fields(settings)} | {
+        "training"
+    }
+    scripts = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    known |= {name for path in scripts for name in re.findall(r'"--([\w-]+)"', read(path))}
+    launchers = {"nproc_per_node", "num_processes", "cpu"}
     options = re.findall(r"(?<!\S)--([\w-]+)", " ".join(CODE))
     assert len(options) > 10
     for option in set(options) - {"no_"}:  # `--no_<name>`
-        assert {option, option.removeprefix("no_")} & (configs | scripts | launchers | audits), option
+        assert {option, option.removeprefix("no_")} & (known | launchers), option
 
 
 @each_page

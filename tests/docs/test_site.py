@@ -21,14 +21,6 @@ EXTENSIONS = ROOT / "docs" / "extensions"
 OUTSIDE = [*ROOT.glob("[A-Z]*.md"), *(ROOT / "reports").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
 
 
-@pytest.fixture(scope="module")
-def extension():
-    """Loads a module of docs/extensions by its name."""
-    sys.path.insert(0, str(EXTENSIONS))
-    yield importlib.import_module
-    sys.path.remove(str(EXTENSIONS))
-
-
 # ------------------------------------------------------------------------------------------------------- navigation
 
 
