@@ -141,6 +141,27 @@ def test_all_raters_discarded_leaves_no_result_but_a_report(tmp_path):
     assert analysis.everyone.side_bias.p_value < 0.001
 
 
+def test_a_rater_does_not_agree_with_themselves(tmp_path):
+    """Two say "first" and one "second": without their own label, each of the two faces one of either, a tie."""
+    store = empty_study(tmp_path, number=1)
+    for number in range(3):
+        store.invite(f"rater-{number}", 1)
+    answer_all(store, lambda rater, task: side_of(SECOND if rater.name == "rater-2" else FIRST, task))
+    agreement = analyse(store).kept.agreement
+    assert agreement.with_others == {"rater-0": 0.0, "rater-1": 0.0, "rater-2": 0.0}
+    assert agreement.with_final == {"rater-0": 1.0, "rater-1": 1.0, "rater-2": 0.0}
+
+
+def test_samples_of_one_prompt_are_no_independent_trials(tmp_path):
+    """Six wins of three prompts: of the 2^3 exchanges of prompts two are as far from one half."""
+    store = Store.create(tmp_path / STUDY_FILE, Study("t"))
+    store.add_pairs([replace(pair, prompt_id=f"p{index // 2}") for index, pair in enumerate(comparisons(6))])
+    store.invite("rater-01", 1)
+    answer_all(store, lambda rater, task: side_of(SECOND, task))
+    (couple,) = analyse(store).kept.couples
+    assert couple.wins == 6 and couple.p_value == pytest.approx(2 / 2**3)
+
+
 def test_several_models_are_corrected_for_their_number(tmp_path):
     store = Store.create(tmp_path / STUDY_FILE, Study("t"))
     store.add_pairs(
