@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-sipo audit data` on data that is good, and on data that is deliberately bad in one way each."""
 
+import html
 import io
 import json
 
@@ -128,6 +129,7 @@ def test_bad_data_is_named_with_counts_and_the_way_out(make, photographs, tmp_pa
     assert finding["severity"] == "stop" and way_out in finding["way_out"]
     assert printed.startswith("DO NOT TRAIN ON THIS YET: ") and name in printed.splitlines()[0]
     assert f"[stop] {finding['words']}" in printed and f"-> {finding['way_out']}" in printed
+    assert html.escape(finding["words"]) in (tmp_path / "out" / "data.html").read_text()
     if count is not None:
         assert finding["count"] == count
     if way_out.endswith(".jsonl"):

@@ -244,8 +244,11 @@ def reward_findings(found: Sequence[Agreement], near_ties: Mapping[str, float | 
             way_out = "Look which column is the preferred one, or whether a smaller score is the better one."
             findings.append(Finding("turned labels", STOP, words, way_out, against, pair.num_pairs))
         elif agreeing.low <= 0.5:
-            words = f"The labels agree with {reward} on {share}: no more than chance."
-            way_out = "Either the labels are noise, or this reward says nothing of what was preferred. Look at some."
+            words = f"The labels agree with {reward} on {share}, which may be chance."
+            way_out = (
+                "Audit more pairs, of more prompts (--num_pairs). If it stays, the labels are noise, or this reward "
+                "says nothing of what was preferred."
+            )
             findings.append(Finding(f"chance agreement with {reward}", LOOK, words, way_out, against, pair.num_pairs))
         else:
             words = f"The labels agree with {reward} on {share}."
@@ -294,7 +297,7 @@ def implicit_finding(agreeing: Interval, num_pairs: int) -> Finding:
         return Finding("easy pairs", LOOK, words, "Look whether the rejected samples are broken, or of another model.")
     if agreeing.low > 0.5:
         return Finding("implicit agreement", GOOD, f"{words}; 50 % is chance, and no fault.")
-    return Finding("implicit agreement", GOOD, f"{words}: no more than chance, which is no fault.")
+    return Finding("implicit agreement", GOOD, f"{words}, which may be chance; that is no fault.")
 
 
 def caption_finding(telling: Interval, num_pairs: int) -> Finding:

@@ -135,7 +135,8 @@ def run(command: str, argv: list[str]) -> None:
     tell(report)
     print_tables(tables)
     if arguments.output is not None:
-        sentences = [report["verdict"], report["advice"]["words"]]
+        sentences = [report["verdict"], *(finding_words(finding) for finding in report["findings"])]
+        sentences.append(f"For Poly-DPO: {report['advice']['words']}")
         write_audit(arguments.output, "data", report, sentences, tables, figures_of(report) if draws else {})
 
 
@@ -143,12 +144,16 @@ def tell(report: dict[str, Any]) -> None:
     """Print the verdict, what was found with the ways out, and the advice."""
     print(report["verdict"], end="\n\n")
     for finding in report["findings"]:
-        print(printable(f"[{finding['severity']}] {finding['words']}"))
-        if finding["way_out"]:
-            print(printable(f"       -> {finding['way_out']}"))
+        print(printable(finding_words(finding, "\n       ")))
     print(f"\nFor Poly-DPO: {report['advice']['words']}")
     for sentence in report["cannot_know"]:
         print(f"Note: {sentence}")
+
+
+def finding_words(finding: dict[str, Any], separator: str = " ") -> str:
+    """A finding and its way out."""
+    way_out = f"{separator}-> {finding['way_out']}" if finding["way_out"] else ""
+    return f"[{finding['severity']}] {finding['words']}{way_out}"
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

@@ -196,10 +196,8 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     levels = (report["implicit"] or {}).get("levels", [])
     if not report["shortcuts"] and not levels:
         return {}
-    caption = (
-        "Left: how often the chosen sample has more of a property; right: how often the model finds it likelier. The "
-        "line is chance; bars and band are intervals."
-    )
+    of_model = ", and right how often the model finds it likelier, by noise level" if levels else ""
+    caption = f"How often the chosen sample has more of a property{of_model}. The line is chance."
     unit = "timestep" if levels and "timestep" in levels[0] else "sigma"
     figure = data_figure(
         {row["name"]: row["area"] for row in report["shortcuts"]},

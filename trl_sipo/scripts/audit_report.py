@@ -78,8 +78,8 @@ def write_audit(
     from trl_sipo.reporting.page import Page, png_bytes
 
     page = Page(f"trl-sipo audit {name}")
-    for sentence in sentences:
-        page.paragraph(sentence, "verdict")
+    for place, sentence in enumerate(sentences):
+        page.paragraph(sentence, "" if place else "verdict")
     pictures = {file: (png_bytes(figure), caption) for file, (figure, caption) in figures.items()}
     for file, (png, caption) in pictures.items():
         write_whole(folder / f"{file}.png", lambda path, png=png: path.write_bytes(png))
