@@ -89,7 +89,8 @@ def test_the_audits_of_the_documentation(tmp_path, capsys):
     assert len(commands) == 2
     for program, command, *words in commands:
         assert program == "trl-sipo"
-        assert main([command, *(tiny.get(word, word) for word in words), "--num_levels", "5"]) == 0
+        few = ["--num_levels", "5", "--num_inference_steps", "2"]
+        assert main([command, *(tiny.get(word, word) for word in words), *few]) == 0
         assert "Masked: " in capsys.readouterr().out
     assert json.loads((tmp_path / "audit" / "weights.json").read_text())["settings"]["num_pairs"] == 8
 

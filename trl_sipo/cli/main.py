@@ -27,7 +27,7 @@ COMMANDS = {
     "study": ("trl_sipo.scripts.study", "a blind comparison of models by people: build, serve, report, import"),
     "label": ("trl_sipo.scripts.label", "choose between the files of two folders, and get preference pairs"),
     "report": ("trl_sipo.scripts.report", "see what runs did, or do: one HTML page of rewards, noise levels, samples"),
-    "audit": ("trl_sipo.scripts.audit", "look before training: which noise levels SIPO would mask"),
+    "audit": ("trl_sipo.scripts.audit", "look before training: at noise levels, beta, data and cost"),
     "data": ("trl_sipo.scripts.data", "look at preference data on its own: what is broken, repeated or noisy"),
     "env": ("trl_sipo.scripts.env", "print versions, for a bug report"),
 }
