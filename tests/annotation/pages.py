@@ -16,6 +16,7 @@ from playwright.sync_api import expect
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_START = 120  # on a machine with much else to do
+expect.set_options(timeout=30_000)  # for the same reason, in place of five seconds
 # Lines that a browser itself writes when a server is away, or says no.
 _OF_THE_NETWORK = "Failed to load resource"
 
@@ -107,15 +108,15 @@ class RaterPage:
 
     def has_answered(self, done: int, total: int) -> "RaterPage":
         """Wait until the server has so many answers."""
-        expect(self.locate("#progress-text")).to_have_text(f"{done} of {total} answered", timeout=30_000)
+        expect(self.locate("#progress-text")).to_have_text(f"{done} of {total} answered")
         return self
 
     def says(self, text: str) -> "RaterPage":
         """Wait for the line that says what is saved."""
-        expect(self.locate("#status")).to_have_text(text, timeout=30_000)
+        expect(self.locate("#status")).to_have_text(text)
         return self
 
     def is_done(self) -> "RaterPage":
         """Wait for the last page."""
-        expect(self.locate("#finished-title")).to_have_text("All done", timeout=30_000)
+        expect(self.locate("#finished-title")).to_have_text("All done")
         return self

@@ -126,7 +126,7 @@ def test_what_could_not_be_sent_is_sent_after_signing_in_again(browser, tmp_path
         (store.path.parent / "server.key").unlink()
         rater.press("ArrowLeft").says("1 answer is not saved yet. Trying again…")
         with running(store, address=Address(port=port)) as server:
-            expect(rater.locate("#sign-in-title")).to_be_visible(timeout=30_000)
+            expect(rater.locate("#sign-in-title")).to_be_visible()
             expect(rater.locate("#sign-in-problem")).to_contain_text("your last answers are kept")
             rater.page.on("dialog", lambda dialog: dialog.accept())
             rater.page.goto("about:blank")
@@ -145,7 +145,7 @@ def test_answers_of_one_rater_are_not_sent_as_those_of_the_next(browser, tmp_pat
         rater.press("ArrowLeft").says("1 answer is not saved yet. Trying again…")
         (store.path.parent / "server.key").unlink()
         with running(store, address=Address(port=port)) as server:
-            expect(rater.locate("#sign-in-title")).to_be_visible(timeout=30_000)
+            expect(rater.locate("#sign-in-title")).to_be_visible()
             rater.locate("#token").fill(tokens["ben"])
             rater.locate("#token").press("Enter")
             rater.begin().press("ArrowRight").has_answered(1, 3)

@@ -4,12 +4,17 @@
 import json
 import re
 import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from importlib.resources import files
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
-from tests.annotation.pages import RaterPage, failures_of, free_port, serving
+from tests.annotation.pages import ROOT, RaterPage, failures_of, free_port, serving
 from tests.browsers import PHONE, open_context
 from trl_sipo.annotation.store import Store
 from trl_sipo.cli.main import main
@@ -66,13 +71,13 @@ def test_two_raters_answer_while_the_server_is_killed_and_the_report_counts_them
     total, port, received = NUM_PROMPTS + 2, free_port(), []
     first_choices = ["left", "right", "tie", "left", "left", "right"]
     second_choices = ["right", "right", "left", "tie", "left", "right"]
-    command = ("study", "serve", study, "--port", str(port))
+    serve = ("study", "serve", study, "--port", str(port))
     with (
         open_context(browser) as first_context,
         open_context(browser, viewport=PHONE, is_phone=True) as second_context,
     ):
         watch(first_context, received)
-        with serving(*command) as server:
+        with serving(*serve) as server:
             first = RaterPage(first_context, f"{server.link}#token={first_token}").begin()
             second = RaterPage(second_context, f"{server.link}#token={second_token}").begin()
             assert first_token not in first.page.url and first_context.cookies()[0]["httpOnly"]
@@ -87,7 +92,7 @@ def test_two_raters_answer_while_the_server_is_killed_and_the_report_counts_them
             first.says("1 answer is not saved yet. Trying again…")
         assert choices_in_order(study, 0) == [*first_choices[:2], *[None] * 4]
         assert choices_in_order(study, 1) == [second_choices[0], *[None] * 5]
-        with serving(*command) as server:
+        with serving(*serve) as server:
             first.has_answered(3, total).says("Saved")
             second.has_answered(2, total)
             for choice in first_choices[3:]:
@@ -105,3 +110,82 @@ def test_two_raters_answer_while_the_server_is_killed_and_the_report_counts_them
     assert not [text for text in received if b"secret" in text or b"gold" in text or b"mirrored" in text]
     assert main(["study", "report", str(study), "--min_median_seconds", "0"]) == 0
     assert (study / "report").is_dir() and "secret-tuned" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_raters_on_several_devices_finish_through_two_kills_with_every_command_a_process(browser, samples):
+    """Keys and buttons, going back, reloading, another device; the server killed in the middle of it, twice."""
+    study, port = samples / "study", free_port()
+    models = [f"{name}={samples / name}" for name in MODELS]
+    said = command(
+        *("study", "build", "--models", *models, "--prompts", samples / "prompts.jsonl", "--output", study),
+        *("--groups", "3", "--raters_per_group", "1", "--num_gold", "1", "--num_mirrored", "1", "--title", "Sneakers"),
+    )
+    tokens = re.findall(r"group \d  ([0-9a-f]{32})", said)
+    serve = ("study", "serve", study, "--port", str(port))
+    total = NUM_PROMPTS + 2
+    with ExitStack() as stack:
+        contexts = [stack.enter_context(open_context(browser)) for _ in range(4)]
+        with serving(*serve) as server:
+            links = [f"{server.link}#token={token}" for token in tokens]
+            first, second, third = (RaterPage(*pair).begin() for pair in zip(contexts[:3], links, strict=True))
+            for choice in ("left", "right"):
+                first.press(KEYS[choice])
+                second.click(f"choose-{choice}")
+                third.press(KEYS[choice])
+            third.has_answered(2, total).page.reload()
+            third.is_at(3).press("p").is_at(2).press("t").is_at(3).says("Saved")
+            server.stop(signal.SIGKILL)
+            for rater in (first, second, third):
+                rater.press("ArrowLeft")
+        with serving(*serve) as server:
+            for rater in (first, second, third):
+                rater.has_answered(3, total).is_at(4)
+            elsewhere = RaterPage(contexts[3], links[0])
+            expect(elsewhere.locate("#start-button")).to_have_text("Go on with pair 4")
+            elsewhere.begin().press("b").has_answered(4, total)
+            first.page.reload()
+            first.is_at(5)
+            server.process.send_signal(signal.SIGKILL)
+            for rater in (first, second):
+                rater.press("ArrowRight")
+            server.process.wait()
+        with serving(*serve) as server:
+            first.press("ArrowRight").is_done()
+            for _ in range(2):
+                second.press("ArrowRight")
+            for _ in range(3):
+                third.press("ArrowDown")
+            second.is_done()
+            third.is_done()
+            server.stop()
+        assert [failures_of(context) for context in contexts] == [[]] * 4
+    assert choices_in_order(study, 0) == ["left", "right", "left", "right", "right", "right"]
+    assert choices_in_order(study, 1) == ["left", "right", "left", "right", "right", "right"]
+    assert choices_in_order(study, 2) == ["left", "tie", "left", "tie", "tie", "tie"]
+    assert "secret-tuned" in command("study", "report", study, "--min_median_seconds", "0")
+    report = json.loads((study / "report" / "study.json").read_text())
+    assert report["is_partial"] is False and len(report["raters"]) == 3
+
+
+def command(*words):
+    """What a command prints, as a process of its own."""
+    line = [sys.executable, "-m", "trl_sipo.cli.main", *map(str, words)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_documented_keys_are_those_of_the_page():
+    """Of the table of docs/source/study.md, and of the page's own help."""
+    script = files("trl_sipo.annotation").joinpath("assets", "screens.js").read_text(encoding="utf-8")
+    table = script[script.index("export const KEYS") : script.index("}; // prettier-ignore")]
+    keys = re.findall(r'(?:"(.)"|(\w+)): "(\w+)"', table)
+    names = {"ArrowLeft": "left arrow", "ArrowRight": "right arrow", "ArrowDown": "down arrow", " ": "space"}
+    of_page = {names.get(a or b, (a or b).lower()) for a, b, _ in keys}
+    page = (ROOT / "docs/source/study.md").read_text(encoding="utf-8")
+    rows = page[page.index("| key | what |") : page.index("Buttons do the same")].splitlines()[2:]
+    described = [row.split("|")[1].replace("`", "").strip().lower().split(", ") for row in rows if row.startswith("|")]
+    assert {key for row in described for key in row} == of_page
+    explained = script[script.index("const EXPLAINED") : script.index("export const find")]
+    assert len(re.findall(r'^  \["(\w+)"', explained, re.M)) == len(described) == len({what for *_, what in keys})
