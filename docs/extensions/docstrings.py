@@ -69,7 +69,9 @@ def _inline(block: str, module: Any) -> str:
 
 
 def _literally(text: str) -> str:
-    return re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", text)
+    escaped = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", text)
+    # "level: t." is no list that begins at t.
+    return re.sub(r"^(\s*(?:\w+: )?[A-Za-z])\.(?=\s|$)", r"\1\\.", escaped, flags=re.M)
 
 
 def _code(name: str, is_link: bool, module: Any) -> str:
