@@ -67,6 +67,11 @@ def _span(result: Result, method: str) -> list[float]:
     return [max(values) - min(values) for values in zip(*arms, strict=True)]
 
 
+def best_above_base(result: Result) -> list[Check]:
+    """Each method at its best beta against the base."""
+    return [higher(result, beta.best(result["arms"], method), BASE) for method in beta.METHODS]
+
+
 def sipo_above_base(result: Result) -> list[Check]:
     """SIPO at each beta against the base."""
     return [higher(result, beta.label("SIPO", value), BASE) for value in BETAS]
@@ -111,7 +116,7 @@ def loss_rebounds(result: Result) -> list[Check]:
     rebound = {label: [rebounds(log) for log in result["arms"][label]["log"]] for label in (long.DPO, long.SIPO)}
     row = over_seeds(rebound[long.DPO])
     difference = over_seeds([one - other for one, other in zip(*rebound.values(), strict=True)])
-    text = f"last quarter of {long.DPO}'s training loss minus its lowest: {row['mean']:+.3f}, seeds "
+    text = f"last quarter of {long.DPO}'s training loss minus the lowest before: {row['mean']:+.3f}, seeds "
     more = f"more than {long.SIPO}'s: {difference['mean']:+.3f}, seeds "
     return [
         Check(text + seeds_interval(row, "+.3f"), by_seeds(row, 1)),
@@ -120,11 +125,11 @@ def loss_rebounds(result: Result) -> list[Check]:
 
 
 def rebounds(log: Sequence[Mapping[str, float]]) -> float:
-    """Mean training loss of the last quarter of a run minus that of the quarter where it is lowest; at least 0."""
+    """Mean training loss of the last quarter of a run minus the lowest of the quarters before; below 0 if it falls."""
     losses = [row["loss"] for row in log]
     size = max(1, len(losses) // 4)
     quarters = [fmean(losses[start : start + size]) for start in range(0, size * (len(losses) // size), size)]
-    return quarters[-1] - min(quarters)
+    return quarters[-1] - min(quarters[:-1])
 
 
 def static_widens(result: Result) -> list[Check]:
@@ -284,8 +289,8 @@ def sipo_keeps_off_policy(result: Result) -> list[Check]:
 
 def off_policy_is_worse(result: Result) -> list[Check]:
     """Each method on off-policy pairs against the same on the own samples of the base."""
-    pairs = [(policy.label(method, SMALL_BETA, source) for source in SOURCES) for method in policy.METHODS]
-    return [lower(result, *pair) for pair in pairs]
+    labels = {method: [policy.label(method, SMALL_BETA, source) for source in SOURCES] for method in policy.METHODS}
+    return [lower(result, *pair) for pair in labels.values()]
 
 
 def positive_alpha_helps(result: Result) -> list[Check]:

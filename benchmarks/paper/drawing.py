@@ -29,13 +29,20 @@ def over_steps(result: Mapping[str, Any], labels: Sequence[str], measures: Seque
         lines = []
         for label in labels:
             curves = result["arms"][label]["curves"]
-            if measure not in curves:
-                continue
-            first = [] if start is None else [start]
-            steps = [*([0] if first else []), *curves["steps"]]
-            lines.append(Series(label, steps, [[*first, *values] for values in curves[measure]]))
+            if measure == "masked_share":
+                lines.append(masked(label, result["arms"][label]["log"]))
+            elif measure in curves:
+                first = [] if start is None else [start]
+                steps = [*([0] if first else []), *curves["steps"]]
+                lines.append(Series(label, steps, [[*first, *values] for values in curves[measure]]))
         panels[TITLES[measure]] = lines
     quality_figure(panels).savefig(path, dpi=DPI)
+
+
+def masked(label: str, logs: Sequence[Sequence[Mapping[str, float]]]) -> Series:
+    """The share of masked pairs as it was logged, which is closer than measurements are; one log per seed."""
+    steps = [row["step"] for row in logs[0]]
+    return Series(label, steps, [[row["sipo/masked_fraction"] for row in log] for log in logs])
 
 
 def over_values(

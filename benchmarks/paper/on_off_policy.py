@@ -85,7 +85,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     options = {"title": "w(t) of the base model on held-out pairs", "level_label": "time (0 is clean, 1 pure noise)"}
     figure = importance_weight_figure(times, curves, result["weights"]["threshold"], **options)
     figure.savefig(path.with_name(f"{path.stem}_weights.png"), dpi=110)
-    over_steps(result, list(QUESTION.arms), ("second_accuracy", "frechet_distance", "held_out_margins"), path)
+    over_steps(result, list(QUESTION.arms), ("second_accuracy", "frechet_distance", "masked_share"), path)
 
 
 ARMS = [(method, beta, "off_policy") for beta in AT for method in METHODS]

@@ -49,7 +49,7 @@ SETTINGS = replace(
     measures_weights=False,
 )
 #: Does it run? A few steps on few pairs; the numbers mean nothing.
-QUICK = replace(SETTINGS, num_pairs=72, num_held_out=8, batch_size=4, samples_per_prompt=1, num_inference_steps=3)
+QUICK = replace(SETTINGS, num_pairs=40, num_held_out=8, batch_size=4, samples_per_prompt=1, num_inference_steps=3)
 QUICK_STEPS = 4
 
 #: Name of an arm -> method, and the fields that make it; in all of them beta is the question's.

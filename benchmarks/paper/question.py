@@ -4,10 +4,10 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import intervals
@@ -107,7 +107,6 @@ def ask(question: Question, arguments: Sequence[str] | None = None) -> dict[str,
     hush_libraries()
     options.output.mkdir(parents=True, exist_ok=True)
     place = Workplace(options.runs, protocol.settings(quick=options.quick)).prepared(options.workers)
-    began = time.perf_counter()
     records = records_of(question, place, options)
     result = {
         "question": question.name,
@@ -116,7 +115,6 @@ def ask(question: Question, arguments: Sequence[str] | None = None) -> dict[str,
         "seeds": options.seeds,
         "protocol": protocol.as_record(quick=options.quick),
         "environment": environment(),
-        "wall_seconds": round(time.perf_counter() - began, 1),
         **evaluated(question, records, place),
         **question.more(place),
     }
@@ -134,7 +132,21 @@ def records_of(question: Question, place: Workplace, options: argparse.Namespace
     runs = [protocol.with_seed(run, seed, quick=quick) for seed in options.seeds for run in question.arms.values()]
     found = run_all(runs, place, options.workers)
     labels, count = list(question.arms), len(question.arms)
+    found = [with_masked_share(run) for run in found]
     return {label: found[position::count] for position, label in enumerate(labels)}
+
+
+def with_masked_share(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The run with the masked share of the last steps before each measurement, as many for all runs.
+
+    What the measurement itself has is since the one before, which are more steps in a run that is measured once.
+    """
+    records = []
+    for record in run["records"]:
+        rows = [row for row in run["log"] if record["step"] - protocol.EVAL_EVERY < row["step"] <= record["step"]]
+        shares = [row["sipo/masked_fraction"] for row in rows if "sipo/masked_fraction" in row]
+        records.append({**record, "masked_share": fmean(shares)} if shares else record)
+    return {**run, "records": records}
 
 
 def evaluated(
@@ -204,7 +216,7 @@ COLUMNS = {
     "frechet_distance": ("Frechet distance", "{:.0f}"),
     "diversity": ("diversity", "{:.2f}"),
     "held_out_accuracies": ("implicit accuracy", "{:.0%}"),
-    "masked_share": ("masked", "{:.0%}"),
+    "masked_share": ("masked, last 50 steps", "{:.0%}"),
     "held_out_chosen_error": ("winner's error", "{:+.1f}"),
 }
 
