@@ -288,6 +288,14 @@ def test_settings_that_differ_come_first_and_secrets_never(tmp_path):
     assert token not in command_of(runs[0].last_start) and command_of(runs[0].last_start).endswith("'a b'")
 
 
+def test_settings_without_end_are_cut(tmp_path):
+    run = write_log(tmp_path, [], settings={"long": "x" * 10_000, "many": {str(i): i for i in range(5000)}})
+    starts = run / "run_log/starts.jsonl"
+    starts.write_text(starts.read_text().replace('"long"', f'"deep": {"[" * 900 + "]" * 900}, "long"'))
+    _, every = setting_rows([read(run)])
+    assert len(every) == 1000 and max(len(row[1]) for row in every) < 320
+
+
 def test_a_restart_shows_what_changed(tmp_path):
     run = write_log(tmp_path, [learning(1)])
     starts = run / "run_log/starts.jsonl"

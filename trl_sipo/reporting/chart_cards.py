@@ -2,6 +2,7 @@
 """A chart with what belongs to it: title, legend, numbers as a table; as markup, and as data for the script."""
 
 import html
+import re
 from typing import Any
 
 from trl_sipo.reporting.charts import (
@@ -38,7 +39,7 @@ class ChartCards:
 
     def line_card(self, chart: Chart) -> str:
         """A card of a line chart."""
-        card_id = self._next_id()
+        card_id = self._id_of(chart.title)
         self.data[card_id] = _line_data(chart)
         return _card(
             card_id, chart.title, line_chart(chart), _legend(chart), chart.note, table_markup(*table_of(chart))
@@ -50,7 +51,7 @@ class ChartCards:
         Args:
             group: Id of the slider.
         """
-        card_id = self._next_id()
+        card_id = self._id_of(framed.chart.title)
         self.data[card_id] = {
             **_line_data(framed.chart),
             "group": group,
@@ -73,7 +74,7 @@ class ChartCards:
         Args:
             group: Id of the slider whose step is marked.
         """
-        card_id = self._next_id()
+        card_id = self._id_of(chart.title)
         cells = [_numbers(column) for column in chart.cells]
         self.data[card_id] = {"group": group, "heat": {"steps": chart.steps, "times": chart.times, "cells": cells}}
         header = ["step", *(f"time {short(time)}" for time in chart.times)]
@@ -81,8 +82,11 @@ class ChartCards:
         note = f"{chart.note} Up: more noise. Grey: no pair."
         return _card(card_id, chart.title, heat_map(chart), "", note, table_markup(header, rows))
 
-    def _next_id(self) -> str:
-        return f"chart-{len(self.data) + 1}"
+    def _id_of(self, title: str) -> str:
+        """An id that stays when the page is made again with other charts beside this one."""
+        name = "chart-" + re.sub("[^a-z0-9]+", "-", title.lower())
+        taken = sum(card_id == name or card_id.rpartition("--")[0] == name for card_id in self.data)
+        return f"{name}--{taken + 1}" if taken else name
 
 
 def _moving(framed: FramedChart):

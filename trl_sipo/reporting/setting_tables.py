@@ -52,7 +52,10 @@ def flat(values: Mapping[str, Any], before: str = "", depth: int = 0) -> dict[st
 def _text(value: Any) -> str:
     if value is None:
         return "none"
-    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:
+        text = "nested too deeply to be shown"
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
