@@ -55,8 +55,7 @@ AFTERWARDS = (
     "twice where it meant both methods; the row on both methods at a good beta was added."
 )
 #: That were read before others were added.
-FIRST_SEEDS = 3
-MORE_SEEDS = " Seeds 3 and 4 were added to every arm, for narrower intervals, whatever the first three had shown."
+FIRST_SEEDS = (0, 1, 2)
 LIMITS = (
     "One tiny model (1.66 M weights in the denoiser, 32x32 px), all of whose weights are trained, at one learning "
     "rate; runs of 100 to 300 steps of 12 pairs. The papers train models a thousand times larger for thousands of "
@@ -142,6 +141,14 @@ def best_of_both(result: Mapping[str, Any]) -> str:
     )
 
 
+def added(seeds: Sequence[int]) -> str:
+    """A sentence on the seeds that were added later; empty if none were."""
+    later = [str(seed) for seed in seeds if seed not in FIRST_SEEDS]
+    if not later:
+        return ""
+    return f" Added to every arm for narrower intervals, whatever the first had shown: seeds {' and '.join(later)}."
+
+
 def brake(result: Mapping[str, Any]) -> str:
     """How much SIPO's mask leaves at the end of long training, in a sentence; of the result of `long_training`."""
     import long_training
@@ -195,7 +202,7 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
         "## How verdicts are made",
         rules.__doc__.split("\n", 2)[2].strip(),
         paragraph(READING),
-        paragraph(AFTERWARDS + (MORE_SEEDS if len(results["ablation"]["seeds"]) > FIRST_SEEDS else "")),
+        paragraph(AFTERWARDS + added(results["ablation"]["seeds"])),
         "## What it does not say",
         bullets(LIMITS),
         *(section(results[name]) for name in QUESTIONS),
@@ -260,15 +267,18 @@ def html(results: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
 
     page = Page("The papers' claims on the embedded model")
     rows = {paper: decide(claims, results) for paper, claims in PAPERS.items()}
-    for line in summary([row for part in rows.values() for row in part]):
-        page.paragraph(line, "verdict")
+    page.paragraph(summary([row for part in rows.values() for row in part])[0], "verdict")
+    page.paragraph(best_of_both(results["beta_sensitivity"]))
+    page.paragraph(brake(results["long_training"]))
     for paper, part in rows.items():
         page.heading(paper)
         for row in part:
-            cells = [["place", row.claim.place], ["the paper", row.claim.paper], ["verdict", row.verdict]]
-            cells += [["measured", text] for text in row.measured]
-            page.paragraph(row.claim.text)
-            page.table(["", ""], [*cells, ["command", row.command or "-"]])
+            page.paragraph(f"{row.claim.text} ({row.claim.place}): {row.verdict}.", "verdict")
+            page.paragraph(f"The paper: {row.claim.paper}.")
+            for text in row.measured:
+                page.paragraph(text, "note")
+            if row.command:
+                page.code(row.command)
     for name in QUESTIONS:
         for picture in (f"{name}.png", *MORE_PICTURES.get(name, ())):
             path = folder / picture
