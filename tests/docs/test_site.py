@@ -126,7 +126,8 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", "docs"]
     words = [*command, "-d", str(folder / "doctrees"), ".", str(folder / "html")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    # Half a minute of one core; more where the machine is shared.
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return folder / "html"
 
