@@ -146,9 +146,12 @@ def test_answers_of_one_rater_are_not_sent_as_those_of_the_next(browser, tmp_pat
         (store.path.parent / "server.key").unlink()
         with running(store, address=Address(port=port)) as server:
             expect(rater.locate("#sign-in-title")).to_be_visible()
+            statuses = []
+            rater.page.on("response", lambda response: statuses.append(response.status))
             rater.locate("#token").fill(tokens["ben"])
             rater.locate("#token").press("Enter")
             rater.begin().press("ArrowRight").has_answered(1, 3)
+            assert statuses and 404 not in statuses
             assert rater.page.evaluate("() => sessionStorage.getItem('unsent')") == "[]"
     assert last_choices(store) == [None] * 3 and last_choices(store, "ben")[0] == "right"
 
