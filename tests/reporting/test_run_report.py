@@ -212,6 +212,44 @@ def test_a_hostile_log_becomes_no_markup(tmp_path):
     assert "alert(1)" in text and text.count("<script") == 2 and text.count("</script>") == 2
 
 
+_HUGE_LEVEL = {
+    "time": 0.5, "pairs": 1e308, "importance_weight": 1e308, "masked": -1e308, "chosen_error": 1e300,
+    "chosen_ref_error": 1e-300, "rejected_error": 1e99, "rejected_ref_error": 1e-99,
+}  # fmt: skip
+EXTREMES = {
+    "huge": [learning(step, loss=(-1) ** step * 1e308) for step in range(5)],
+    "tiny": [learning(step, loss=5e-324 * step, grad_norm=1e-320) for step in range(5)],
+    "wide": [learning(step, loss=10.0 ** (step * 49 - 98)) for step in range(5)],
+    "one": [learning(0, loss=0.0)],
+    "late": [learning(2**53 - 5 + step) for step in range(5)],
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_numbers_are_drawn_or_left_out(tmp_path, name):
+    levels = [
+        {"step": step, "split": split, "levels": [_HUGE_LEVEL]} for split in ("train", "eval") for step in (1, 2)
+    ]
+    run = write_log(tmp_path / "run", EXTREMES[name], levels)
+    page = run_page(Contents("extreme", read_runs([run]), [None], Quality()))
+    drawn = " ".join(re.findall(r' (?:d|x|y)="([^"]*)"', page))
+    assert "nan" not in drawn and "inf" not in drawn and page.count("<svg") > 10
+
+
+def test_a_start_that_is_none_is_shown_as_far_as_it_goes(tmp_path):
+    start = {
+        "settings": [1],
+        "environment": 5,
+        "eval_pairs": {"a": "b"},
+        "command": "text",
+        "method": ["x"],
+        "step": "x",
+    }
+    run = write_log(tmp_path / "run", [learning(1)], **start)
+    page = run_page(Contents("odd", read_runs([run]), [None], Quality()))
+    assert "Started without a command." in page
+
+
 def test_ten_thousand_logs_make_a_small_page(tmp_path):
     rows = [
         row

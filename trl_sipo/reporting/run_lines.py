@@ -4,7 +4,6 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ _LONGEST_LINE = 4 << 20  # bytes
 _LARGEST_FILE = 64 << 20  # bytes, of what is read as a whole
 _WORTH_A_BAR = 64 << 20  # bytes
 _LARGEST_STEP = 2**53
-_LARGEST_FLOAT = int(sys.float_info.max)
+_LARGEST, _SMALLEST = 1e100, 1e-100
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -91,14 +90,18 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or one of the words that stand for what JSON cannot say; None: something else."""
+    """A number, or one of the words that stand for what JSON cannot say; None: something else.
+
+    What is larger than 1e100 is infinite, and what is smaller than 1e-100 is 0, so that whatever is computed from two
+    such numbers is a number too.
+    """
     if isinstance(value, str):
         return _NUMBERS.get(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if isinstance(value, int) and abs(value) > _LARGEST_FLOAT:  # more than a float can hold
+    if abs(value) > _LARGEST:
         return math.inf if value > 0 else -math.inf
-    return float(value)
+    return 0.0 if abs(value) < _SMALLEST else float(value)
 
 
 def as_step(value: Any) -> int | None:
