@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trl_sipo.evaluation.statistics import Clusters, by_cluster, clustered_interval, holm, sign_flip_test
+from trl_sipo.evaluation.statistics import by_cluster, clustered_interval, holm, sign_flip_test
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -50,7 +50,7 @@ def mean_over_runs(rows: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def over_prompts(values: Sequence[float], per_prompt: int, bounds: tuple[float, float]) -> Clusters | Any:
+def over_prompts(values: Sequence[float], per_prompt: int, bounds: tuple[float, float]) -> dict[str, float]:
     """Bootstrap-t interval of a mean over images, prompts drawn with replacement."""
     return asdict(clustered_interval(by_cluster(values, prompts_of(len(values), per_prompt)), bounds=bounds))
 

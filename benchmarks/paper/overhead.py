@@ -20,7 +20,7 @@ from typing import Any
 
 import protocol
 from protocol import METHODS, arm
-from question import ROOT, checked, guarded, make_parser
+from question import ROOT, checked, guarded, make_parser, versions
 from runs import Run, Workplace
 
 NAMES = ("DPO", "C&M", "SIPO", "SIPO, weight detached", "dynamic mask", "Poly-DPO")
@@ -94,7 +94,9 @@ def in_turns(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, 
 
 def counting() -> Any:
     """The module that counts what a step takes, from the folder above."""
-    sys.path.append(str(ROOT / "benchmarks"))
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
     import step_counting
 
     return step_counting
@@ -143,7 +145,6 @@ def ask(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = checked(_parser().parse_args(arguments))
     from trl_sipo.demo.arm import write_json
     from trl_sipo.demo.demo import hush_libraries
-    from trl_sipo.scripts.env import environment
 
     hush_libraries()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def ask(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "title": "Overhead",
         "command": "python benchmarks/paper/overhead.py",
         "protocol": {**protocol.as_record(quick=options.quick), "rounds": QUICK_ROUNDS if options.quick else ROUNDS},
-        "environment": environment(),
+        "environment": versions(),
         "objectives": found,
     }
     write_json(options.output / "overhead.json", result)

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,6 @@ def ask(question: Question, arguments: Sequence[str] | None = None) -> dict[str,
     from trl_sipo.demo.arm import write_json
     from trl_sipo.demo.demo import hush_libraries
     from trl_sipo.reporting.figures import check_plotting
-    from trl_sipo.scripts.env import environment
 
     options = checked(make_parser(question.title).parse_args(arguments))
     check_plotting()
@@ -114,7 +114,7 @@ def ask(question: Question, arguments: Sequence[str] | None = None) -> dict[str,
         "command": f"python benchmarks/paper/{question.name}.py",
         "seeds": options.seeds,
         "protocol": protocol.as_record(quick=options.quick),
-        "environment": environment(),
+        "environment": versions(),
         **evaluated(question, records, place),
         **question.more(place),
     }
@@ -124,6 +124,13 @@ def ask(question: Question, arguments: Sequence[str] | None = None) -> dict[str,
     print(table(result))
     print(f"Wrote {options.output / question.name}.json", file=sys.stderr)
     return result
+
+
+def versions() -> dict[str, Any]:
+    """Python, the packages and the kind of machine, without the name of its kernel."""
+    from trl_sipo.scripts.env import environment
+
+    return {**environment(), "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def records_of(question: Question, place: Workplace, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

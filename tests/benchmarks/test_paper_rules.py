@@ -258,3 +258,12 @@ def test_masked_shares_are_of_as_many_steps_in_all_runs(paper):
         [r["masked_share"] for r in paper("question").with_masked_share(run)["records"]] for run in (often, once)
     ]
     assert shares[0] == pytest.approx([0.3, 0.8]) and shares[1] == pytest.approx([0.8])
+
+
+def test_ratios_of_times_are_within_rounds(paper):
+    """Rounds that are ten times as slow as others do not matter: what is timed in them is slow alike."""
+    overhead = paper("overhead")
+    slowness = [1.0, 10.0, 2.0, 5.0, 1.5, 7.0, 3.0, 1.2, 4.0, 9.0, 2.5, 6.0]
+    noise = np.random.default_rng(0).normal(1.2, 0.01, len(slowness))
+    found = overhead.interval_of_ratio([a * b for a, b in zip(slowness, noise, strict=True)], slowness)
+    assert found["low"] < 1.2 < found["high"] and found["high"] - found["low"] < 0.05
