@@ -29,6 +29,7 @@ def run(tmp_path):
     [
         (["missing", "--output", "out.html"], "There is no folder 'missing'"),
         (["run", "--output", "."], "is a folder"),
+        (["run", "--output", "run/run_log/metrics.jsonl"], "is an HTML file"),
         (["run", "--output", "file/out.html"], "nothing can be written in"),
         (["run", "--output", "out.html", "--max_pictures", "-1"], "at least 0"),
         (["run", "--output", "out.html", "--picture_size", "4"], "from 16 to"),

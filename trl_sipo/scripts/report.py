@@ -76,6 +76,8 @@ def _check_output(output: Path) -> None:
         raise ConfigurationError(
             f"`--output {output}` is a folder. Name a file in it, such as {output / 'report.html'}."
         )
+    if output.suffix.lower() not in (".html", ".htm"):  # else a slip would replace a run's own file
+        raise ConfigurationError(f"`--output {output}`: the page is an HTML file. Name it so, such as {output}.html.")
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigurationError(
