@@ -264,8 +264,7 @@ def test_sources_are_told_apart(material, tmp_path):
     assert [part["samples"] for part in parts] == [3, 3]
     means = [part["mean_weight"] for part in parts]
     assert sum(means) / 2 == pytest.approx(_group(report, "chosen")["mean_weight"]) and means[0] != means[1]
-    of_one = _report([*argv, "--source_column", "camera"], tmp_path / "one")
-    assert [row["name"] for row in of_one["groups"]] == ["chosen", "rejected"]
+    assert [row["name"] for row in report["groups"]][:2] == ["chosen", "rejected"]
 
 
 def test_the_table_of_clip_ranges_is_that_of_runs(material, tmp_path):
@@ -273,17 +272,15 @@ def test_the_table_of_clip_ranges_is_that_of_runs(material, tmp_path):
     argv = _argv(material, "epsilon", num_pairs=3)
     rows = {row["clip_range"]: row for row in _report(argv, tmp_path / "all")["clip_ranges"]}
     assert set(rows) == {0.05, 0.1, 0.2, 0.3, 0.4, 0.5}
-    for clip_range in (0.3, 0.5):
-        report = _report([*argv, "--clip_range", str(clip_range)], tmp_path / str(clip_range))
-        assert report["masked_share"] == pytest.approx(rows[clip_range]["masked"]["estimate"], abs=1e-6)
-        assert 1 <= rows[clip_range]["sipo_factor"] <= 1 + clip_range
-        assert 1 - clip_range <= rows[clip_range]["dpo_cm_factor"] <= 1
-        assert rows[clip_range]["clipped_by_dpo_cm"] == 0  # what it would clip is masked
+    report = _report([*argv, "--clip_range", "0.3"], tmp_path / "one")
+    assert report["masked_share"] == pytest.approx(rows[0.3]["masked"]["estimate"], abs=1e-6)
+    assert 1 <= rows[0.3]["sipo_factor"] <= 1.3 and 0.7 <= rows[0.3]["dpo_cm_factor"] <= 1
+    assert rows[0.3]["clipped_by_dpo_cm"] == 0  # what it would clip is masked
     masked = [rows[clip_range]["masked"]["estimate"] for clip_range in sorted(rows)]
     assert masked == sorted(masked, reverse=True) and masked[0] > masked[-1]
 
 
-@pytest.mark.parametrize("model", ["epsilon", "wan_experts"])
+@pytest.mark.parametrize("model", ["epsilon", pytest.param("wan_experts", marks=pytest.mark.slow)])
 def test_an_adapter_is_measured_beside_the_model(model, material, tmp_path, capsys):
     """To the bit what two audits find, one of the model and one of it with the LoRA."""
     pipeline = adapter_for(MODELS[model]())
@@ -306,6 +303,7 @@ def test_an_adapter_is_measured_beside_the_model(model, material, tmp_path, caps
     assert "would act together" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tuned_pipeline_is_measured_beside_the_model(material, tmp_path, capsys):
     pipeline = MODELS["epsilon"]()
     with torch.no_grad():

@@ -119,6 +119,26 @@ BAD = {
 }
 
 
+def test_data_that_is_bad_in_many_ways(photographs, tmp_path, capsys):
+    """Each fault is named, with its count and the way out, in the verdict too."""
+    data = _written(broken(identical(dominated(photographs))), tmp_path / "bad")
+    _written(photographs[-3:], data, "test")
+    report = _report(data, tmp_path / "out", "--held_out_split", "test")
+    printed = capsys.readouterr().out
+    first = printed.splitlines()[0]
+    assert first.startswith("DO NOT TRAIN ON THIS YET: ")
+    counts = {"identical arms": 4, "broken": 2, "one prompt dominates": None, "shared with held-out": 3}
+    for name, count in counts.items():
+        finding = _named(report, name)
+        assert finding["severity"] in ("stop", "look") and name in first and finding["way_out"]
+        assert f"[{finding['severity']}] {finding['words']}" in printed and f"-> {finding['way_out']}" in printed
+        assert html.escape(finding["words"]) in (tmp_path / "out" / "data.html").read_text()
+        assert count is None or finding["count"] == count
+    lists = {path.name for path in (tmp_path / "out" / "rows").iterdir()}
+    assert lists >= {"bad_rows.jsonl", "identical_arms.jsonl", "shared_with_held_out.jsonl"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__)
 def test_bad_data_is_named_with_counts_and_the_way_out(make, photographs, tmp_path, capsys):
     name, count, way_out = BAD[make]
