@@ -10,7 +10,7 @@ _HIDDEN = "***"
 _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PASSWORDS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # of an address: https://name:password@host
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_TOKEN_OPTION = re.compile(r"--[\w-]*(token|api[_-]key|password)")
+_TOKEN_NAME = re.compile(r"[\w-]*(token|api[_-]?key|password)", re.IGNORECASE)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -34,12 +34,17 @@ def without_secrets(text: str) -> str:
     return _PASSWORDS.sub(_HIDDEN, _TOKENS.sub(_HIDDEN, text))
 
 
+def names_secret(name: str) -> bool:
+    """Whether a setting or an option of this name, such as `hub_token` or `--hub-token`, holds a secret."""
+    return _TOKEN_NAME.fullmatch(name) is not None
+
+
 def words_without_secrets(words: list[str]) -> list[str]:
     """The words of a command, in which what follows `--hub_token` and the like is left out."""
     shown, is_token = [], False
     for word in words:
         name, is_set, _ = word.partition("=")
-        is_named = _TOKEN_OPTION.fullmatch(name) is not None
+        is_named = name.startswith("--") and names_secret(name)
         shown.append(_HIDDEN if is_token else f"{name}={_HIDDEN}" if is_named and is_set else without_secrets(word))
         is_token = is_named and not is_set
     return shown

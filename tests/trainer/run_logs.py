@@ -11,6 +11,9 @@ from tests.trainer.resuming import untimed
 from trl_sipo.errors import RewardError
 from trl_sipo.rewards.base import RewardInfo
 
+# A grid of two prompts every other step, as cheap as one can be.
+SAMPLING = {"sample_prompts": ["a red cat", "a boat"], "sample_every_steps": 2, "sample_num_inference_steps": 1}
+
 
 def lines(output: Path, name: str) -> list[dict[str, Any]]:
     """The lines of a file of the log, strictly as JSON has it."""

@@ -4,34 +4,23 @@
 import json
 import logging
 import math
-import os
-import resource
-import socket
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import TrainerCallback
 
 from tests.trainer.resuming import untimed
-from tests.trainer.run_logs import lines, rows
+from tests.trainer.run_logs import SAMPLING, lines, rows
 from tests.trainer.runs import DPO, POLY_DPO, SIPO, make_config, make_trainer, preference_pairs, trained_weights
 from tests.trainer.test_baselines import KTO, MAPO, SFT, images
 from tests.trainer.test_d3po import D3PO, trajectories
 from trl_sipo.core.noise_schedule import FlowSchedule, VPSchedule
-from trl_sipo.errors import ConfigurationError
-from trl_sipo.rewards.programmatic import Brightness
 from trl_sipo.trainer.noise_levels import evaluation_levels, times_of, timesteps_of
-from trl_sipo.trainer.run_log import RunLog, append_line
-from trl_sipo.trainer.run_start import command_words
 
-SAMPLING = {"sample_prompts": ["a red cat", "a boat"], "sample_every_steps": 2, "sample_num_inference_steps": 1}
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
-TOKEN = "hf_" + "abcdefghijklmnop"
 
 ERRORS = {"chosen_error", "rejected_error"}
 REFERENCE = {"chosen_ref_error", "rejected_ref_error"}
@@ -111,7 +100,10 @@ def test_sets_that_are_evaluated_apart_are_written_apart_and_predictions_not_at_
     assert lines(tmp_path, "starts")[0]["eval_pairs"] == {"one": 3, "two": 2}
 
 
-@pytest.mark.parametrize("name", CASES)
+# What Diffusion-DPO and Poly-DPO write is what SIPO writes.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dpo", "poly_dpo"))) for name in CASES]
+)
 def test_every_method_writes_what_it_has(name, tmp_path):
     method, pairs, names = CASES[name]
     data = None if pairs is None else pairs()
@@ -163,7 +155,7 @@ def test_a_log_changes_nothing_and_can_be_left_out(tmp_path):
 def test_numbers_that_are_read_later_are_the_same(tmp_path):
     """As on a GPU, where those of a micro-batch are read two later."""
     for is_deferred in (True, False):
-        trainer = make_trainer(SIPO, tmp_path / str(is_deferred), max_steps=5, logging_steps=2)
+        trainer = make_trainer(SIPO, tmp_path / str(is_deferred), max_steps=4, logging_steps=2)
         trainer.recorder.is_deferred = is_deferred
         trainer.train()
     assert lines(tmp_path / "True", "levels") == lines(tmp_path / "False", "levels")
@@ -205,7 +197,7 @@ def _stream():
 
 # The checkpoint falls between two logs, or at the end of an epoch after which a log is due at the same step.
 RESUMED = {
-    "middle": (SIPO, {"gradient_accumulation_steps": 2, **SAMPLING, "sample_rewards": "sharpness"}),
+    "middle": (SIPO, {"max_steps": 5, "gradient_accumulation_steps": 2, **SAMPLING, "sample_rewards": "sharpness"}),
     "epochs": (DPO, {"logging_strategy": "epoch", "save_steps": 4}),
     "stream": (SIPO, {"mask_redraws": 1, "pairs": _stream}),
     "precomputed": (DPO, {"precompute_ref_log_probs": True, "num_ref_draws": 2}),
@@ -225,14 +217,15 @@ def _resumable(case, folder, **more):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case in ("middle", "epochs") else pytest.mark.slow) for case in RESUMED]
+    "case", [pytest.param(case, marks=[] if case == "middle" else pytest.mark.slow) for case in RESUMED]
 )
 def test_the_log_of_a_resumed_run_is_that_of_one_that_was_never_stopped(case, tmp_path):
     whole = _resumable(case, tmp_path / "whole")
     whole.train()
     assert len(lines(tmp_path / "whole", "levels")) >= 4
 
-    stopped = _resumable(case, tmp_path / "run", callbacks=[Stop(5)])
+    saved = RESUMED[case][1].get("save_steps", 3)
+    stopped = _resumable(case, tmp_path / "run", callbacks=[Stop(saved + 1)])
     with pytest.raises(Stop.Stopped):
         stopped.train()
     for name in ("metrics", "levels", "starts"):
@@ -243,45 +236,19 @@ def test_the_log_of_a_resumed_run_is_that_of_one_that_was_never_stopped(case, tm
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert lines(tmp_path / "run", "levels") == lines(tmp_path / "whole", "levels")
     steps = [start["step"] for start in lines(tmp_path / "run", "starts")]
-    assert steps == [0, RESUMED[case][1].get("save_steps", 3)]
+    assert steps == [0, saved]
 
 
 def test_a_fresh_run_moves_the_log_and_the_samples_of_an_earlier_one_aside(tmp_path):
-    for number in range(3):
-        trainer = make_trainer(DPO, tmp_path, max_steps=2, seed=number, **SAMPLING)
-        trainer.train()
-    for number, name in enumerate(("run_log-1", "run_log-2", "run_log")):
+    """Also one that draws no samples, beside which those of the earlier one would pass for its own."""
+    for number, sampling in enumerate((SAMPLING, {**SAMPLING, "run_log": False}, SAMPLING, {})):
+        make_trainer(DPO, tmp_path, **{"max_steps": 1, "seed": number, **sampling}).train()
+    for number, name in ((0, "run_log-1"), (2, "run_log-2"), (3, "run_log")):
         first = json.loads((tmp_path / name / "starts.jsonl").read_text().splitlines()[0])
         assert first["settings"]["seed"] == number and first["step"] == 0
-    assert len(rows(tmp_path)) == 3 and (tmp_path / "samples-2" / "base" / "01.png").is_file()
-    assert sorted(path.name for path in tmp_path.glob("samples*")) == ["samples", "samples-1", "samples-2"]
-
-
-def test_a_run_finds_its_own_log_again(tmp_path):
-    """Where another one, which was given up, has moved it aside."""
-    one = RunLog.begin(tmp_path, {"step": 0})
-    one.write("metrics.jsonl", {"step": 1})
-    mark = one.mark()
-    one.write("metrics.jsonl", {"step": 2})
-    RunLog.begin(tmp_path, {"step": 0}).write("metrics.jsonl", {"step": 1, "of": "another"})
-
-    again = RunLog.resume(tmp_path, {"step": 1}, step=1, mark=mark)
-    again.write("metrics.jsonl", {"step": 2, "of": "one"})
-    assert lines(tmp_path, "metrics") == [{"step": 1}, {"step": 2, "of": "one"}]
-    assert [start["step"] for start in lines(tmp_path, "starts")] == [0, 1]
-    assert json.loads((tmp_path / "run_log-2" / "metrics.jsonl").read_text())["of"] == "another"
-
-
-@pytest.mark.parametrize("sizes", [None, {"metrics.jsonl": 10**9}, {"metrics.jsonl": 5}], ids=["no", "long", "odd"])
-def test_without_a_mark_that_fits_lines_are_dropped_by_their_step(sizes, tmp_path):
-    log = RunLog.begin(tmp_path, {"step": 0})
-    for step in (1, 2, 2, 3):
-        log.write("metrics.jsonl", {"step": step})
-    with open(tmp_path / "run_log" / "metrics.jsonl", "a") as file:
-        file.write("not a line of ours\n")
-    mark = None if sizes is None else {"run": log.run, "sizes": sizes}
-    RunLog.resume(tmp_path, {"step": 2}, step=2, mark=mark)
-    assert lines(tmp_path, "metrics") == [{"step": step} for step in (1, 2, 2)]
+    assert len(rows(tmp_path)) == 2
+    assert sorted(path.name for path in tmp_path.glob("samples*")) == ["samples-1", "samples-2", "samples-3"]
+    assert (tmp_path / "samples-2" / "base" / "01.png").is_file()
 
 
 def test_a_run_that_is_resumed_elsewhere_begins_a_log_there(tmp_path):
@@ -289,17 +256,6 @@ def test_a_run_that_is_resumed_elsewhere_begins_a_log_there(tmp_path):
     make_trainer(DPO, tmp_path / "two").train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
     assert [row["step"] for row in rows(tmp_path / "two")] == [3, 3]
     assert [start["step"] for start in lines(tmp_path / "two", "starts")] == [2]
-
-
-def test_what_json_has_no_numbers_for(tmp_path):
-    values = {"nan": math.nan, "up": math.inf, "down": np.float32(-np.inf), "tensor": torch.tensor(2.5)}
-    others = {"list": (1, None, True), "path": Path("a"), "text": "\ud800é\n"}
-    append_line(tmp_path / "run_log.jsonl", {**values, **others})
-    (line,) = (tmp_path / "run_log.jsonl").read_text(encoding="ascii").splitlines()
-    assert json.loads(line) == {
-        "nan": "NaN", "up": "Infinity", "down": "-Infinity", "tensor": 2.5, "list": [1, None, True], "path": "a",
-        "text": "\ud800é\n",
-    }  # fmt: skip
 
 
 def test_a_loss_of_nan_is_written_as_one(tmp_path):
@@ -313,22 +269,6 @@ def test_a_loss_of_nan_is_written_as_one(tmp_path):
     trainer.pair_loss = broken
     trainer.train()
     assert lines(tmp_path, "metrics")[0]["loss"] == "NaN"
-
-
-def test_a_line_that_has_no_room_leaves_nothing(tmp_path, caplog):
-    """Of which a part was written before the file system said no."""
-    log = RunLog.begin(tmp_path, {"step": 0})
-    log.write("metrics.jsonl", {"step": 1})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-    try:
-        for _ in range(3):
-            log.write("metrics.jsonl", {"step": 2, "text": 30 * "x"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    log.write("metrics.jsonl", {"step": 3})
-    assert lines(tmp_path, "metrics") == [{"step": 1}, {"step": 3}]
-    assert caplog.text.count("The log of the run has gaps") == 1
 
 
 class Unwritable(TrainerCallback):
@@ -358,57 +298,6 @@ def test_a_run_whose_folder_takes_no_log_trains(tmp_path, caplog):
     assert trainer.state.global_step == 1 and "The run keeps no log" in caplog.text
 
 
-def test_a_start_says_what_is_done_with_what_and_names_nobody(tmp_path, monkeypatch):
-    command = ["/home/somebody/bin/trl-sipo", "sipo", "--hub_token", TOKEN, "--output_dir", "runs/a", "--lora_r", "4"]
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
-    options = {"hub_token": TOKEN, "run_name": f"with {TOKEN} and a-token-of-another-form", "clip_range": 0.2}
-    make_trainer(SIPO, tmp_path, max_steps=1, importance_steps=40, **options).train()
-
-    (start,) = lines(tmp_path, "starts")
-    assert start["command"] == ["trl-sipo", "sipo", "--hub_token", "***", "--output_dir", "runs/a", "--lora_r", "4"]
-    assert start["format"] == 1 and start["step"] == 0 and start["time"].endswith("+00:00")
-    assert (start["method"], start["backbone"], start["prediction_type"]) == (
-        "SIPO", "StableDiffusionPipeline", "epsilon",
-    )  # fmt: skip
-    assert start["description"].startswith("SIPO on StableDiffusionPipeline at 32 px")
-    assert start["lora"]["r"] == 4 and start["lora"]["alpha"] == 10 and "to_q" in start["lora"]["targets"]
-    assert start["trained_parameters"] == 2752 and (start["train_pairs"], start["eval_pairs"]) == (8, None)
-    assert (start["mask_threshold"], start["clip_range"], start["importance_steps"]) == (0.8, 0.2, 40)
-    assert start["num_train_timesteps"] == 1000 and start["model"] is None
-    assert start["settings"]["clip_range"] == 0.2 and start["settings"]["run_name"] == "with *** and ***"
-    environment = start["environment"]
-    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
-    assert environment["device"] == "cpu" and environment["processes"] == 1 and environment["processor"]
-
-    written = (tmp_path / "run_log" / "starts.jsonl").read_text()
-    assert TOKEN not in written and "a-token" not in written and "somebody" not in written
-    assert socket.gethostname() not in json.dumps([environment, start["command"]])
-    assert str(Path.home()) not in json.dumps({**start, "settings": None})
-
-
-PROGRAMS = {
-    "script": (["train.py", "--a", "b c"], None, ["python", "train.py", "--a", "b c"]),
-    "script elsewhere": (["/home/me/train.py"], None, ["python", "train.py"]),
-    "command": (["/home/me/.venv/bin/trl-sipo", "dpo"], None, ["trl-sipo", "dpo"]),
-    "module": (["/x/trl_sipo/scripts/train.py", "sipo"], "trl_sipo.scripts.train",
-               ["python", "-m", "trl_sipo.scripts.train", "sipo"]),
-    "package": (["/x/pytest/__main__.py"], "pytest.__main__", ["python", "-m", "pytest"]),
-    "notebook": (["/x/ipykernel_launcher.py", "-f", "/home/me/kernel.json"], "ipykernel_launcher", []),
-    "typed": ([""], None, []),
-    "secret": (["t.py", f"--wandb_api_key={TOKEN}"], None, ["python", "t.py", "--wandb_api_key=***"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_command_as_it_was_typed(name, monkeypatch):
-    argv, module, words = PROGRAMS[name]
-    spec = None if module is None else type(os.__spec__)(module, None)
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
-    assert command_words() == words
-
-
 @pytest.mark.parametrize("schedule", ["vp", "flow", "shifted"])
 @pytest.mark.parametrize("timesteps", [None, [100, 700]], ids=["all", "few"])
 def test_times_of_training_are_those_of_evaluations(schedule, timesteps, tmp_path):
@@ -425,81 +314,6 @@ def test_times_of_training_are_those_of_evaluations(schedule, timesteps, tmp_pat
         assert times_of(timestep, schedules[schedule], args) == pytest.approx(time, abs=6e-4)
         there_and_back = timesteps_of(times_of(timestep, schedules[schedule], args), schedules[schedule], args)
         assert there_and_back == pytest.approx(timestep, rel=1e-6)
-
-
-# --------------------------------------------------------------------------------------------------------- samples
-
-
-def test_single_pictures_lie_beside_the_grid(tmp_path):
-    trainer = make_trainer(DPO, tmp_path, max_steps=2, learning_rate=1e-1, sample_seed=3, **SAMPLING)
-    trainer.train()
-    folder = tmp_path / "samples"
-    grid = np.asarray(Image.open(folder / "step-000002.png"))
-    for column, name in enumerate(("base", "step-000002")):
-        for row in range(2):
-            picture = np.asarray(Image.open(folder / name / f"{row:02d}.png"))
-            assert np.array_equal(picture, grid[36 * row :, 36 * column :][:32, :32])
-    assert json.loads((folder / "samples.json").read_text()) == {
-        "prompts": ["a red cat", "a boat"], "seed": 3, "num_inference_steps": 1, "guidance_scale": None,
-        "size": [32, 32], "num_frames": 1, "frame_rate": None,
-    }  # fmt: skip
-
-
-def test_rewards_of_the_samples_are_logged_beside_the_steps(tmp_path):
-    """In rows of their own, which take nothing from the rows of the steps."""
-    options = {"max_steps": 4, "logging_steps": 3, "learning_rate": 1e-1}
-    make_trainer(SIPO, tmp_path / "plain", **options).train()
-    trainer = make_trainer(SIPO, tmp_path / "run", **options, **SAMPLING, sample_rewards=["brightness", "sharpness"])
-    trainer.train()
-
-    found = rows(tmp_path / "run")
-    scored = [row for row in found if "samples/brightness" in row]
-    assert [row for row in found if row not in scored] == rows(tmp_path / "plain")
-    assert [row["step"] for row in scored] == [2, 4]
-    for row in scored:
-        keys = {f"samples/{name}{of}" for name in ("brightness", "sharpness") for of in ("", "_base")}
-        assert row.keys() == keys | {"step", "epoch"}
-        for name, folder in (("", f"step-{row['step']:06d}"), ("_base", "base")):
-            pictures = [Image.open(path) for path in sorted((tmp_path / "run/samples" / folder).iterdir())]
-            mean = float(Brightness().score(pictures, SAMPLING["sample_prompts"]).mean())
-            assert row[f"samples/brightness{name}"] == pytest.approx(mean)
-    assert scored[1]["samples/sharpness"] != scored[1]["samples/sharpness_base"]
-
-
-def test_a_scorer_that_fails_in_the_middle_leaves_a_gap(tmp_path, caplog):
-    options = {"sample_rewards": "tests.trainer.run_logs:TiresAfterTwo", "max_steps": 4, "logging_steps": 4}
-    make_trainer(DPO, tmp_path, **options, **SAMPLING).train()
-    assert [row["step"] for row in rows(tmp_path) if "samples/tires" in row] == [2]
-    assert "Step 4: the samples could not be scored, and training goes on. It is tired." in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["brihgtness"], "There is no reward 'brihgtness'"),
-        (["motion"], "'motion', which scores video, but the samples are of the kind 'image'"),
-        (["brightness", "brightness"], "two rewards of the name 'brightness'"),
-        (["tests.trainer.run_logs:lines"], "tests.trainer.run_logs:lines"),
-    ],
-)
-def test_rewards_that_cannot_score_the_samples_are_refused_before_anything_is_loaded(names, message, tmp_path):
-    with pytest.raises(ConfigurationError, match=message):
-        make_trainer(DPO, tmp_path, model=str(tmp_path / "no model"), sample_rewards=names, **SAMPLING)
-
-
-def test_rewards_without_samples_are_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="score the pictures of sample grids, and none are drawn"):
-        make_config(DPO, tmp_path, sample_rewards="brightness")
-    with pytest.raises(ConfigurationError, match="`sample_rewards` must be one or several texts"):
-        make_config(DPO, tmp_path, sample_rewards=[3], **SAMPLING)
-
-
-def test_prompts_that_a_reward_cannot_score_end_the_run_before_its_first_step(tmp_path):
-    options = {**SAMPLING, "sample_prompts": ["a boat"], "sample_rewards": "colour_share"}
-    trainer = make_trainer(DPO, tmp_path, **options)
-    with pytest.raises(ValueError, match="names none of"):
-        trainer.train()
-    assert trainer.state.global_step == 0
 
 
 def test_new_keys_and_files_are_explained():

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from trl_sipo.trainer.strategy import strategy_in_force
 
 
@@ -10,18 +12,24 @@ def describe_run(trainer: Any) -> str:
     """Objective, backbone, size, beta with its convention, reference and noise of a trainer."""
     shared = "shared" if trainer.args.share_noise else "separate"
     within = f", {shared} noise within a pair" if trainer.args.arms == "pair" else ""
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     return "\n".join(
         [
             f"{trainer.method_name} on {type(trainer.adapter.pipeline).__name__} at "
             f"{describe_media(trainer.size, trainer.args.num_frames)} ({trainer.adapter.prediction_type}, "
-            f"{trained:,} trained parameters)",
+            f"{num_trained_parameters(trainer.model):,} trained parameters)",
             f"  {strategy_in_force(trainer.accelerator)}; {_describe_batch(trainer.args)}",
             *([f"  {trainer.beta_description}"] if trainer.beta_description else []),
             f"  reference: {trainer.reference.description}",
             f"  noise levels: {_describe_levels(trainer)}{within}",
         ]
     )
+
+
+def num_trained_parameters(model: nn.Module) -> int:
+    """How many numbers are trained, of all processes together."""
+    # DeepSpeed ZeRO-3 leaves an empty tensor in the place of a weight that is spread over processes.
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
 
 
 def describe_media(size: tuple[int, int], num_frames: int) -> str:

@@ -38,14 +38,24 @@ class RunLog:
 
     Use [`begin`] or [`resume`] to get one.
 
+    Another process that starts in the same output folder takes the files over; this log then ends, with a warning.
+
     Args:
         folder: `run_log` of the run.
-        run: What tells the run from others: the time of its first start.
+        start: What the line of `starts.jsonl` says, which is written now.
+        run: What tells the run from others: the time of its first start; `None`: this is the first.
+
+    Raises:
+        OSError: The line cannot be written.
     """
 
-    def __init__(self, folder: Path, run: str):
-        self.folder, self.run = folder, run
-        self._has_warned = False
+    def __init__(self, folder: Path, start: Mapping[str, Any], run: str | None = None):
+        time, starts = _now(), folder / STARTS
+        self.folder, self.run = folder, run or time
+        self._size_before = _size(starts)
+        append_line(starts, {"format": FORMAT, "time": time, **start})
+        self._own_start = self._last_start()
+        self._has_warned = self._is_over = False
 
     @classmethod
     def begin(cls, output_dir: Path, start: Mapping[str, Any]) -> "RunLog":
@@ -60,9 +70,7 @@ class RunLog:
         folder = output_dir / RUN_LOG_FOLDER
         set_aside(folder)
         folder.mkdir(parents=True)
-        log = cls(folder, _now())
-        append_line(folder / STARTS, {"format": FORMAT, "time": log.run, **start})
-        return log
+        return cls(folder, start)
 
     @classmethod
     def resume(
@@ -89,17 +97,21 @@ class RunLog:
         for name in (METRICS, LEVELS):
             _cut(folder / name, sizes.get(name), step)
         _cut_torn_line(folder / STARTS)
-        append_line(folder / STARTS, {"format": FORMAT, "time": _now(), **start})
-        return cls(folder, run)
+        return cls(folder, start, run)
 
     def mark(self) -> dict[str, Any]:
         """What [`resume`] needs to go on from here; of values that JSON can hold."""
-        sizes = {name: _size(self.folder / name) for name in (METRICS, LEVELS)}
+        sizes = {} if self._is_over else {name: _size(self.folder / name) for name in (METRICS, LEVELS)}
         return {"run": self.run, "sizes": sizes}
 
     def write(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a line to a file. Where that fails, say so the first time: training is worth more than its log."""
+        if self._is_over:
+            return
         try:
+            if self._last_start() != self._own_start:
+                self._end()
+                return
             append_line(self.folder / name, line)
         except OSError as error:
             if not self._has_warned:
@@ -110,6 +122,20 @@ class RunLog:
                     self.folder / name,
                     error,
                 )
+
+    def _last_start(self) -> bytes:
+        """All that follows the starts before this one: its own line, unless somebody has started since."""
+        with open(self.folder / STARTS, "rb") as file:
+            file.seek(self._size_before)
+            return file.read()
+
+    def _end(self) -> None:
+        self._is_over = True
+        logger.warning(
+            "The log of the run ends here: another run has begun in the same output folder, and %s is its own now. "
+            "Training goes on. Give every run an `output_dir` of its own, or their checkpoints overwrite one another.",
+            self.folder,
+        )
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
@@ -170,11 +196,13 @@ def _put_back(folder: Path, run: str) -> None:
 
 
 def _run_of(folder: Path) -> str | None:
-    """Whose log a folder holds: the time in its first line; `None`: nobody's."""
+    """Whose log a folder holds: the time in its first line; `None`: nobody's, or one that must not be written to."""
+    if any((folder / name).is_symlink() for name in (STARTS, METRICS, LEVELS)):
+        return None  # to a file of somebody else, of a cache of the hub for one, which would be cut short
     try:
         with open(folder / STARTS, "rb") as file:
             time = json.loads(file.readline(_LONGEST_LINE))["time"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return time if isinstance(time, str) else None
 

@@ -9,6 +9,7 @@ from typing import Any
 from trl_sipo.trainer.run_log import LEVELS, MARK, METRICS, RunLog
 from trl_sipo.trainer.run_start import describe_start
 from trl_sipo.trainer.run_state import RememberedCallback
+from trl_sipo.trainer.sample_files import set_samples_aside
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class RunLogCallback(RememberedCallback):
         folder, start = Path(args.output_dir), describe_start(self.trainer)
         try:
             if state.global_step == 0:
+                set_samples_aside(folder)  # a new run that draws none would pass the earlier ones for its own
                 self._log = RunLog.begin(folder, start)
             else:
                 self._log = RunLog.resume(folder, start, step=state.global_step, mark=mark)

@@ -10,12 +10,15 @@ import torch
 from datasets import IterableDataset
 from peft import PeftModel
 
-from trl_sipo.printing import without_secrets, words_without_secrets
+from trl_sipo.printing import names_secret, without_secrets, words_without_secrets
+from trl_sipo.trainer.description import num_trained_parameters
 from trl_sipo.trainer.environment import environment, processor_name
 from trl_sipo.trainer.importance_config import ImportanceConfig
 
-# What runs the cells of a notebook: a command that nobody has typed.
-_NOTEBOOK = "ipykernel_launcher"
+# What runs the cells of a notebook, by whatever name before it: a command that nobody has typed.
+_NOTEBOOK = "kernel_launcher"
+# In place of a program: what is typed at a prompt, piped in, or given as text, which is not known.
+_NO_PROGRAM = ("", "-", "-c")
 
 
 def describe_start(trainer: Any) -> dict[str, Any]:
@@ -42,28 +45,28 @@ def describe_start(trainer: Any) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "processes": trainer.accelerator.num_processes,
         },
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": num_trained_parameters(trainer.model),
         "train_pairs": _count(trainer.train_dataset),
         "eval_pairs": _counts(trainer.eval_dataset),
         "model": _model_name(trainer),
         "lora": _lora(trainer.unwrapped_model),
         "mask_threshold": importance.lowest_weight if importance is not None and importance.mask else None,
-        "clip_range": importance.clip_range if importance is not None else None,
+        "clip_range": importance.clip_range if importance is not None and importance.reweight else None,
         "importance_steps": args.importance_steps,
         "num_train_timesteps": getattr(schedule, "num_train_timesteps", None) or round(schedule.timestep_scale),
     }
 
 
 def command_words() -> list[str]:
-    """The words of the command that runs, without secrets; none in a notebook.
+    """The words of the command that runs, without secrets; none in a notebook and at a prompt.
 
     Of the program only what was typed: a command that is found on the PATH, or a module, shows itself by the path of
     its file, which names the user.
     """
-    program, *options = sys.argv or [""]
+    program, *options = getattr(sys, "argv", None) or [""]  # which a program that embeds Python may not set
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = Path(program).name
-    if not program or _NOTEBOOK in name or (module is not None and module.name.startswith(_NOTEBOOK)):
+    if program in _NO_PROGRAM or _NOTEBOOK in name or (module is not None and _NOTEBOOK in module.name):
         return []
     if module is not None and name == "__main__.py":
         words = ["python", "-m", module.name.removesuffix(".__main__")]
@@ -77,16 +80,15 @@ def command_words() -> list[str]:
 
 
 def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which tokens are left out; the configuration refuses most of them before."""
-    kept = {name: value for name, value in settings.items() if not name.endswith("_token")}
-    return {name: _clean(value) for name, value in kept.items()}
+    """Settings in which tokens are left out, however deep; the configuration refuses most of them before."""
+    return {name: _clean(value) for name, value in settings.items() if not names_secret(str(name))}
 
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
-        return {name: _clean(item) for name, item in value.items()}
+        return _without_secrets(value)
     return [_clean(item) for item in value] if isinstance(value, list | tuple) else value
 
 

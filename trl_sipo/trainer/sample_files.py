@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from trl_sipo.data.cache.shards import write_whole
-from trl_sipo.trainer.run_log import plain
+from trl_sipo.trainer.run_log import plain, set_aside
 
 SAMPLES_FOLDER, SAMPLES_FILE, BASE_FOLDER = "samples", "samples.json", "base"
 _COMPRESSION = 1  # of PNG: a tenth larger than the default, in a fraction of its time
@@ -30,6 +30,17 @@ def samples_folder(output_dir: str | Path) -> Path:
 def step_name(step: int) -> str:
     """The name of a step's pictures: that of their folder, and with a suffix that of the grid."""
     return f"step-{step:06d}"
+
+
+def set_samples_aside(output_dir: str | Path) -> None:
+    """Move the single pictures of an earlier run to `samples-1` and so on; a folder that holds none stays.
+
+    Raises:
+        OSError: They cannot be moved.
+    """
+    folder = samples_folder(output_dir)
+    if (folder / SAMPLES_FILE).is_file():
+        set_aside(folder)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -17,11 +17,10 @@ from trl_sipo.errors import ConfigurationError, RewardError, StorageError
 from trl_sipo.generation.media_files import to_frames
 from trl_sipo.trainer._trl_compat import log_by_itself
 from trl_sipo.trainer.compilation import uncompiled
-from trl_sipo.trainer.run_log import set_aside
 from trl_sipo.trainer.sample_files import (
     BASE_FOLDER,
-    SAMPLES_FILE,
     samples_folder,
+    set_samples_aside,
     step_name,
     write_animation,
     write_picture,
@@ -61,8 +60,8 @@ class SampleGridCallback(TrainerCallback):
         """Draw the reference's samples once."""
         if not state.is_world_process_zero:
             return
-        if state.global_step == 0 and (self._folder / SAMPLES_FILE).is_file():
-            self._written(lambda: set_aside(self._folder))
+        if state.global_step == 0:
+            self._written(lambda: set_samples_aside(args.output_dir))
         self._draw_base()
 
     def on_step_end(self, args, state, control, **kwargs):
