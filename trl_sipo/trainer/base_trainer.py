@@ -35,7 +35,6 @@ from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
 from trl_sipo.core.objectives.soft_label import soft_label_loss
-from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.core.transfer import to_device
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import BATCH_KEYS, DataCollatorForDiffusionPreference
@@ -64,7 +63,7 @@ from trl_sipo.trainer.level_memory import LevelMemory
 from trl_sipo.trainer.metrics_recorder import make_recorder
 from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy, own_arguments
-from trl_sipo.trainer.noise_levels import draw_from, evaluation_levels, time_sampler_options, training_schedule
+from trl_sipo.trainer.noise_levels import draw_levels, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.nonfinite import first_broken
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.process_group import end_at_once_on_errors
@@ -225,16 +224,9 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         Returns:
             Levels of shape (batch,) on the training device.
         """
-        if self.args.timesteps is not None:
-            return draw_from(self.args.timesteps, self.noise_schedule, generators).to(self.accelerator.device)
-        sampler, options = TIME_SAMPLERS[self.args.timestep_sampling], self._time_sampler_options
-        if self.args.timestep_sampling == "stratified":
-            time = sampler(len(generators), generator=generators[0])
-        else:
-            time = torch.cat([sampler(1, generator=generator, **options) for generator in generators])
-        low, high = self.args.timestep_range
-        # The time is drawn on the CPU and the level made there: a level on the device costs a copy, but no way back.
-        return self.noise_schedule.level_at(low + (high - low) * time).to(self.accelerator.device)
+        # Made on the CPU: a level on the device costs a copy, but no way back.
+        level = draw_levels(self.noise_schedule, self.args, generators, self._time_sampler_options)
+        return level.to(self.accelerator.device)
 
     def compute_importance_weights(
         self, chosen_error: torch.Tensor, rejected_error: torch.Tensor, level: NoiseLevel

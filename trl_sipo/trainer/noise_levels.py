@@ -9,6 +9,7 @@ import torch
 
 from trl_sipo.adapters.base import BackboneAdapter
 from trl_sipo.core.noise_schedule import FlowSchedule, NoiseLevel, VPSchedule
+from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 
@@ -87,6 +88,29 @@ def _check_levels(
             f"`timestep_range={[low, high]}` holds noise levels of an expert that is not loaded; the other takes "
             f"[{first:.4f}, {last:.4f}]. Set `timestep_range` within it, or load both experts."
         )
+
+
+def draw_levels(
+    schedule: VPSchedule | FlowSchedule,
+    args: DiffusionPreferenceConfig,
+    generators: list[torch.Generator],
+    options: dict[str, float],
+) -> NoiseLevel:
+    """One level per pair, (batch,) on the CPU, as the settings ask for.
+
+    Args:
+        generators: One CPU generator per pair.
+        options: Of the sampler, from [`time_sampler_options`].
+    """
+    if args.timesteps is not None:
+        return draw_from(args.timesteps, schedule, generators)
+    sampler = TIME_SAMPLERS[args.timestep_sampling]
+    if args.timestep_sampling == "stratified":
+        time = sampler(len(generators), generator=generators[0])
+    else:
+        time = torch.cat([sampler(1, generator=generator, **options) for generator in generators])
+    low, high = args.timestep_range
+    return schedule.level_at(low + (high - low) * time)
 
 
 def draw_from(
