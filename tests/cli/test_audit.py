@@ -442,7 +442,8 @@ def test_options_are_strict_and_listed(capsys):
 
 def test_audits_are_listed(capsys):
     assert main(["audit"]) == main(["audit", "--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in AUDITS)
+    printed = capsys.readouterr().out
+    assert {"weights", "beta", "data"} <= set(AUDITS) and all(f"  {name} " in printed for name in AUDITS)
     assert main(["audit", "wights"]) == 2
     assert "known are weights" in capsys.readouterr().err
 
