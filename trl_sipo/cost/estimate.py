@@ -151,7 +151,13 @@ def workload(counts: StepCounts, run: RunPlan) -> Workload:
 
 
 def encoding_seconds(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
-    """Of `trl-sipo encode` on one device: every image or clip of the data through the VAE, in float32."""
+    """Of `trl-sipo encode` on one device: every image or clip of the data through the VAE, in float32.
+
+    Args:
+        counts: Of a step that encodes.
+        run: What is planned, with the number of pairs.
+        device: On which.
+    """
     return computing(counts.encoding, device) * (run.disk.pairs * run.step.arms)
 
 
@@ -249,23 +255,30 @@ CHANGES: tuple[Change, ...] = (
 
 
 def first_that_fits(
-    run: RunPlan, room: float, counts_of: Callable[[StepPlan], StepCounts]
+    run: RunPlan, device: Device, counts_of: Callable[[StepPlan], StepCounts]
 ) -> tuple[list[str], RunPlan] | None:
     """The first changes of `CHANGES` after which a run fits, less those that are not needed; `None`: it never does.
 
     Args:
         run: What is planned.
-        room: Bytes of the device.
+        device: On which; what it has no bfloat16 for is not advised.
         counts_of: Counts a step.
     """
 
     def fits(made: Sequence[Change]) -> bool:
         changed = _with(run, made)
-        return sum(memory_of(counts_of(changed.step), changed).values()) <= room
+        return sum(memory_of(counts_of(changed.step), changed).values()) <= device.memory
+
+    def can_be_made(change: Change) -> bool:
+        before = _with(run, made)
+        if not change.applies(before):
+            return False
+        wanted = change.made(before).step.precision
+        return device.has_bfloat16 or wanted in (before.step.precision, "float32", "float16")
 
     made: list[Change] = []
     for change in CHANGES:
-        if change.applies(_with(run, made)):
+        if can_be_made(change):
             made.append(change)
             if fits(made):
                 break

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -17,11 +17,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from trl_sipo.adapters import ADAPTERS, adapter_for, denoiser_names, load_pipeline
+from trl_sipo.adapters import ADAPTERS, adapter_for, denoiser_names
 from trl_sipo.adapters.base import BackboneAdapter
-from trl_sipo.adapters.weightless import ENCODER_NAMES
+from trl_sipo.adapters.weightless import ENCODER_NAMES, weightless_component
 from trl_sipo.cost.architectures import ARCHITECTURES, FROZEN, HUB_MODELS, Architecture, default_dtype
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import BackboneError, ConfigurationError
 
 PUBLISHED, CONFIGURED = "published configuration", "configuration files"
 
@@ -52,6 +52,7 @@ class Model:
     source: str
 
 
+_ABOUT_IMAGES = ("safety_checker", "feature_extractor", "image_encoder")
 # As its call gives them to the denoiser, by class of the pipeline; the longest possible where the prompt counts.
 _TEXT_TOKENS = {architecture.pipeline: architecture.text_tokens for architecture in ARCHITECTURES.values()}
 
@@ -130,10 +131,7 @@ def configured_model(name: str, size: Size = (None, None, None), **hub_kwargs: A
         BackboneError: There is no such model, or one that no adapter knows.
         ConfigurationError: It does not take the size.
     """
-    revision = hub_kwargs.get("revision")
-    weightless = (*denoiser_names(name, revision=revision), *ENCODER_NAMES)
-    pipeline = load_pipeline(name, weightless=weightless, **hub_kwargs)
-    adapter = adapter_for(pipeline)
+    adapter = adapter_for(_weightless_pipeline(os.path.expanduser(name), hub_kwargs))
     height, width = adapter.default_size if None in size[:2] else size[:2]
     frames = adapter.default_num_frames if size[2] is None else size[2]
     experts = getattr(adapter.denoiser, "experts", None)
@@ -160,6 +158,48 @@ def configured_model(name: str, size: Size = (None, None, None), **hub_kwargs: A
         num_denoisers=1 if experts is None else len(experts),
         source=CONFIGURED,
     )
+
+
+def _weightless_pipeline(name: str, hub_kwargs: dict[str, Any]) -> Any:
+    """A saved pipeline whose models have no weights. What looks at finished images is left out.
+
+    Not by its `from_pretrained`, which reads the weights of components that a pipeline may do without, such as Wan's
+    transformer, even where they are given.
+    """
+    models = {*denoiser_names(name, revision=hub_kwargs.get("revision")), *ENCODER_NAMES}  # checks the class, too
+    index = cast(Any, diffusers.DiffusionPipeline).load_config(name, **hub_kwargs)
+    pipeline_class = getattr(diffusers, index["_class_name"])
+    parts: dict[str, Any] = {}
+    for part in set(inspect.signature(pipeline_class.__init__).parameters) & index.keys():
+        origin = index[part]
+        if not isinstance(origin, list):
+            parts[part] = origin  # a setting
+        elif origin == [None, None] or part in _ABOUT_IMAGES:
+            parts[part] = None
+        elif part in models:
+            parts[part] = weightless_component(name, part, origin, hub_kwargs)
+        else:
+            parts[part] = _small_component(name, part, origin, hub_kwargs)
+    return pipeline_class(**parts)
+
+
+def _small_component(name: str, part: str, origin: list[str], hub_kwargs: dict[str, Any]) -> Any:
+    """A scheduler, tokenizer or processor.
+
+    Raises:
+        BackboneError: It cannot be read.
+    """
+    library, class_name = origin
+    component_class = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, None)
+    kinds = (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+    if not (isinstance(component_class, type) and issubclass(component_class, kinds)):
+        raise BackboneError(f"The {part} of {name!r} is a {class_name!r:.80} of {library!r:.80}, which is not known.")
+    try:
+        return cast(Any, component_class).from_pretrained(name, subfolder=part, **hub_kwargs)
+    except (OSError, ValueError, TypeError) as error:
+        raise BackboneError(
+            f"The {part} of {name!r} cannot be read, which the cost needs beside the configurations: {error}"
+        ) from error
 
 
 def _own_configuration(module: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class StepCounts:
         first_peak: The most beside the weights in a step without accumulation, gradients included.
         later_peak: The most beside weights and gradients when these are there already, as in accumulation.
         reference_peak: The most beside the weights in the reference's pass.
-        vae_peak: The most beside its weights while the VAE encodes.
+        vae_peak: The most beside its weights while the VAE encodes, if it does in the step.
         vae: Of the VAE's weights, which are float32.
         text_encoders: Of the text encoders' weights.
         text_encoder_parameters: Number of them.
@@ -92,7 +92,7 @@ class StepCounts:
         latents: Number of values that an image or clip is encoded to.
         policy: Operations of a forward and backward pass.
         reference: Operations of the reference's pass.
-        encoding: Operations of the VAE on one image or clip.
+        encoding: Operations of the VAE on one image or clip, if it encodes in the step.
     """
 
     parameters: int
@@ -142,7 +142,7 @@ def count(model: Model, plan: StepPlan) -> StepCounts:
     loss, policy = forward_loss(denoiser, split=plan.split and plan.arms == 2, **options), OperationCounter()
     first = count_step(denoiser, loss, autocast, policy)["peak"]
     later = count_step(denoiser, loss, autocast)["peak"]
-    vae_peak, encoding = _count_encoding(model, plan)
+    vae_peak, encoding = _count_encoding(model, plan) if plan.encodes else (0, Counter())
     trained = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
     blocks = _block_sizes(denoiser)
     return StepCounts(
@@ -177,11 +177,11 @@ def _count_encoding(model: Model, plan: StepPlan) -> tuple[int, Operations]:
     shape = (3, height, width) if len(model.architecture.latents) == 3 else (3, frames, height, width)
     at_a_time = min(plan.pairs * plan.arms, adapter_class(model.architecture.pipeline).vae_slice_size)
     one = OperationCounter()
-    peaks = []
-    for number, counter in ((1, one), (at_a_time, None)):
-        pixels = torch.empty(number, *shape, device="meta")
-        peaks.append(count_inference(model.vae, partial(_encode, model.vae, pixels), None, counter))
-    return max(peaks), one.operations
+    peak = count_inference(model.vae, partial(_encode, model.vae, torch.empty(1, *shape, device="meta")), None, one)
+    if at_a_time > 1:
+        pixels = torch.empty(at_a_time, *shape, device="meta")
+        peak = count_inference(model.vae, partial(_encode, model.vae, pixels))
+    return peak, one.operations
 
 
 def _encode(vae: Any, pixels: torch.Tensor) -> None:

@@ -107,7 +107,8 @@ class Row:
 
     Attributes:
         estimate: The plan on it.
-        advice: Settings after which it would fit, together; empty where it fits; `None`: none of those known help.
+        advice: Settings after which it would fit, together; empty where it fits or none was sought; `None`: none of
+            those known help.
         advised: The plan with them, on it; `None` as `advice`.
     """
 
@@ -121,17 +122,17 @@ class Row:
         return self.estimate if self.estimate.fits else self.advised
 
 
-def rows_of(run: "RunPlan", devices: Sequence["Device"], counter: Counter) -> list[Row]:
+def rows_of(run: "RunPlan", devices: Sequence["Device"], counter: Counter, *, advises: bool = True) -> list[Row]:
     """The estimates, with advice where the plan does not fit."""
     from trl_sipo.cost.estimate import estimate, first_that_fits
 
     rows = []
     for device in devices:
         plan = estimate(counter(run.step), run, device)
-        if plan.fits:
+        if plan.fits or not advises:
             rows.append(Row(plan, [], None))
             continue
-        found = first_that_fits(run, device.memory, counter)
+        found = first_that_fits(run, device, counter)
         if found is None:
             rows.append(Row(plan, None, None))
         else:
@@ -317,7 +318,7 @@ def audit(
     try:
         local = local_machine(here, counter, measures=options.measure)
         gpus = [find_gpu(name) for name in options.gpu] if options.gpu else list(GPUS.values())
-        rows = [*rows_of(here, [local], counter), *rows_of(plan, gpus, counter)]
+        rows = [*rows_of(here, [local], counter, advises=False), *rows_of(plan, gpus, counter)]
         counts = counter(plan.step)
     finally:
         counter.close()
