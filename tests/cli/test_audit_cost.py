@@ -58,8 +58,8 @@ def test_tables_and_files(models, tmp_path, capsys):
     ("method", "training", "samples", "has_reference"),
     [
         ("dpo", ("--precompute_ref_log_probs", "true"), 2, False),
-        ("kto", ("--per_device_train_batch_size", "3"), 3, True),
-        ("sft", (), 1, False),
+        pytest.param("kto", ("--per_device_train_batch_size", "3"), 3, True, marks=pytest.mark.slow),
+        pytest.param("sft", (), 1, False, marks=pytest.mark.slow),
         ("d3po", ("--guidance_scale", "5"), 4, True),
     ],
 )

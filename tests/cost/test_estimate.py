@@ -122,7 +122,7 @@ def test_published_throughput_lies_in_the_range(pixels, images_per_second):
 @pytest.mark.parametrize(
     ("name", "samples", "checkpointing", "measured"),
     [
-        ("CogVideoX-2B", 1, False, 43.764),
+        pytest.param("CogVideoX-2B", 1, False, 43.764, marks=pytest.mark.slow),
         pytest.param("CogVideoX-2B", 4, True, 21.803, marks=pytest.mark.slow),
         pytest.param("CogVideoX-5B", 4, True, 46.492, marks=pytest.mark.slow),
     ],
