@@ -2,13 +2,14 @@
 """What a run has written down, and rewards that misbehave."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.trainer.resuming import untimed
-from trl_sipo.errors import RewardError
+from trl_sipo.errors import DatasetError, RewardError
 from trl_sipo.rewards.base import RewardInfo
 
 # A grid of two prompts every other step, as cheap as one can be.
@@ -31,7 +32,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 
 class TiresAfterTwo:
-    """A reward that scores twice, and fails afterwards."""
+    """A reward that scores twice, and fails afterwards, each time in another way."""
 
     def __init__(self) -> None:
         self.info = RewardInfo("tires", "none", "Apache-2.0")
@@ -40,6 +41,8 @@ class TiresAfterTwo:
     def score(self, media: Any, prompts: Any) -> torch.Tensor:
         """Ones, twice."""
         self.calls += 1
-        if self.calls > 2:
+        if self.calls == 3:
             raise RewardError("It is tired.")
-        return torch.ones(len(media))
+        if self.calls == 4:
+            raise DatasetError("This picture shows nothing.")
+        return torch.ones(len(media)) * (math.nan if self.calls > 4 else 1)

@@ -50,10 +50,12 @@ def test_rewards_of_the_samples_are_logged_beside_the_steps(tmp_path):
 
 
 def test_a_scorer_that_fails_in_the_middle_leaves_a_gap(tmp_path, caplog):
-    options = {"sample_rewards": "tests.trainer.run_logs:TiresAfterTwo", "max_steps": 4, "logging_steps": 4}
+    options = {"sample_rewards": "tests.trainer.run_logs:TiresAfterTwo", "max_steps": 8, "logging_steps": 8}
     make_trainer(DPO, tmp_path, **options, **SAMPLING).train()
     assert [row["step"] for row in rows(tmp_path) if "samples/tires" in row] == [2]
-    assert "Step 4: the samples could not be scored, and training goes on. It is tired." in caplog.text
+    for step, reason in ((4, "It is tired."), (6, "This picture shows nothing."), (8, "tires gave nan")):
+        assert f"Step {step}: the samples could not be scored, and training goes on. {reason}" in caplog.text
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [8]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from trl_sipo.errors import ConfigurationError, RewardError, StorageError
+from trl_sipo.errors import ConfigurationError, DatasetError, RewardError, StorageError
 from trl_sipo.generation.media_files import to_frames
 from trl_sipo.trainer._trl_compat import log_by_itself
 from trl_sipo.trainer.compilation import uncompiled
@@ -125,7 +125,7 @@ class SampleGridCallback(TrainerCallback):
             return
         try:
             scores = self.trainer.sample_rewards.score(current, self.trainer.args.sample_prompts)
-        except RewardError as error:
+        except (RewardError, DatasetError) as error:  # the prompts could be scored before; a picture may be at fault
             logger.warning("Step %d: the samples could not be scored, and training goes on. %s", step, error)
             return
         base = {f"samples/{name}_base": score for name, score in self._base_scores.items()}

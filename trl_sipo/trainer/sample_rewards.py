@@ -11,6 +11,7 @@ from PIL import Image
 
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.rewards.base import Reward
+from trl_sipo.rewards.media import check_scores
 from trl_sipo.rewards.registry import load_reward
 from trl_sipo.trainer.processes import from_main
 
@@ -56,12 +57,17 @@ class SampleRewards:
             prompts: As many.
 
         Raises:
-            DatasetError: A prompt that a reward cannot score against.
-            RewardError: A scorer failed.
+            DatasetError: A prompt, or a picture, that a reward cannot score.
+            RewardError: A scorer failed, or gave something else than one finite number per picture.
         """
         media = list(clips) if self.is_video else [Image.fromarray(clip[0]) for clip in clips]
+        means = {}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return {name: float(reward.score(media, prompts).mean()) for name, reward in self.rewards.items()}
+            for name, reward in self.rewards.items():
+                scores = torch.as_tensor(reward.score(media, prompts))
+                check_scores(scores, prompts, name=name)
+                means[name] = float(scores.mean())
+        return means
 
     def close(self) -> None:
         """Let scorers outside of this process go; a later call of `score` starts them again."""
