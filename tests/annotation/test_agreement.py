@@ -2,12 +2,13 @@
 """Agreement against published and hand-computed values."""
 
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from trl_sipo.annotation.agreement import (
     FleissKappa,
     agreement_with,
     binomial_p_value,
+    binomial_tail,
     fleiss_kappa,
     krippendorff_alpha,
 )
@@ -71,3 +72,11 @@ def test_binomial_p_values_are_exact():
         for hits in {0, 1, total // 3, total // 2, total}:
             assert binomial_p_value(hits, total) == pytest.approx(min(1.0, binomtest(hits, total).pvalue), rel=1e-9)
     assert binomial_p_value(0, 0) == 1.0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_binomial_tails_are_those_of_the_distribution(rate):
+    for total in (0, 1, 5, 40, 3000):
+        for hits in {0, 1, total // 3, total // 2, total}:
+            expected = binom.sf(hits - 1, total, rate)
+            assert binomial_tail(hits, total, rate) == pytest.approx(expected, rel=1e-6, abs=1e-300)

@@ -5,6 +5,7 @@ import errno
 import io
 import shutil
 import stat
+from pathlib import Path
 
 import av
 import numpy as np
@@ -78,6 +79,15 @@ def test_against_one_model_and_a_part_of_the_prompts(tmp_path):
     pairs = store.pairs()
     assert {pair.models for pair in pairs} == {("third", "base"), ("third", "tuned")} and len(pairs) == 6
     assert len({pair.prompt_id for pair in pairs}) == 3
+
+
+def test_a_model_whose_samples_come_again_and_again_is_told_of(tmp_path):
+    """With each two of three models every sample comes twice; with one against two, only its own do."""
+    folders, prompts = model_folders(tmp_path, 4, models=(*MODELS, "third")), tmp_path / "prompts.csv"
+    (note,) = plan_study(folders, settings(against="third"), prompts).notes
+    assert "samples of third come again" in note
+    assert not plan_study(folders, settings(), prompts).notes
+    assert not plan_study({name: folders[name] for name in MODELS}, settings(against="base"), prompts).notes
 
 
 def test_nothing_of_a_file_tells_its_model(tmp_path):
@@ -382,6 +392,14 @@ def test_names_of_models_are_checked(specs, words):
     specs = [spec.replace("=x", "=.").replace("=y", "=.") for spec in specs]
     with pytest.raises(StudyError, match=words):
         named_folders(specs)
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=1e-5", "lr=1e-6"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert list(named_folders(["runs/lr=1e-5", "runs/lr=1e-6"])) == ["lr=1e-5", "lr=1e-6"]
+    assert named_folders(["a=runs/lr=1e-5", "b=runs/lr=1e-6"])["a"] == Path("runs/lr=1e-5")
 
 
 def test_sides_are_drawn_for_every_rater(tmp_path):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is discarded, and who is not, on either side of each threshold."""
 
+import random
+
 import pytest
 
 from trl_sipo.annotation.rater_checks import CheckSettings, check_rater
@@ -63,8 +65,17 @@ def test_one_side_throughout(lefts, rights, is_discarded):
 
 @pytest.mark.parametrize(
     "choices, is_discarded",
-    [([L, R], False), ([R, T], True), ([L] * 6 + [R] * 2, False), ([L] * 5 + [R, T], True), ([R], False)],
-    ids=["one wrong", "two wrong", "three quarters right", "fewer", "one"],
+    [
+        ([R, T], False),  # of who is wrong on one in ten, once in 100
+        ([R, T, R], True),
+        ([L, L, L, R, R], False),  # once in 12
+        ([L, L, R, R, T], True),
+        ([L] * 15 + [R] * 5, False),  # three quarters right
+        ([L] * 14 + [R] * 6, False),  # fewer, and once in 89
+        ([L] * 13 + [R] * 7, True),
+        ([L] * 75 + [R] * 25, False),
+        ([L] * 74 + [R] * 26, True),
+    ],
 )
 def test_gold(choices, is_discarded):
     found = reasons(FAIR + given(choices, kind=GOLD, start=50))
@@ -72,16 +83,56 @@ def test_gold(choices, is_discarded):
     assert not found or "of which the better is known" in found[0]
 
 
+def test_a_share_at_its_threshold_is_not_below():
+    choices = [L] * 11 + [R] * 9  # 0.55 * 20 is more than 11 in floating point
+    assert not reasons(FAIR + given(choices, kind=GOLD, start=50), min_gold_share=0.55)
+    assert reasons(FAIR + given(choices, kind=GOLD, start=50), min_gold_share=0.56)
+
+
 @pytest.mark.parametrize(
-    "repeats, is_discarded",
-    # The first time it was L, R, L, R, ...
-    [([R, L, R], False), ([R, L, R, R], True), ([R, L, R, L, L], True), ([R, L, L, R, L], False), ([T] * 4, False)],
-    ids=["three", "three of four", "four of five", "two of five", "ties"],
+    "num_reversed, num_alike, is_discarded",
+    [(4, 0, False), (9, 0, False), (10, 0, True), (16, 4, False), (18, 2, True), (60, 40, False)],
 )
-def test_mirrored_repeats(repeats, is_discarded):
-    found = reasons(FAIR + given(repeats, kind=MIRRORED))
+def test_mirrored_repeats(num_reversed, num_alike, is_discarded):
+    first = [L, R] * 50
+    repeats = [{L: R, R: L}[choice] if n < num_reversed else choice for n, choice in enumerate(first)]
+    found = reasons(given(first) + given(repeats[: num_reversed + num_alike], kind=MIRRORED))
     assert bool(found) == is_discarded
-    assert not found or "mirrored repeats" in found[0]
+    assert not found or found[0].startswith(f"chose the other one in {num_reversed} of {num_reversed + num_alike}")
+
+
+def test_ties_are_no_reversals():
+    assert not reasons(given([L, R] * 10) + given([T] * 20, kind=MIRRORED))
+    assert not reasons(given([T] * 20) + given([L, R] * 10, kind=MIRRORED))
+
+
+@pytest.mark.parametrize("num_samples, num_gold, num_mirrored", [(40, 5, 4), (100, 5, 10), (200, 10, 20)])
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.9], ids=["no difference", "three quarters", "nine tenths"])
+def test_honest_raters_are_hardly_ever_discarded(num_samples, num_gold, num_mirrored, share):
+    """Who gives the better answer with some probability, and is wrong on one gold pair in ten, under the defaults."""
+    generator = random.Random(f"{num_samples}/{share}")
+
+    def judged(number, kind, probability, *, is_flipped):
+        is_first = generator.random() < probability
+        return Judgement(RATER, f"{number}", kind, L if is_first != is_flipped else R, is_flipped, 5.0)
+
+    discarded = 0
+    for _ in range(300):
+        judgements = [judged(n, SAMPLE, share, is_flipped=n % 2 > 0) for n in range(num_samples)]
+        judgements += [judged(n, MIRRORED, share, is_flipped=n % 2 == 0) for n in range(num_mirrored)]
+        judgements += [judged(f"gold {n}", GOLD, 0.9, is_flipped=n % 2 > 0) for n in range(num_gold)]
+        discarded += bool(reasons(judgements))
+    assert discarded <= 9  # of 300; 3 are expected at most, and ten or more once in 900
+
+
+@pytest.mark.parametrize("num_gold, least", [(5, 0.4), (10, 0.5)])
+def test_who_tosses_a_coin_is_often_found_by_gold(num_gold, least):
+    generator = random.Random(0)
+    found = [
+        bool(reasons(FAIR + given([generator.choice([L, R]) for _ in range(num_gold)], kind=GOLD, start=50)))
+        for _ in range(200)
+    ]
+    assert sum(found) >= least * len(found)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +150,7 @@ def test_missing_answers_count_only_when_asked():
 
 
 def test_all_reasons_are_told():
-    judgements = given([L] * 20, seconds=0.1) + given([L] * 9, kind=MIRRORED, seconds=0.1)
+    judgements = given([L] * 20, seconds=0.1) + given([L] * 10, kind=MIRRORED, seconds=0.1)
     flipped = [Judgement(j.rater, j.pair_id, j.kind, j.choice, j.kind == MIRRORED, j.seconds) for j in judgements]
     found = reasons(flipped)
     assert len(found) == 3 and [text.split()[0] for text in found] == ["chose", "chose", "took"]

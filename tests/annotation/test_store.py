@@ -207,6 +207,17 @@ def test_texts_that_are_no_unicode_are_told(tmp_path):
     assert not (tmp_path / STUDY_FILE).exists()
 
 
+def _with_a_name_elsewhere(store, path):
+    """A copy with a row that SQLite lets nobody write but who tells it not to look."""
+    shutil.copy(store.path, path)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA ignore_check_constraints = ON")
+        row = ("pair-x", "p", "a cat", "", "base", "tuned", "../../secret", "/etc/passwd", 0, 0)
+        database.execute("INSERT INTO pairs SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?", row)
+        database.commit()
+    return path
+
+
 def test_files_that_are_no_studies_are_refused(tmp_path, store):
     store.close()
     (tmp_path / "text").write_text("no database at all, but long enough to be taken for one" * 50)
@@ -222,6 +233,7 @@ def test_files_that_are_no_studies_are_refused(tmp_path, store):
         (tmp_path / "other.db", "no study of"),
         (newer, "version 2"),
         (changed, "changed by others"),
+        (_with_a_name_elsewhere(store, tmp_path / "forged"), "CHECK constraint failed in pairs"),
     ):
         with pytest.raises(StudyError, match=words):
             Store.open(path)

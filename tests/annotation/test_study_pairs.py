@@ -117,6 +117,23 @@ def test_pairs_below_a_margin_unjudged_and_contested_ones_are_counted(tmp_path):
         written(store, tmp_path / "lost")
 
 
+def test_three_answers_against_two_are_a_margin_of_a_fifth(tmp_path):
+    store, _ = study_of(tmp_path, 2, 5, 1)
+    answer_all(store, labels_of((SECOND, FIRST, FIRST, SECOND, FIRST), (SECOND, FIRST, SECOND, SECOND, FIRST)))
+    assert written(store, tmp_path / "pairs", min_margin=0.2) == ImportCounts(2, 0, 0, 0, 0)
+
+
+def test_nothing_outside_a_study_gets_into_the_pairs(tmp_path):
+    store, _ = study_of(tmp_path, 2, 1, 1)
+    answer_all(store, labels_of(SECOND))
+    (tmp_path / "secret").write_text("a key of mine")
+    path = store.media_folder / store.pairs()[0].first_media
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(StudyError, match="leads out of the study"):
+        written(store, tmp_path / "pairs")
+
+
 def test_a_study_goes_straight_into_training(tmp_path, capsys):
     """`study import`, `data check`, and a step on the soft labels."""
     store, _ = study_of(tmp_path)

@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, exp, fsum, lgamma, log, log1p
 
 Labels = Sequence[Sequence[Hashable]]
 """The labels that each item got, from as many raters as gave it one."""
@@ -78,3 +78,15 @@ def binomial_p_value(hits: int, total: int) -> float:
     if 2 * fewer == total:
         return 1.0
     return 2 * sum(comb(total, number) for number in range(fewer + 1)) / 2**total
+
+
+def binomial_tail(hits: int, total: int, rate: float) -> float:
+    """Probability of `hits` or more of `total` trials, each a hit with probability `rate` in (0, 1)."""
+    if hits <= 0:
+        return 1.0
+    terms = [
+        lgamma(total + 1) - lgamma(number + 1) - lgamma(total - number + 1)  # the number of ways is beyond a float
+        + number * log(rate) + (total - number) * log1p(-rate)
+        for number in range(hits, total + 1)
+    ]  # fmt: skip
+    return min(1.0, fsum(map(exp, terms)))

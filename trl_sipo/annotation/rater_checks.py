@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which raters did not follow the instructions, by thresholds set before (SIPO paper, appendix E.4). Pure."""
+"""Which raters did not follow the instructions, by thresholds set before (SIPO paper, appendix E.4). Pure.
+
+Few answers prove little: who sees no difference, and may not or will not say "tie", reverses three of four mirrored
+repeats or more in five cases of sixteen. So a share beyond its threshold counts only where chance, or a careful rater,
+would hardly come to it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from trl_sipo.annotation.agreement import binomial_p_value
+from trl_sipo.annotation.agreement import binomial_p_value, binomial_tail
 from trl_sipo.annotation.records import GOLD, LEFT, TIE, Rater
 from trl_sipo.annotation.votes import FIRST, Judgement, mirrored_labels
 from trl_sipo.errors import StudyError
 
-# Few answers prove little, whatever their share.
-_SIDE_P_VALUE = 0.001
-_LEAST_GOLD_WRONG = 2
-_LEAST_MIRRORED = 4
+_CHANCE = 0.001  # of a side, or of reversals, by tosses of a coin
+_CAREFUL_WRONG = 0.1  # of gold pairs; of those that are blurred and noisy it is far less
+_CAREFUL = 0.01  # probability that such a rater is as often wrong on gold
 _LEAST_ANSWERS = 10
 
 
@@ -24,9 +28,11 @@ class CheckSettings:
     Args:
         max_side_share: Of the answers that are no ties, on one side; and such a share by chance has a probability
             below 0.001.
-        min_gold_share: Of the gold pairs, right; and two at least are wrong. A tie is wrong.
-        max_reversed_share: Of the mirrored repeats, at least four, in which the other one of the two was chosen. Ties
-            are no reversals. Who chooses at random reverses half of them.
+        min_gold_share: Of the gold pairs, right; a tie is wrong. And who is wrong on one in ten would be wrong on so
+            many with a probability below 0.01.
+        max_reversed_share: Of the mirrored repeats, in which the other one of the two was chosen; ties are no
+            reversals. And so many by chance have a probability below 0.001. Who chooses at random reverses half, and
+            so does who sees no difference: beyond that, the side decides.
         min_median_seconds: Spent on an answer, of at least ten.
         min_answered_share: Of the rater's tasks. 0: none has to be done, as long as a study is running.
 
@@ -111,21 +117,23 @@ def check_rater(rater: Rater, num_tasks: int, judgements: Sequence[Judgement], s
 
 def _side(check: RaterCheck, settings: CheckSettings) -> str | None:
     decided, most = check.num_left + check.num_right, max(check.num_left, check.num_right)
-    if not decided or most < settings.max_side_share * decided or check.side_p_value >= _SIDE_P_VALUE:
+    if not decided or most / decided < settings.max_side_share or check.side_p_value >= _CHANCE:
         return None
     side = "left" if most == check.num_left else "right"
     return f"chose the {side} one in {most} of {decided} decisions"
 
 
 def _gold(check: RaterCheck, settings: CheckSettings) -> str | None:
-    wrong = check.gold_total - check.gold_right
-    if wrong < _LEAST_GOLD_WRONG or check.gold_right >= settings.min_gold_share * check.gold_total:
+    wrong, total = check.gold_total - check.gold_right, check.gold_total
+    is_careful = binomial_tail(wrong, total, _CAREFUL_WRONG) >= _CAREFUL
+    if is_careful or check.gold_right / total >= settings.min_gold_share:
         return None
-    return f"was wrong on {wrong} of {check.gold_total} pairs of which the better is known"
+    return f"was wrong on {wrong} of {total} pairs of which the better is known"
 
 
 def _mirrored(check: RaterCheck, settings: CheckSettings) -> str | None:
-    if check.mirrored < _LEAST_MIRRORED or check.reversed <= settings.max_reversed_share * check.mirrored:
+    is_chance = binomial_tail(check.reversed, check.mirrored, 0.5) >= _CHANCE
+    if is_chance or check.reversed / check.mirrored <= settings.max_reversed_share:
         return None
     return f"chose the other one in {check.reversed} of {check.mirrored} mirrored repeats"
 
@@ -137,6 +145,6 @@ def _speed(check: RaterCheck, settings: CheckSettings) -> str | None:
 
 
 def _missing(check: RaterCheck, settings: CheckSettings) -> str | None:
-    if check.num_answered >= settings.min_answered_share * check.num_tasks:
+    if not check.num_tasks or check.num_answered / check.num_tasks >= settings.min_answered_share:
         return None
     return f"answered {check.num_answered} of {check.num_tasks}"

@@ -55,7 +55,7 @@ SCHEMA: Final = (
 
 
 def check_schema(database: sqlite3.Connection, path: Path) -> None:
-    """Raise [`StudyError`] unless a file holds these tables and triggers and no others, of this version."""
+    """Raise [`StudyError`] unless a file holds these tables and triggers and no others, and rows that they allow."""
     if database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise StudyError(f"{str(path)!r} is a database, but no study of `trl-sipo study build`.")
     version = database.execute("PRAGMA user_version").fetchone()[0]
@@ -72,3 +72,7 @@ def check_schema(database: sqlite3.Connection, path: Path) -> None:
             f"{str(path)!r}: its tables are not those that `trl-sipo study build` makes, so that it may have been "
             "changed by others. Build it again, or take a copy that was not changed."
         )
+    # What the tables demand of their rows is checked by SQLite when a row is written, unless the writer forbids it.
+    faults = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if faults != "ok":
+        raise StudyError(f"{str(path)!r} is damaged, or was changed by others: {faults}. Take a copy of it.")

@@ -49,7 +49,7 @@ class SourceSample:
 
 
 def model_folders(specs: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER`, `FOLDER`, which is a name too, or the output of `trl-sipo evaluate`, with all models in it.
+    """`NAME=FOLDER`; `FOLDER`, which names the model; or the output of `trl-sipo evaluate`, with all models in it.
 
     Raises:
         StudyError: A folder is not there, a name is given twice, or there are fewer than two.
@@ -71,9 +71,9 @@ def model_folders(specs: Sequence[str]) -> dict[str, Path]:
 
 def _named_folders(spec: str) -> list[tuple[str, Path]]:
     name, is_named, rest = spec.partition("=")
-    if is_named:
-        return [(name.strip(), Path(rest).expanduser())]
     folder = Path(spec).expanduser()
+    if is_named and not folder.is_dir():  # as of runs/lr=1e-5
+        return [(name.strip(), Path(rest).expanduser())]
     found = sorted(path.parent for path in (folder / _SAMPLES).glob(f"*/{SETTINGS_FILE}"))
     return [(path.name, path) for path in found] or [(folder.resolve().name, folder)]
 

@@ -8,7 +8,7 @@ from statistics import mean
 
 from trl_sipo.annotation.agreement import FleissKappa, agreement_with, fleiss_kappa, krippendorff_alpha
 from trl_sipo.annotation.rater_checks import CheckSettings, RaterCheck, check_rater
-from trl_sipo.annotation.records import LEFT, SAMPLE, TIE, Comparison, Study
+from trl_sipo.annotation.records import LEFT, SAMPLE, TIE, Comparison, Rater, Study
 from trl_sipo.annotation.store import Store
 from trl_sipo.annotation.votes import FIRST, SECOND, Judgement, PairVote, group_label, last_judgements, votes, worth
 from trl_sipo.errors import StudyError
@@ -124,8 +124,8 @@ class StudyAnalysis:
 
     @property
     def is_partial(self) -> bool:
-        """Something is not answered yet."""
-        return self.num_answered < self.num_tasks
+        """Something is not answered yet by a rater who is kept."""
+        return any(check.num_answered < check.num_tasks for check in self.checks if not check.reasons)
 
     @property
     def discarded(self) -> list[RaterCheck]:
@@ -153,7 +153,8 @@ def analyse(
         check_rater(rater, len(store.tasks(rater.rater_id)), by_rater[rater.rater_id], checks)
         for rater in store.raters()
     ]
-    kept = {check.rater.rater_id for check in found if not check.reasons}
+    kept = [check.rater for check in found if not check.reasons]
+    kept_ids = {rater.rater_id for rater in kept}
     return StudyAnalysis(
         study=store.study(),
         checks=found,
@@ -161,20 +162,26 @@ def analyse(
         num_tasks=sum(check.num_tasks for check in found),
         num_stored=len(answers),
         num_skipped=len({answer.assignment_id for answer in answers}) - len(judgements),
-        kept=result_of(pairs, [j for j in judgements if j.rater.rater_id in kept], statistics),
-        everyone=result_of(pairs, judgements, statistics),
+        kept=result_of(pairs, kept, [j for j in judgements if j.rater.rater_id in kept_ids], statistics),
+        everyone=result_of(pairs, [check.rater for check in found], judgements, statistics),
     )
 
 
-def result_of(pairs: Sequence[Comparison], judgements: Sequence[Judgement], settings: StatisticsSettings) -> Result:
+def result_of(
+    pairs: Sequence[Comparison],
+    raters: Sequence[Rater],
+    judgements: Sequence[Judgement],
+    settings: StatisticsSettings,
+) -> Result:
     """What some raters say of the pairs.
 
     Args:
         pairs: Without gold ones.
+        raters: Those who were asked, whether or not they answered.
         judgements: Of these raters, all kinds.
     """
     found = votes(pairs, judgements)
-    num_groups = len({judgement.rater.group for judgement in judgements})
+    num_groups = len({rater.group for rater in raters})
     couples = _results(pairs, found, num_groups, settings, lambda pair: None)
     corrected = holm([couple.p_value for couple in couples])
     return Result(

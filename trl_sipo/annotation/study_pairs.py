@@ -10,9 +10,10 @@ import datasets
 
 from trl_sipo.annotation.media import without_filling
 from trl_sipo.annotation.records import TIE, Comparison
-from trl_sipo.annotation.votes import SECOND, PairVote
+from trl_sipo.annotation.votes import FIRST, SECOND, PairVote
 from trl_sipo.errors import StudyError
 from trl_sipo.feedback.feedback import pair_features, write_rows
+from trl_sipo.generation.names import links_out_of
 
 PAIRS_FILE: Final = "pairs.parquet"
 
@@ -58,8 +59,8 @@ def write_preference_pairs(
         min_margin: In [0, 1]; pairs below are dropped.
 
     Raises:
-        StudyError: There is such a file already, the margin is out of range, a file of the study is missing, or no
-            pair is left.
+        StudyError: There is such a file already, the margin is out of range, a file of the study is missing or a link
+            to elsewhere, or no pair is left.
         StorageError: It cannot be written.
     """
     if not 0 <= min_margin <= 1:
@@ -69,7 +70,7 @@ def write_preference_pairs(
         raise StudyError(f"{str(path)!r} is there already, and is not overwritten. Give another --output.")
     decided = [vote for vote in votes if vote.label != TIE]
     agreed = [vote for vote in decided if _share_of_chosen(vote) > 0.5]
-    kept = [vote for vote in agreed if 2 * _share_of_chosen(vote) - 1 >= min_margin]
+    kept = [vote for vote in agreed if _margin(vote) >= min_margin]
     counts = ImportCounts(
         pairs=len(kept),
         ties=len(votes) - len(decided),
@@ -82,14 +83,26 @@ def write_preference_pairs(
     is_video = {vote.pair.is_video for vote in kept}
     if len(is_video) > 1:
         raise StudyError("The study holds images and videos, which are no one dataset. Build a study of each.")
-    for vote in kept:
-        for name in (vote.pair.first_media, vote.pair.second_media):
-            if not (media_folder / name).is_file():
-                raise StudyError(f"The study's file {str(media_folder / name)!r} is missing. Put it back.")
+    _check_files([media_folder / name for vote in kept for name in (vote.pair.first_media, vote.pair.second_media)])
     medium = datasets.Video() if is_video.pop() else datasets.Image()
     features = datasets.Features({**pair_features(medium), "label": datasets.Value("float64")})
     write_rows(path, features, kept, lambda vote: _row(vote, media_folder))
     return counts
+
+
+def _check_files(paths: Sequence[Path]) -> None:
+    """A study may come from others: nothing outside its folder gets into the pairs."""
+    for path in paths:
+        if not path.is_file():
+            raise StudyError(f"The study's file {str(path)!r} is missing. Put it back.")
+        if links_out_of(path.parent, [path]):
+            raise StudyError(f"{str(path)!r} leads out of the study: it is a link. Put the file there.")
+
+
+def _margin(vote: PairVote) -> float:
+    """One division: of three answers against two it is 0.2, where 2 * 0.6 - 1 in floating point is less."""
+    lead = vote.counts[SECOND] - vote.counts[FIRST]
+    return (lead if vote.label == SECOND else -lead) / vote.num_answers
 
 
 def _share_of_chosen(vote: PairVote) -> float:
@@ -104,7 +117,7 @@ def _row(vote: PairVote, media_folder: Path) -> dict[str, Any]:
         "prompt": pair.prompt,
         "chosen": _stored(media_folder, chosen[1]),
         "rejected": _stored(media_folder, rejected[1]),
-        "margin": 2 * share - 1,
+        "margin": _margin(vote),
         "category": pair.category or None,
         "source": f"{chosen[0]} over {rejected[0]}",
         "pair_id": pair.pair_id,

@@ -42,7 +42,7 @@ from trl_sipo.errors import StorageError, StudyError
 AUTO: Final = "auto"
 BETTER, WORSE = "better", "worse"
 
-_GOLD_SHARE, _LEAST_GOLD = 0.05, 2  # of the pairs
+_GOLD_SHARE, _LEAST_GOLD = 0.05, 5  # of the pairs; of fewer, nobody can be told to be careless
 _MIRRORED_SHARE = 0.1  # of a rater's pairs
 _MOST_RATERS = 1000
 _SECONDS_PER_TASK = {False: 10.0, True: 20.0}  # of images and of videos: for the estimate alone
@@ -62,7 +62,7 @@ class BuildSettings:
         max_prompts: So many of them, chosen at random.
         gold: "auto": samples beside the same with blur and noise. A folder: of `better/`, `worse/` and a table of
             prompts. None: there are none.
-        num_gold: Of "auto"; None: a twentieth of the pairs, at least two.
+        num_gold: Of "auto"; None: a twentieth of the pairs, at least five.
         num_mirrored: Pairs that a rater sees a second time with the sides exchanged; None: a tenth of their pairs.
 
     Raises:
@@ -191,7 +191,10 @@ def plan_study(folders: Mapping[str, Path], settings: BuildSettings, prompts: Pa
     pairs += _gold_pairs(pairs, settings)
     if any(pair.samples[0].is_video for pair in pairs):
         check_video_writing()
-    return BuildPlan(replace(settings, study=study), pairs, _notes(sources))
+    notes = _notes_on_files(sources)
+    if first is not None and len(folders) > 2 and (study.tasks_per_rater or len(pairs)) > len(keys):
+        notes.append(_note_on_repetition(first))
+    return BuildPlan(replace(settings, study=study), pairs, notes)
 
 
 def _planned(settings: BuildSettings, pairs: Sequence[SourcePair]) -> Study:
@@ -257,7 +260,7 @@ def _gold_pairs(pairs: Sequence[SourcePair], settings: BuildSettings) -> list[So
     return gold
 
 
-def _notes(sources: Mapping[str, Mapping[str, SourceSample]]) -> list[str]:
+def _notes_on_files(sources: Mapping[str, Mapping[str, SourceSample]]) -> list[str]:
     kinds = {name: Counter(s.path.suffix.lower() for s in samples.values()) for name, samples in sources.items()}
     lossy = [name for name, suffixes in kinds.items() if _LOSSY & set(suffixes)]
     if not lossy or len(lossy) == len(kinds):
@@ -266,6 +269,13 @@ def _notes(sources: Mapping[str, Mapping[str, SourceSample]]) -> list[str]:
         f"The samples of {', '.join(lossy)} were compressed with losses (JPEG) and those of the others were not: "
         "raters may learn to tell the models by that. Draw all alike if you can."
     ]
+
+
+def _note_on_repetition(name: str) -> str:
+    return (
+        f"The samples of {name} come again with every other model, and theirs come once: raters who remember samples "
+        "can tell them. Leave `against` out, build a study for each model, or give raters fewer pairs."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- writing

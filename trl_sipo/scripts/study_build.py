@@ -113,8 +113,8 @@ def run(command: str, argv: list[str]) -> None:
     from trl_sipo.annotation.tasks import build_study, check_output, plan_study
 
     check_output(arguments.output)
-    if arguments.invitations is not None and arguments.invitations.exists():
-        raise StudyError(f"{str(arguments.invitations)!r} is there already, and is not overwritten.")
+    if arguments.invitations is not None:
+        _check_new_file(arguments.invitations)
     plan = plan_study(model_folders(arguments.models), build_settings(arguments), arguments.prompts)
     print(printable(summary(plan)))
     if arguments.dry_run:
@@ -123,6 +123,13 @@ def run(command: str, argv: list[str]) -> None:
     print(f"\nWritten to {printable(arguments.output)}. The tokens are kept nowhere else:")
     tell_tokens(invitations, arguments.invitations)
     print(f"Next:\n  trl-sipo study serve {shlex.quote(str(arguments.output))}")
+
+
+def _check_new_file(file: Path) -> None:
+    if file.exists() or file.is_symlink():
+        raise StudyError(f"{str(file)!r} is there already, and is not overwritten. Give another --invitations.")
+    if not file.absolute().parent.is_dir():
+        raise StudyError(f"There is no folder {str(file.parent)!r} for the invitations. Make it, or give another.")
 
 
 def summary(plan: "BuildPlan") -> str:
