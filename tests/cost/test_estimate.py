@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.adapters.backbone_cases import BACKBONES
 from trl_sipo.cost.architectures import ARCHITECTURES, HUB_MODELS
 from trl_sipo.cost.devices import FAST, GPUS, SLOW, Device, find_gpu
 from trl_sipo.cost.disk import DiskPlan, disk_parts
@@ -283,3 +284,23 @@ def test_gpus_are_found_by_their_names(name):
 def test_gpus_of_no_or_many_such_names(name, message):
     with pytest.raises(ConfigurationError, match=message):
         find_gpu(name)
+
+
+# ------------------------------------------------------------------------------------------------- configuration files
+
+
+def _kinds():
+    """The first tiny pipeline of each class."""
+    return list({case.name.split("-")[0]: case for case in reversed(BACKBONES)}.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _kinds(), ids=lambda case: case.name)
+def test_every_backbone_is_counted_from_its_configuration(case, tmp_path):
+    case.build().save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    frames = case.media_shape[1] if len(case.media_shape) == 4 else 1
+    model = find_model(str(tmp_path), (*case.media_shape[-2:], frames))
+    counts = count(model, StepPlan(lora_rank=2, encodes=True, holds_encoders=True))
+    assert min(counts.trained, counts.first_peak, counts.vae_peak, counts.conditioning, counts.latents) > 0

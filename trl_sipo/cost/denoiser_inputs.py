@@ -116,9 +116,11 @@ def _z_image(sample: Sample, config: Any) -> dict[str, Any]:
 
 def _cogvideox(sample: Sample, config: Any) -> dict[str, Any]:
     channels, frames, height, width = sample.latents
+    together = config.patch_size_t or 1  # frames in a token: two in CogVideoX 1.5, which are filled up
+    frames += -frames % together
     rotary = None
     if config.use_rotary_positional_embeddings:
-        rotary = (sample.positions(frames * height * width // 4, config.attention_head_dim),) * 2
+        rotary = (sample.positions(frames // together * height * width // 4, config.attention_head_dim),) * 2
     return {
         "hidden_states": sample.random(frames, channels, height, width),
         "timestep": (999 * sample.level()).long(),

@@ -144,7 +144,7 @@ def configured_model(name: str, size: Size = (None, None, None), **hub_kwargs: A
             denoiser=type(denoiser).__name__,
             parameters=sum(parameter.numel() for parameter in denoiser.parameters()) / 1e9,
             size=(height, width, frames),
-            latents=adapter.latent_shape(height, width, frames),
+            latents=_with_frames(adapter, adapter.latent_shape(height, width, frames)),
             text_tokens=_TEXT_TOKENS[adapter.pipeline_class_name],
             config=_own_configuration(denoiser),
         ),
@@ -158,6 +158,14 @@ def configured_model(name: str, size: Size = (None, None, None), **hub_kwargs: A
         num_denoisers=1 if experts is None else len(experts),
         source=CONFIGURED,
     )
+
+
+def _with_frames(adapter: BackboneAdapter, latents: tuple[int, ...]) -> tuple[int, ...]:
+    """(C, 1, h, w) of an image model whose VAE and denoiser take videos (Qwen-Image)."""
+    has_frames = any(
+        len(known.latents) == 4 for known in ARCHITECTURES.values() if known.pipeline == adapter.pipeline_class_name
+    )
+    return (latents[0], 1, *latents[1:]) if has_frames and len(latents) == 3 else latents
 
 
 def _weightless_pipeline(name: str, hub_kwargs: dict[str, Any]) -> Any:
@@ -184,15 +192,15 @@ def _weightless_pipeline(name: str, hub_kwargs: dict[str, Any]) -> Any:
 
 
 def _small_component(name: str, part: str, origin: list[str], hub_kwargs: dict[str, Any]) -> Any:
-    """A scheduler, tokenizer or processor.
+    """A scheduler, tokenizer, processor or guider: anything of the libraries that has no weights.
 
     Raises:
         BackboneError: It cannot be read.
     """
     library, class_name = origin
     component_class = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, None)
-    kinds = (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
-    if not (isinstance(component_class, type) and issubclass(component_class, kinds)):
+    is_module = isinstance(component_class, type) and issubclass(component_class, nn.Module)
+    if is_module or not hasattr(component_class, "from_pretrained"):
         raise BackboneError(f"The {part} of {name!r} is a {class_name!r:.80} of {library!r:.80}, which is not known.")
     try:
         return cast(Any, component_class).from_pretrained(name, subfolder=part, **hub_kwargs)
