@@ -3,6 +3,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -254,13 +255,15 @@ def test_own_samples_are_the_scale(material, tmp_path, capsys):
     assert "beside that on its own samples of the same prompts: +0%" in capsys.readouterr().out
 
 
-def test_sources_are_told_apart(material, tmp_path):
+def test_sources_are_told_apart(material, tmp_path, capsys):
     """A part that is what the other is not: the shares of the parts make up that of the whole."""
-    pictures = [row["chosen"] for row in preference_pairs(6)]
-    data = _rows_of(tmp_path / "data", pictures, source=["old", "new"] * 3, camera=["one"] * 6)
-    argv = [*_argv(material, "epsilon", num_pairs=6), "--dataset_name", str(data)]
-    report = _report(argv, tmp_path / "report")
-    parts = [_group(report, f"chosen, {source}") for source in ("old", "new")]
+    pictures, hostile = [row["chosen"] for row in preference_pairs(6)], "\x1b[2Jnew"
+    data = _rows_of(tmp_path / "data", pictures, source=["old", hostile] * 3, camera=["one"] * 6)
+    argv = [*_argv(material, "epsilon", num_pairs=6, num_levels=4), "--dataset_name", str(data)]
+    report = _report([*argv, "--on_policy", "2", "--num_inference_steps", "1"], tmp_path / "report")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "error on 'chosen, \\x1b[2Jnew'" in printed
+    parts = [_group(report, f"chosen, {source}") for source in ("old", hostile)]
     assert [part["samples"] for part in parts] == [3, 3]
     means = [part["mean_weight"] for part in parts]
     assert sum(means) / 2 == pytest.approx(_group(report, "chosen")["mean_weight"]) and means[0] != means[1]
@@ -315,6 +318,13 @@ def test_a_tuned_pipeline_is_measured_beside_the_model(material, tmp_path, capsy
     assert both["adapter"]["levels"] == alone["levels"] != both["levels"]
     assert main([*_argv(material, "epsilon"), "--adapter", str(material / "v_prediction")]) == 2
     assert "one was not tuned from the other" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody can write")
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(material, capsys):
+    assert main([*_argv(material, "epsilon"), "--output", "/proc/self"]) == 2
+    errors = capsys.readouterr().err
+    assert "nothing can be written there" in errors and "Encoding" not in errors
 
 
 def test_own_clips(material, tmp_path):

@@ -337,6 +337,7 @@ MISTAKES = {
     "options": (("--reward_options", '{"x": {}}'), "are given for x"),
     "split": (("--held_out_split", "tset"), "tset"),
     "video reward": (("--rewards", "motion"), "scores videos"),
+    "model": (("--model_name_or_path", "./nothing"), "nothing"),
 }
 
 
@@ -346,7 +347,7 @@ def test_mistakes_exit_with_2_in_one_line(case, photographs, tmp_path, capsys):
     assert main(["audit", "data", "--dataset_name", str(_written(photographs[:2], tmp_path / "data")), *options]) == 2
     errors = capsys.readouterr().err
     (line,) = [line for line in errors.splitlines() if line.startswith("trl-sipo audit: ")]
-    assert message in line
+    assert message in line and "row/s" not in errors  # before any row is looked at
 
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_read(photographs, tmp_path, capsys):
@@ -356,10 +357,12 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_read(photographs
     assert "cannot be made" in capsys.readouterr().err
 
 
-def test_prompts_cannot_steer_the_terminal_or_the_page(photographs, tmp_path, capsys):
+def test_prompts_and_columns_cannot_steer_the_terminal_or_the_page(photographs, tmp_path, capsys):
     hostile = "\x1b[2J<script>alert(1)</script>"
     rows = [{**row, "prompt": hostile} for row in photographs[:24]]
-    report = _report(_written(rows, tmp_path / "data"), tmp_path / "out")
+    scores = {f"chosen_{hostile}": 12 * [5.0, 0.01], f"rejected_{hostile}": 24 * [0.0]}  # half of them near-ties
+    report = _report(_written(rows, tmp_path / "data", **scores), tmp_path / "out")
     assert _named(report, "one prompt dominates")["count"] == 24
+    assert f"near-ties by {hostile}" in report["verdict"]
     assert "\x1b" not in capsys.readouterr().out
     assert "<script>" not in (tmp_path / "out" / "data.html").read_text()

@@ -80,14 +80,14 @@ def test_published_values_for_stable_diffusion_are_in_the_range_of_its_published
     words = {beta: verdict(beta, found)[0] for beta in (2, 20, 1000, 2000, 5000, 10000, 1e6)}
     assert words[1000] == words[2000] == words[5000] == "good"
     assert words[2] == words[20] == "far_too_small"
-    assert words[10000] == "large" and words[1e6] == "far_too_large"
+    assert words[10000] == "rather_large" and words[1e6] == "far_too_large"
 
 
 def test_what_is_said_of_a_beta():
     errors = torch.full((4, 6), 0.05)
     found = beta_range(margin_scale(errors, errors, list("abcdef")))
     assert found.low == pytest.approx(SATURATED_LOGIT / 0.01) and rounded(found.low) == "460"
-    cases = {4: "far_too_small", 200: "small", 2000: "good", 20_000: "large", 200_000: "far_too_large"}
+    cases = {4: "far_too_small", 200: "rather_small", 2000: "good", 20_000: "rather_large", 200_000: "far_too_large"}
     for beta, word in cases.items():
         found_word, sentence = verdict(beta, found)
         assert found_word == word and f"beta = {beta:g}" in sentence and "460 to 9200" in sentence

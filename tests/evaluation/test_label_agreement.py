@@ -49,7 +49,15 @@ def test_rewards_that_share_their_errors_make_labels_look_noisier():
 
 def test_all_labels_turned():
     votes = _votes(500, (1.0, 0.05, 0.05))
-    assert turned_labels(votes, list(range(500)))["first and second"]["estimate"] > 0.95
+    found = turned_labels(votes, list(range(500)))["first and second"]
+    assert 0.9 < found["low"] <= found["estimate"] <= found["high"] <= 1 and found["estimate"] > 0.95
+
+
+@pytest.mark.parametrize("error", [0.0, 0.02, 0.3, 0.45, 0.6, 0.98, 1.0])
+def test_an_estimate_lies_in_its_interval(error):
+    """Whether few or most of the labels are turned."""
+    found = turned_labels(_votes(300, (error, 0.1, 0.1)), list(range(300)))["first and second"]
+    assert 0 <= found["low"] <= found["estimate"] <= found["high"] <= 1
 
 
 def test_none_turned_may_have_been_missed():
@@ -98,11 +106,12 @@ EASY = Interval(0.97, 0.93, 0.99)
         (_turned(0.02, 0.0, 0.04), EASY, 0.0, None, "try a negative one, down to -1"),
         (_turned(0.1, 0.02, 0.2), EASY, None, 0.1, "compare `poly_alpha` 0 and 8"),
         (_turned(0.9, 0.8, 0.95), None, None, None, "Turn them around"),
+        (_turned(0.52, 0.3, 0.6), None, 8.0, None, "treat the cause"),
         (_turned(0.4, 0.2, 0.5), None, 8.0, None, "treat the cause"),
     ],
-    ids=["nothing", "noisy", "clean", "easy", "neither", "turned", "too noisy to say how much"],
+    ids=["nothing", "noisy", "clean", "easy", "neither", "turned", "perhaps turned", "too noisy to say how much"],
 )
 def test_advice(turned, easiest, alpha, smoothing, words):
     advice = advise(turned, easiest)
     assert advice.poly_alpha == alpha and advice.label_smoothing == smoothing and words in advice.words
-    assert ("rule of thumb" in advice.words) == (bool(turned) and turned["first and second"]["estimate"] < 0.5)
+    assert ("rule of thumb" in advice.words) == (bool(turned) and turned["first and second"]["low"] <= 0.5)

@@ -131,7 +131,8 @@ def beta_grid(middle: float) -> list[float]:
 
 
 def verdict(beta: float, found: BetaRange) -> tuple[str, str]:
-    """What to think of a beta: a word ("good", "small", "far_too_small", "large" or "far_too_large"), and why.
+    """What to think of a beta: a word ("good", "rather_small", "far_too_small",
+    "rather_large" or "far_too_large"), and why.
 
     Args:
         beta: In the Diffusion-DPO convention.
@@ -149,9 +150,10 @@ def verdict(beta: float, found: BetaRange) -> tuple[str, str]:
                 "the whole error, which no model does. Only SIPO's mask brakes the push; without it a long run "
                 "collapses."
             )
-        return "small", (
-            f"beta = {beta:g} is small, below the recommended {span}: {typical}. It learns fast and drifts far: watch "
-            "`drift/chosen_error`, and stop early."
+        return "rather_small", (
+            f"beta = {beta:g} is smaller than recommended, {span}: {typical}. No fault of a run that is short, or "
+            "stopped by its held-out pairs, which may do best there; a long one has little to hold it: watch "
+            "`drift/chosen_error`."
         )
     ratio = beta / found.high
     if ratio > _FAR:
@@ -159,8 +161,8 @@ def verdict(beta: float, found: BetaRange) -> tuple[str, str]:
             f"beta = {beta:g} is FAR TOO LARGE, {ratio:.0f} times above the recommended {span}: {typical}, which is "
             "less than the noise of a few steps. Pairs are let go before they have taught anything."
         )
-    return "large", (
-        f"beta = {beta:g} is large, above the recommended {span}: {typical}. It learns little, and stays close to the "
+    return "rather_large", (
+        f"beta = {beta:g} is larger than recommended, {span}: {typical}. It learns less, and stays close to the "
         "reference."
     )
 

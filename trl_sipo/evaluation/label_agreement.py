@@ -105,18 +105,24 @@ def turned_labels(
         draws = np.random.default_rng(seed).multinomial(
             len(counts), np.full(len(counts), 1 / len(counts)), _NUM_RESAMPLES
         )
-        resampled = [_turned(sums @ draw / (counts @ draw)) for draw in draws]
-        # A resample in which the rewards do not agree says nothing of the labels: they may be turned or not.
-        lows = [0.0 if value is None else value for value in resampled]
-        highs = [0.5 if value is None else value for value in resampled]
+        low, high = _percentiles([_turned(sums @ draw / (counts @ draw)) for draw in draws], estimate)
+        # Where none is seen to be turned no resample has one either: so rare an event may have been missed. So may a
+        # label that is right where all seem to be turned.
+        missed = min(0.5, -math.log(0.025) / len(counts))
         found[f"{first} and {second}"] = {
             "estimate": estimate,
-            "low": float(np.quantile(lows, 0.025)),
-            # Where none is seen to be turned no resample has one either: so rare an event may have been missed.
-            "high": min(0.5, max(float(np.quantile(highs, 0.975)), -math.log(0.025) / len(counts))),
+            "low": min(low, 1 - missed),
+            "high": max(high, missed),
             "num_pairs": len(told),
         }
     return found
+
+
+def _percentiles(resampled: Sequence[float | None], estimate: float) -> tuple[float, float]:
+    """Of 95 %. A resample in which the rewards do not agree says nothing of the labels but on which side they are."""
+    side = (0.0, 0.5) if estimate <= 0.5 else (0.5, 1.0)
+    lows, highs = ([unknown if value is None else value for value in resampled] for unknown in side)
+    return float(np.quantile(lows, 0.025)), float(np.quantile(highs, 0.975))
 
 
 def _by_prompt(products: np.ndarray, prompts: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +177,7 @@ def advise(turned: Mapping[str, Mapping[str, float]], easiest: Interval | None) 
     found = f"About {estimate:.0%} of the labels look turned ({low:.0%} to {high:.0%}, by {', '.join(turned)})."
     rule = f"The bounds, {CLEAN:.0%} and {NOISY:.0%}, are a rule of thumb, no published result."
     smoothing = round(estimate, 3) if high < 0.45 and estimate > CLEAN else None
-    if estimate > 0.5:
+    if low > 0.5:
         return Advice(f"{found} Turn them around before anything else.")
     if low > NOISY:
         words = (

@@ -27,7 +27,13 @@ from trl_sipo.scripts.audit_inputs import (
     training_settings,
     with_adapter,
 )
-from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
+from trl_sipo.scripts.audit_report import (
+    prepare_output,
+    print_sentences,
+    print_tables,
+    recorded_command,
+    write_audit,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +106,7 @@ def run(command: str, argv: list[str]) -> None:
     shared = settings_of(arguments, adapter, settings, audited, size, len(pairs)) | {"latent_dims": latent_dims}
     report = {"command": recorded_command(command, argv), "settings": shared, **found}
     tables = tables_of(report)
-    print(*report["reading"], sep="\n")
+    print_sentences(report["reading"])
     print_tables(tables)
     print(f"\n{settings_words(shared)}.")
     if arguments.output is not None:
@@ -145,7 +151,7 @@ def numbers(
             name: as_numbers(getattr(real, name)) for name in ("accuracy", "chosen_drift", "rejected_drift")
         }
         report["adapter"]["margin_by_level"] = real.margin.mean(1).tolist()
-    report["reading"] = reading(arguments, scale, found, given, real, latent_dims)
+    report["reading"] = reading(arguments, audited, scale, found, given, real, latent_dims)
     if given is not None:
         from trl_sipo.evaluation.beta_range import verdict
 
@@ -208,6 +214,7 @@ def level_rows(audited: AuditedLevels, scale: "MarginScale", given: float | None
 
 def reading(
     arguments: argparse.Namespace,
+    audited: AuditedLevels,
     scale: "MarginScale",
     found: "BetaRange",
     given: float | None,
@@ -230,14 +237,20 @@ def reading(
         f"the other at {LEAST_DRIFT:.0%}. The margin moves by {ends.estimate:.3g} [{ends.low:.3g}, {ends.high:.3g}] "
         "a beta and unit of drift."
     )
-    levels = scale.by_level
-    sentences.append(
-        f"From the cleanest to the noisiest level the scale falls from {levels[0]:.2g} to {levels[-1]:.2g}: clean "
-        "levels are let go first, and noisy ones are pushed on."
-    )
+    sentences.append(level_words(scale.by_level, audited))
     if real is not None:
         sentences.append(adapter_words(real))
     return sentences
+
+
+def level_words(scale: Sequence[float], audited: AuditedLevels) -> str:
+    """Which levels are let go first: the clean ones of noise prediction, and others of other kinds of models."""
+    largest, smallest = scale.index(max(scale)), scale.index(min(scale))
+    first, last = (f"{audited.unit} {audited.shown(place)}" for place in (largest, smallest))
+    return (
+        f"The scale is largest, {scale[largest]:.2g}, at {first}, where pairs are let go first, and smallest, "
+        f"{scale[smallest]:.2g}, at {last}, where they are pushed longest ({audited.unit} 0 is clean)."
+    )
 
 
 def mix_up_words(arguments: argparse.Namespace, names: Sequence[str]) -> str:

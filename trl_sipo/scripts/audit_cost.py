@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from trl_sipo.errors import ConfigurationError
 from trl_sipo.printing import ArgumentParser
-from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
+from trl_sipo.scripts.audit_report import (
+    prepare_output,
+    print_sentences,
+    print_tables,
+    recorded_command,
+    write_audit,
+)
 from trl_sipo.trainer.methods import METHODS
 
 if TYPE_CHECKING:
@@ -330,8 +336,7 @@ def audit(
         part_table("Disk", disk, disk_note(disk, training)),
     ]
     sentences = [*known_sentences(model, plan, counts, local), *advice_lines(rows)]
-    for sentence in sentences:
-        print(sentence)
+    print_sentences(sentences)
     print_tables(tables)
     if options.output is not None:
         report = report_of(training, around, plan, counts, rows, disk, local)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trl_sipo.errors import ConfigurationError, StorageError
-from trl_sipo.printing import ArgumentParser, printable
+from trl_sipo.printing import ArgumentParser
 from trl_sipo.scripts.audit_data_report import figures_of, report_of, tables_of
 from trl_sipo.scripts.audit_inputs import (
     add_data_options,
@@ -27,7 +27,13 @@ from trl_sipo.scripts.audit_inputs import (
     settings_of,
     training_settings,
 )
-from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
+from trl_sipo.scripts.audit_report import (
+    prepare_output,
+    print_sentences,
+    print_tables,
+    recorded_command,
+    write_audit,
+)
 from trl_sipo.scripts.sampling_options import add_reward_options, check_sampling_options, opened_rewards
 
 if TYPE_CHECKING:
@@ -116,18 +122,24 @@ def run(command: str, argv: list[str]) -> None:
     if arguments.model_name_or_path is not None:
         training_settings(arguments)
     from trl_sipo.data.cache.dataset import CachedPairs
+    from trl_sipo.scripts.audit_data_scores import check_media
 
     rows = load_rows(arguments)
     with ExitStack() as stack:
         if isinstance(rows, CachedPairs):
             refuse_for_cache(arguments)
+        # All that may be missing is opened before any row is looked at, which may take hours.
+        adapter = load_adapter(arguments) if arguments.model_name_or_path is not None else None
+        if isinstance(rows, CachedPairs):
             evidence, found, shortcuts = of_cache(rows), None, []
         else:
+            held_out = held_out_rows(arguments)
             rewards = opened_rewards(arguments, scores_cache(arguments, stack), stack)
+            check_media(rows, rewards)
             found = checked(rows, arguments)
-            evidence, shortcuts = of_rows(rows, found, arguments)
+            evidence, shortcuts = of_rows(rows, found, held_out, arguments)
             scored(rows, found, evidence, arguments, rewards)
-    implicit = seen_by_model(arguments, rows, evidence) if arguments.model_name_or_path is not None else None
+    implicit = None if adapter is None else seen_by_model(arguments, adapter, rows, evidence)
     report = report_of(evidence, found, shortcuts, implicit)
     tables = tables_of(report)
     settings = (implicit or {}).get("settings", {"dataset_split": arguments.dataset_split})
@@ -142,12 +154,9 @@ def run(command: str, argv: list[str]) -> None:
 
 def tell(report: dict[str, Any]) -> None:
     """Print the verdict, what was found with the ways out, and the advice."""
-    print(report["verdict"], end="\n\n")
-    for finding in report["findings"]:
-        print(printable(finding_words(finding, "\n       ")))
-    print(f"\nFor Poly-DPO: {report['advice']['words']}")
-    for sentence in report["cannot_know"]:
-        print(f"Note: {sentence}")
+    found = [finding_words(finding, "\n       ") for finding in report["findings"]]
+    notes = [f"Note: {sentence}" for sentence in report["cannot_know"]]
+    print_sentences([report["verdict"], "", *found, "", f"For Poly-DPO: {report['advice']['words']}", *notes])
 
 
 def finding_words(finding: dict[str, Any], separator: str = " ") -> str:
@@ -189,7 +198,30 @@ def checked(rows: Any, arguments: argparse.Namespace, *, measure_features: bool 
     return check_data(rows, options)
 
 
-def of_rows(rows: Any, found: "DataCheck", arguments: argparse.Namespace) -> tuple[Evidence, list[Any]]:
+def held_out_rows(arguments: argparse.Namespace) -> Any:
+    """The held-out pairs as they are stored; None: none are named.
+
+    Raises:
+        ConfigurationError: They are a cache.
+        DatasetError: There are none.
+    """
+    from trl_sipo.data.cache.dataset import CachedPairs
+
+    if arguments.held_out_name is None and arguments.held_out_split is None:
+        return None
+    other = argparse.Namespace(**vars(arguments))
+    other.dataset_name = arguments.held_out_name or arguments.dataset_name
+    other.dataset_split = arguments.held_out_split or "test"
+    rows = load_rows(other)
+    if isinstance(rows, CachedPairs):
+        raise ConfigurationError(
+            f"`--held_out_name {other.dataset_name}` is a cache, which has no pictures to compare with. Give the data "
+            "that it was made of."
+        )
+    return rows
+
+
+def of_rows(rows: Any, found: "DataCheck", held_out: Any, arguments: argparse.Namespace) -> tuple[Evidence, list[Any]]:
     """What the rows say by themselves, and beside the held-out ones."""
     from trl_sipo.data.checking.features import FEATURES
     from trl_sipo.evaluation.data_findings import row_findings, shortcut_findings
@@ -212,8 +244,8 @@ def of_rows(rows: Any, found: "DataCheck", arguments: argparse.Namespace) -> tup
         arms = [np.where(is_first[:, None], features[:, one], features[:, 1 - one]) for one in (0, 1)]
         shortcuts = find_shortcuts(tuple(FEATURES), *arms, prompts)
         findings += shortcut_findings(shortcuts)
-    if arguments.held_out_name is not None or arguments.held_out_split is not None:
-        findings += held_out_findings(found, arguments, folder)
+    if held_out is not None:
+        findings += held_out_findings(found, held_out, arguments, folder)
     return evidence, shortcuts
 
 
@@ -242,15 +274,14 @@ def prompt_finding(rows: Any, found: "DataCheck") -> "Finding | None":
     return dominant_prompt(int(counts.max()), len(hashes), prompt[:_LONGEST_PROMPT])
 
 
-def held_out_findings(found: "DataCheck", arguments: argparse.Namespace, folder: Path) -> list["Finding"]:
+def held_out_findings(
+    found: "DataCheck", held_out: Any, arguments: argparse.Namespace, folder: Path
+) -> list["Finding"]:
     """What the rows share with the held-out ones, to the bit."""
     from trl_sipo.data.checking.check import ListedRows
     from trl_sipo.evaluation.data_findings import Overlap, overlap_findings
 
-    other = argparse.Namespace(**vars(arguments))
-    other.dataset_name = arguments.held_out_name or arguments.dataset_name
-    other.dataset_split = arguments.held_out_split or "test"
-    held = checked(load_rows(other), arguments, measure_features=False).judgements
+    held = checked(held_out, arguments, measure_features=False).judgements
     own = found.judgements
     media = np.concatenate([held.first, held.second])
     shares_media = np.isin(own.first, media) | np.isin(own.second, media)
@@ -341,7 +372,7 @@ def of_cache(rows: Any) -> Evidence:
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def seen_by_model(arguments: argparse.Namespace, rows: Any, evidence: Evidence) -> dict[str, Any] | None:
+def seen_by_model(arguments: argparse.Namespace, adapter: Any, rows: Any, evidence: Evidence) -> dict[str, Any] | None:
     """The model's errors on both arms, and on the chosen one with another caption; adds its votes and findings."""
     from trl_sipo.data.cache.dataset import CachedPairs
     from trl_sipo.evaluation.data_findings import caption_finding, implicit_finding
@@ -349,7 +380,6 @@ def seen_by_model(arguments: argparse.Namespace, rows: Any, evidence: Evidence) 
 
     if not len(evidence.rows):
         return None
-    adapter = load_adapter(arguments)
     settings = training_settings(arguments, rows)
     size = settings.size or adapter.default_size
     adapter.validate_size(*size, settings.num_frames)

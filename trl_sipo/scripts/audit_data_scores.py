@@ -58,7 +58,6 @@ def reward_differences(
     """What each reward makes of the first arm minus what it makes of the second, larger is better.
 
     Raises:
-        ConfigurationError: Latents, or a reward that does not take what the arms are.
         DatasetError, RewardError: A prompt or medium that it cannot score, or a scorer that failed.
     """
     from tqdm.auto import tqdm
@@ -66,7 +65,6 @@ def reward_differences(
     from trl_sipo.data.formats import read_prompt, without_decoding
     from trl_sipo.rewards.media import check_scores
 
-    _check_media(fmt, rewards, "video" if is_video else "image")
     stored = without_decoding(rows.select_columns([fmt.prompt, *fmt.media_columns]).with_format(None))
     differences: dict[str, list[np.ndarray]] = {reward.info.name: [] for reward in rewards}
     with tqdm(total=len(numbers), desc="Scoring pairs") as progress:
@@ -88,9 +86,23 @@ def reward_differences(
     return {name: np.concatenate(parts) for name, parts in differences.items()}
 
 
-def _check_media(fmt: "PreferenceFormat", rewards: Sequence["Reward"], kind: str) -> None:
+def check_media(rows: Any, rewards: Sequence["Reward"]) -> None:
+    """See by the first row whether the rewards take what the arms are, before all of them are read.
+
+    Raises:
+        ConfigurationError: Latents, or a reward of something else.
+        DatasetError: Columns of no known format.
+    """
+    from trl_sipo.data.checking.rows import is_of_videos
+    from trl_sipo.data.formats import detect_format, without_decoding
+
+    fmt = detect_format(rows.column_names)
+    if not rewards or not len(rows):
+        return
     if fmt.holds_latents:
         raise ConfigurationError("`--rewards` score pictures, and the data holds latents. Leave them out.")
+    first = without_decoding(rows.select_columns(list(fmt.media_columns)).with_format(None))[0]
+    kind = "video" if any(is_of_videos(first[column]) for column in fmt.media_columns) else "image"
     for reward in rewards:
         if kind not in reward.info.media:
             takes = " and ".join(f"{name}s" for name in sorted(reward.info.media))

@@ -3,6 +3,7 @@
 
 import json
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ def prepare_output(output: Path | None) -> bool:
     """Make the folder before anything long begins; returns whether figures can be drawn, and says so where not.
 
     Raises:
-        ConfigurationError: The folder cannot be made.
+        ConfigurationError: The folder cannot be made, or nothing can be written there.
     """
     if output is None:
         return False
@@ -31,8 +32,12 @@ def prepare_output(output: Path | None) -> bool:
 
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as file:
+            file.write(b"a full disk takes a name, and no content")
     except OSError as error:
-        raise ConfigurationError(f"`--output {output}` cannot be made: {error}. Give another folder.") from error
+        raise ConfigurationError(
+            f"`--output {output}` cannot be made, or nothing can be written there: {error}. Give another folder."
+        ) from error
     try:
         check_plotting()
     except ConfigurationError as error:
@@ -41,18 +46,24 @@ def prepare_output(output: Path | None) -> bool:
     return True
 
 
+def print_sentences(sentences: Sequence[str]) -> None:
+    """One below the other; names of columns and sources are the data's, and steer no terminal."""
+    for sentence in sentences:
+        print(printable(sentence))
+
+
 def print_tables(tables: Sequence["Table"]) -> None:
     """The tables as plain text, each under its title."""
     for table in tables:
         cells = [list(table.header), *[[printable(cell) for cell in row] for row in table.rows]]
         widths = [max(len(row[column]) for row in cells) for column in range(len(table.header))]
-        print(f"\n{table.title}")
+        print(f"\n{printable(table.title)}")
         for row in cells:
             first, *others = zip(row, widths, strict=True)
             line = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
             print("  ".join(line).rstrip())
         if table.note:
-            print(table.note)
+            print(printable(table.note))
 
 
 def write_audit(

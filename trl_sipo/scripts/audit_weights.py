@@ -35,7 +35,13 @@ from trl_sipo.scripts.audit_inputs import (
     training_settings,
     with_adapter,
 )
-from trl_sipo.scripts.audit_report import prepare_output, print_tables, recorded_command, write_audit
+from trl_sipo.scripts.audit_report import (
+    prepare_output,
+    print_sentences,
+    print_tables,
+    recorded_command,
+    write_audit,
+)
 from trl_sipo.scripts.audit_weight_curve import describe, find_regions, level_rows, table
 
 if TYPE_CHECKING:
@@ -354,7 +360,8 @@ def run(command: str, argv: list[str]) -> None:
     shared |= {"importance_steps": settings.importance_steps, "mask_threshold": threshold, "own_samples": num_samples}
     report = {"command": recorded_command(command, argv), "settings": shared, **report}
     tables = [group_table(report["groups"]), clip_range_table(report["clip_ranges"])]
-    print(table(report["levels"], audited.unit), "", *report["reading"], sep="\n")
+    print(table(report["levels"], audited.unit), end="\n\n")
+    print_sentences(report["reading"])
     print_tables(tables)
     words = settings_words(shared)
     grid = f"neighbours on a grid of {settings.importance_steps} steps, masked below w = {threshold:.4g}"
