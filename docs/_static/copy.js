@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A button on every block of code that copies its text. Without a clipboard (plain http) no button is shown.
+// A button on every block of code that copies its text; none on formulas and outputs, which have no language. Without a
+// clipboard (plain http) no button is shown.
 document.addEventListener("DOMContentLoaded", () => {
   if (!navigator.clipboard) return;
   for (const block of document.querySelectorAll("article div.highlight > pre")) {
+    if (block.closest(".highlight-none")) continue;
     const button = document.createElement("button");
     button.type = "button";
     button.className = "copy";

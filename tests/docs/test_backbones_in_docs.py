@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 import types
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,7 @@ def _code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
+@cache
 def _adapters(case_name: str) -> list[BackboneAdapter]:
     """Of all rows of one model: with other schedulers, without parts that it may lack, ..."""
     return [adapter_for(case.build()) for case in CASES if case.name.split("-")[0] == case_name]

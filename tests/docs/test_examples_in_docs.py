@@ -89,10 +89,10 @@ def test_the_audits_of_the_documentation(tmp_path, capsys):
     assert len(commands) == 2
     for program, command, *words in commands:
         assert program == "trl-sipo"
-        few = ["--num_levels", "5", "--num_inference_steps", "2"]
+        few = ["--num_pairs", "2", "--on_policy", "2", "--num_levels", "2", "--num_inference_steps", "1"]
         assert main([command, *(tiny.get(word, word) for word in words), *few]) == 0
         assert "Masked: " in capsys.readouterr().out
-    assert json.loads((tmp_path / "audit" / "weights.json").read_text())["settings"]["num_pairs"] == 8
+    assert json.loads((tmp_path / "audit" / "weights.json").read_text())["settings"]["num_pairs"] == 2
 
 
 def test_the_published_dataset_of_the_documentation(tmp_path, capsys):
