@@ -138,6 +138,7 @@ def test_a_study_without_answers_exports_a_header(tmp_path, models, capsys):
         (["export", "STUDY", "--output", "answers.txt"], "must end with .csv or .jsonl"),
         (["import", "STUDY", "--output", "pairs"], "Nobody has judged"),
         (["invite", "STUDY", "--name", "rater-01", "--group", "1"], "already"),
+        (["invite", "STUDY", "--name", "anna", "--group", "33"], "no group 33: its groups are 1, 2, 3"),
         (["unknown"], "Unknown command 'unknown' of study"),
     ],
 )

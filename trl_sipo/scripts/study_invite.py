@@ -2,8 +2,10 @@
 """`trl-sipo study invite`: one more rater, or a new token for one who lost theirs."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from trl_sipo.errors import StudyError
 from trl_sipo.printing import ArgumentParser, printable
 
 
@@ -26,7 +28,7 @@ def run(command: str, argv: list[str]) -> None:
     """Print the token, which is kept nowhere else.
 
     Raises:
-        StudyError: There is no such study or rater, or the name is used.
+        StudyError: There is no such study, rater or group, or the name is used.
         StorageError: The study cannot be written.
     """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
@@ -38,7 +40,14 @@ def run(command: str, argv: list[str]) -> None:
     elif arguments.replaces is not None:
         token = store.replace_rater(arguments.replaces, arguments.name)
     else:
+        _check_group(arguments.group, sorted({rater.group for rater in store.raters()}))
         token = store.invite(arguments.name, arguments.group)
     group = next(rater.group for rater in store.raters() if rater.name == arguments.name)
     store.close()
     print(f"{printable(arguments.name)}  group {group}  {token}")
+
+
+def _check_group(group: int, groups: Sequence[int]) -> None:
+    """A new group would change of how many groups a majority is needed, which was set when the study was built."""
+    if group not in groups:
+        raise StudyError(f"The study has no group {group}: its groups are {', '.join(map(str, groups))}.")
