@@ -406,7 +406,8 @@ class Store:
             yield
         except sqlite3.OperationalError as error:  # locked, no space left, read-only, not to be opened
             raise StorageError(
-                f"The study {str(self.path)!r} cannot be {action}: {error}. What was acknowledged is kept."
+                f"The study {str(self.path)!r} cannot be {action}: {error}. What was acknowledged is kept. See that "
+                "its disk has room and that its folder can be written, which reading needs too, and try again."
             ) from error
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{str(self.path)!r} is no study, or damaged: {error}. Take a copy of it.") from error
