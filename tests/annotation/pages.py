@@ -85,8 +85,9 @@ class RaterPage:
         return self.ready()
 
     def ready(self) -> "RaterPage":
-        """Wait until a pair is shown."""
+        """Wait until a pair is shown, and takes an answer."""
         expect(self.locate("#arms")).to_have_attribute("aria-busy", "false")
+        expect(self.locate("#answers")).to_have_attribute("aria-busy", "false")
         return self
 
     def press(self, key: str) -> "RaterPage":

@@ -30,10 +30,10 @@ def label_words(root, *options):
     )
 
 
-def session_of(root, **changes):
+def session_of(root, **options):
     """A label session without a server."""
-    options = {"title": "Label", "question": "Which?", "prompts": root / "prompts.csv", "allows_tie": True}
-    return open_session({"base": root / "base", "tuned": root / "tuned"}, root / "labels", **{**options, **changes})
+    folders = {"base": root / "base", "tuned": root / "tuned"}
+    return open_session(folders, root / "labels", **{"prompts": root / "prompts.csv", **options})
 
 
 def prefer(session, model, *, ties=0):
@@ -78,12 +78,59 @@ def test_a_label_session_is_not_confused_with_another_study(tmp_path):
     folders = model_folders(tmp_path, models=("base", "tuned", "other"))
     session_of(tmp_path)
     with pytest.raises(StudyError, match="a label session of base and tuned, not of base and other"):
-        open_session(
-            {"base": folders["base"], "other": folders["other"]}, tmp_path / "labels", title="t", question="q",
-            prompts=None, allows_tie=True,
-        )  # fmt: skip
+        open_session({"base": folders["base"], "other": folders["other"]}, tmp_path / "labels")
     with pytest.raises(StudyError, match="Two folders are compared, and these are 3"):
-        open_session(folders, tmp_path / "more", title="t", question="q", prompts=None, allows_tie=True)
+        open_session(folders, tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"title": "Other"}, "--title"),
+        ({"question": "Other?"}, "--question"),
+        ({"allows_tie": False}, "--no_tie"),
+    ],
+)
+def test_a_session_that_is_there_says_what_it_said(tmp_path, options, problem):
+    model_folders(tmp_path)
+    first = session_of(tmp_path, question="Which?")
+    assert not session_of(tmp_path).is_new and not session_of(tmp_path, question="Which?").is_new
+    token = session_of(tmp_path).token
+    with pytest.raises(StudyError, match=f"begun with another {problem}"):
+        session_of(tmp_path, **options)
+    assert first.store.rater_of(token) is not None  # the link that is in use stays good
+
+
+def test_a_session_does_not_go_on_with_other_files(tmp_path):
+    model_folders(tmp_path)
+    session_of(tmp_path)
+    for model in ("base", "tuned"):
+        Image.new("RGB", (48, 48)).save(tmp_path / model / "4.png")
+    with (tmp_path / "prompts.csv").open("a") as table:
+        table.write("4.png,prompt 4,food\n")
+    with pytest.raises(StudyError, match="a label session of 4 pairs, and the folders hold 5; .* as of '4'"):
+        session_of(tmp_path)
+
+
+def test_pairs_that_all_became_ties_are_taken_back(tmp_path):
+    model_folders(tmp_path)
+    session = session_of(tmp_path)
+    prefer(session, "base")
+    path, _ = write_pairs(session.store)
+    prefer(session, "tuned", ties=4)
+    assert write_pairs(session.store) is None and not path.exists()
+
+
+def test_who_labels_their_own_pairs_is_not_left_out(tmp_path, capsys):
+    """However quickly they answer, and whichever side they choose."""
+    model_folders(tmp_path, number=12)
+    store = session_of(tmp_path).store
+    (rater,) = store.raters()
+    for assignment in store.assignments(rater.rater_id):
+        store.answer(rater.rater_id, assignment.assignment_id, "left", 0.4, f"r-{assignment.position}")
+    assert main(["study", "import", str(tmp_path / "labels"), "--output", str(tmp_path / "pairs")]) == 0
+    assert "12 pairs" in capsys.readouterr().out
+    assert len(load_preference_dataset(str(tmp_path / "pairs" / "pairs.parquet"))) == 12
 
 
 @pytest.mark.parametrize(

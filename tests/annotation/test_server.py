@@ -251,6 +251,12 @@ def test_a_name_of_the_server_is_a_name(study, name):
         make_server(study[0], Address(port=0, names=(name,)))
 
 
+def test_a_host_that_is_none_is_refused(study):
+    """To the system it means every address."""
+    with pytest.raises(ConfigurationError, match="`--host` is empty"):
+        make_server(study[0], Address("", 0))
+
+
 def test_a_port_that_is_taken_is_said(study, server):
     with pytest.raises(ConfigurationError, match=f"Cannot listen on 127.0.0.1 port {server.port}"):
         make_server(study[0], Address(port=server.port))

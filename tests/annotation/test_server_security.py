@@ -6,7 +6,9 @@ import http.client
 import json
 import logging
 import os
+import resource
 import socket
+import struct
 import time
 
 import pytest
@@ -19,6 +21,7 @@ from trl_sipo.annotation.rate_limits import RateLimit, address_key
 from trl_sipo.annotation.server import TransportLimits
 from trl_sipo.annotation.serving import Address
 from trl_sipo.annotation.sessions import LIFETIME, Sessions
+from trl_sipo.annotation.store import Store
 
 QUICK = TransportLimits(idle_seconds=0.4, read_seconds=0.4, answer_seconds=0.4, slowest_reader=2**30)
 
@@ -173,15 +176,17 @@ def test_without_a_session_nothing_is_told(server, anna):
     assert stranger.get(f"/media/{task}/left") == stranger.get("/media/none/left")
 
 
-def test_sessions_cannot_be_forged(server, anna):
+def test_sessions_cannot_be_forged(study, server, anna):
     name, _, session = anna.cookie.partition("=")
-    rater, expires, nonce, signature = session.split(".")
+    rater, expires, nonce, invitation, signature = session.split(".")
     other = base64.urlsafe_b64encode(b"2").decode().rstrip("=")
     late = str(int(expires) + 10**6)
-    own_key = Sessions(bytes(32)).open(2)
+    own_key = Sessions(bytes(32)).open(2, study[0].invitation(2))
     forged = [
-        "", ".", "...", "é", f"{other}.{expires}.{nonce}.{signature}", f"{rater}.{late}.{nonce}.{signature}",
-        f"{rater}.{expires}.{nonce}.", f"{rater}.{expires}.{nonce}", f"{rater}.{expires}.x.{signature}", own_key,
+        "", ".", "....", "é", f"{other}.{expires}.{nonce}.{invitation}.{signature}",
+        f"{rater}.{late}.{nonce}.{invitation}.{signature}", f"{rater}.{expires}.{nonce}.{invitation}.",
+        f"{rater}.{expires}.{nonce}.{invitation}", f"{rater}.{expires}.x.{invitation}.{signature}",
+        f"{rater}.{expires}.{nonce}.x.{signature}", f"{rater}.{expires}.{nonce}.{signature}", own_key,
         f"{session}x", session[:-1],
     ]  # fmt: skip
     for value in forged:
@@ -193,10 +198,23 @@ def test_sessions_cannot_be_forged(server, anna):
 def test_sessions_end():
     now = [1000.0]
     sessions = Sessions(b"k" * 32, clock=lambda: now[0])
-    session = sessions.open(7)
+    session = sessions.open(7, "invitation")
     assert sessions.rater_id(session) == "7"
     now[0] += LIFETIME + 1
     assert sessions.rater_id(session) is None
+
+
+def test_a_new_invitation_ends_the_sessions_of_the_earlier_one(tmp_path):
+    """Whoever has got hold of a rater's token is locked out by another; nobody else is."""
+    store, tokens = make_study(tmp_path / "study")
+    with running(store) as server:
+        stranger, ben = Client(server).sign_in(tokens["anna"]), Client(server).sign_in(tokens["ben"])
+        task, token = first_task(stranger), Store.open(store.path).renew_token("anna")  # by another process
+        assert [stranger.get(path).status for path in ("/api/study", f"/media/{task}/left")] == [401, 401]
+        assert stranger.answer(task).status == 401 and store.answers() == []
+        anna = Client(server).sign_in(token)
+        assert anna.answer(task).status == 200 and ben.get("/api/study").status == 200
+        assert anna.post("/api/sign-in", {"token": tokens["anna"]}).status == 401
 
 
 def test_two_studies_on_one_machine_have_cookies_of_their_own():
@@ -331,7 +349,9 @@ def test_requests_that_are_too_long_are_refused(anna, server):
 @pytest.mark.parametrize(
     "lines", [["Transfer-Encoding: chunked"], ["Content-Length: 5", "Content-Length: 6"], ["Content-Length: -1"],
               ["Content-Length: +5"], ["Content-Length: 5, 5"], ["Content-Length: \u00b2"], ["Host: evil.example"],
-              ["Content-Length: 4", "Transfer-Encoding: identity"], ["Expect: 100-continue"]],
+              ["Content-Length: 4", "Transfer-Encoding: identity"], ["Expect: 100-continue"],
+              ["Content-Length : 5"], ["Transfer-Encoding : chunked"], ["Accept: a", " Content-Length: 5"],
+              ["no header"]],
 )  # fmt: skip
 def test_requests_that_can_be_read_in_two_ways_are_refused(server, lines):
     """By which one request is smuggled past a proxy within another."""
@@ -395,6 +415,34 @@ def test_answers_that_nobody_takes_are_given_up(tmp_path):
             while part := _received(connection):
                 received += len(part)
     assert received < 2**25
+
+
+def test_a_request_that_is_too_long_and_gone_is_nothing_to_log(server, caplog):
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+            connection.sendall(b"GET /" + b"a" * 20000)
+    wait_until(lambda: not server.num_connections)
+    assert Client(server).get("/").status == 200 and "A connection failed" not in caplog.text
+
+
+def test_many_connections_find_files_to_open(study):
+    """Each costs several; systems let a process have 256 or 1024 of them, unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 100, hard))
+    held = []
+    try:
+        with running(study[0]) as server:
+            anna = Client(server).sign_in(study[1]["anna"])
+            request = f"GET /api/choices HTTP/1.1\r\nHost: {anna.host}\r\nCookie: {anna.cookie}\r\n\r\n".encode()
+            for _ in range(60):
+                held.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+                held[-1].sendall(request)
+                assert held[-1].recv(15) == b"HTTP/1.1 200 OK"
+    finally:
+        for connection in held:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_connections_are_counted(study):

@@ -18,7 +18,7 @@ from trl_sipo.annotation.pages import PAGES
 from trl_sipo.annotation.rate_limits import RateLimit, address_key
 from trl_sipo.annotation.records import CHOICES, SKIP, TIE, Assignment, Rater
 from trl_sipo.annotation.sessions import LIFETIME, Sessions
-from trl_sipo.annotation.store import Store
+from trl_sipo.annotation.store import Store, digest_of
 from trl_sipo.errors import AnswerError, StorageError
 from trl_sipo.printing import printable
 
@@ -94,7 +94,7 @@ class Application:
             logger.warning("Refused an answer: %s", printable(error))
             return Refused(HTTPStatus.CONFLICT, "This answer cannot be stored.").response()
         except StorageError as error:
-            logger.error("An answer could not be stored: %s", printable(error))
+            logger.error("A request could not be served: %s", printable(error))
             return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "Nothing can be stored right now.", 5).response()
         except Exception:  # whatever it is, the server goes on for the others
             logger.exception("A request failed")
@@ -132,7 +132,8 @@ class Application:
         self._sign_ins.give_back(address)
         logger.info("Rater %s signed in", rater.rater_id)
         is_encrypted = request.headers["origin"].startswith("https:")
-        cookie_text = self._cookie(self.sessions.open(rater.rater_id), LIFETIME, is_encrypted)
+        session = self.sessions.open(rater.rater_id, digest_of(token))
+        cookie_text = self._cookie(session, LIFETIME, is_encrypted)
         return json_response({"signed_in": True}, headers={"Set-Cookie": cookie_text})
 
     def _sign_out(self, request: Request) -> Response:
@@ -211,13 +212,14 @@ class Application:
         """Whose request it is.
 
         Raises:
-            Refused: Nobody's who is signed in, and still of this study.
+            Refused: Nobody's who is signed in, of this study, and by an invitation that no newer one has replaced.
         """
-        rater_id = self.sessions.rater_id(self._session(request))
+        session = self._session(request)
+        rater_id = self.sessions.rater_id(session)
         if rater_id is not None and rater_id not in self._raters:
             self._raters = {str(rater.rater_id): rater for rater in self.store.raters()}
         rater = self._raters.get(rater_id or "")
-        if rater is None:
+        if rater is None or not self.sessions.is_of_invitation(session, self.store.invitation(rater.rater_id)):
             raise Refused(HTTPStatus.UNAUTHORIZED, "Please sign in.")
         return rater
 

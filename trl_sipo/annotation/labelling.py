@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from trl_sipo.annotation.records import Study
+from trl_sipo.annotation.records import LABEL_TITLE, QUESTION, Study
 from trl_sipo.annotation.store import Store
 from trl_sipo.annotation.study_pairs import PAIRS_FILE, ImportCounts, num_samples, write_preference_pairs
-from trl_sipo.annotation.tasks import BuildSettings, build_study, plan_study
+from trl_sipo.annotation.tasks import BuildPlan, BuildSettings, build_study, plan_study
 from trl_sipo.annotation.votes import last_judgements, votes
 from trl_sipo.errors import StorageError, StudyError
 
@@ -36,17 +36,27 @@ class LabelSession:
 
 
 def open_session(
-    folders: Mapping[str, Path], output: Path, *, title: str, question: str, prompts: Path | None, allows_tie: bool
+    folders: Mapping[str, Path],
+    output: Path,
+    *,
+    title: str | None = None,
+    question: str | None = None,
+    prompts: Path | None = None,
+    allows_tie: bool = True,
 ) -> LabelSession:
     """Make a study of two folders, or go on with the one that is there.
 
     Args:
         folders: By name; the names are shown.
         output: The study's folder.
+        title, question: What the page says; None: what the session says that is there, or "Label", and which of the
+            two is better.
         prompts: A table of prompts, for folders that do not tell them.
+        allows_tie: Of a new session. One that is there cannot come to do without.
 
     Raises:
-        StudyError: Folders that do not pair, or a study at this place that is of others.
+        StudyError: Folders that do not pair; or a study at this place that is of others, of other files, or says
+            something else.
         DatasetError: A file that cannot be read.
         StorageError: It cannot be written.
     """
@@ -54,16 +64,48 @@ def open_session(
         raise StudyError(f"Two folders are compared, and these are {len(folders)}: {', '.join(folders)}.")
     if output.exists() or output.is_symlink():
         store = Store.open(output)
-        _check_same(store, folders, output)
+        _check_models(store, folders, output)
+        _check_texts(store.study(), title, question, allows_tie, output)
+        _check_files(store, _plan(store.study(), folders, prompts), output)
         (rater,) = store.raters()
         return LabelSession(store, store.renew_token(rater.name), is_new=False)
-    study = Study(title=title, guidelines=GUIDELINES, question=question, is_blind=False, allows_tie=allows_tie)
-    settings = BuildSettings(study, groups=1, raters_per_group=1, gold=None, num_mirrored=0)
-    (invitation,) = build_study(plan_study(folders, settings, prompts), output)
+    texts = {"title": LABEL_TITLE if title is None else title, "question": QUESTION if question is None else question}
+    study = Study(**texts, guidelines=GUIDELINES, is_blind=False, allows_tie=allows_tie)
+    (invitation,) = build_study(_plan(study, folders, prompts), output)
     return LabelSession(Store.open(output), invitation.token, is_new=True)
 
 
-def _check_same(store: Store, folders: Mapping[str, Path], output: Path) -> None:
+def _plan(study: Study, folders: Mapping[str, Path], prompts: Path | None) -> BuildPlan:
+    settings = BuildSettings(study, groups=1, raters_per_group=1, gold=None, num_mirrored=0)
+    return plan_study(folders, settings, prompts)
+
+
+def _check_texts(study: Study, title: str | None, question: str | None, allows_tie: bool, output: Path) -> None:
+    asked = {"--title": (title, study.title), "--question": (question, study.question)}
+    changed = [option for option, (given, stored) in asked.items() if given not in (None, stored)]
+    if study.allows_tie and not allows_tie:
+        changed.append("--no_tie")
+    if changed:
+        raise StudyError(
+            f"{str(output)!r} was begun with another {', '.join(changed)}, which stays. Leave it out, or give another "
+            "--output."
+        )
+
+
+def _check_files(store: Store, plan: BuildPlan, output: Path) -> None:
+    stored, given = (
+        {(pair.prompt_id, pair.prompt, pair.category) for pair in pairs}
+        for pairs in (store.pairs(), plan.comparisons())
+    )
+    if stored != given:
+        examples = ", ".join(repr(name) for name, *_ in sorted(stored ^ given)[:3])
+        raise StudyError(
+            f"{str(output)!r} is a label session of {len(stored)} pairs, and the folders hold {len(given)}; names or "
+            f"prompts differ, as of {examples}. Give another --output, or the folders and prompts as they were."
+        )
+
+
+def _check_models(store: Store, folders: Mapping[str, Path], output: Path) -> None:
     models = {name for pair in store.pairs() for name in pair.models}
     if store.study().is_blind or len(store.raters()) != 1:
         raise StudyError(f"{str(output)!r} is a study of several raters, and no label session. Give another --output.")
@@ -85,11 +127,12 @@ def write_pairs(store: Store) -> tuple[Path, ImportCounts] | None:
     """
     pairs = store.pairs()
     found = votes(pairs, last_judgements(store.answers()))
-    if all(vote.share_of_second == 0.5 for vote in found):
-        return None
     folder = store.path.parent
     path = folder / PAIRS_FILE
     try:
+        if all(vote.share_of_second == 0.5 for vote in found):
+            path.unlink(missing_ok=True)  # of an earlier session, whose answers have changed
+            return None
         with tempfile.TemporaryDirectory(prefix=".pairs.", dir=folder) as scratch:
             counts = write_preference_pairs(found, store.media_folder, Path(scratch), num_pairs=num_samples(pairs))
             os.replace(Path(scratch) / PAIRS_FILE, path)

@@ -9,6 +9,7 @@ CHOICES: Final = (LEFT, RIGHT, TIE)
 SAMPLE, GOLD, MIRRORED = "sample", "gold", "mirrored"
 
 QUESTION: Final = "Which result is better overall?"
+LABEL_TITLE: Final = "Label"  # of a label session
 # After the instruction of the SIPO paper, appendix E.3.
 GUIDELINES: Final = """\
 Given the text prompt, choose the result that is better overall. Consider both how well it matches the text, and its \

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from email.errors import FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from trl_sipo.annotation.rate_limits import address_key
 logger = logging.getLogger(__name__)
 
 _CHUNK = 2**16
+_NO_HEADER = (MissingHeaderBodySeparatorDefect, FirstHeaderLineIsContinuationDefect)
 _SINGLE_HEADERS = frozenset(
     ("content-length", "content-type", "cookie", "host", "origin", "transfer-encoding", "x-csrf-token")
 )
@@ -107,13 +109,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Read a request, and answer it; a connection that breaks, or takes too long, is closed without a word."""
         self._input.expect_request()
         try:
-            super().handle_one_request()
-        except TooLong:
-            self._send_error(Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request is too long."))
+            self._read_and_answer()
         except OSError:  # timeouts among them
             self.close_connection = True
         if self.server.is_stopping:
             self.close_connection = True
+
+    def _read_and_answer(self) -> None:
+        try:
+            super().handle_one_request()
+        except TooLong:
+            self._send_error(Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request is too long."))
 
     def do_GET(self) -> None:  # noqa: N802 - the name that http.server wants
         self._respond()
@@ -150,9 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
         """The request, with its body.
 
         Raises:
-            Refused: A header that counts stands twice, which proxies and servers read differently; or a body of
-                unknown, or of too great a length.
+            Refused: A line that is no header, a header in two lines, or one that counts and stands twice, all of which
+                proxies and servers read differently; or a body of unknown, or of too great a length.
         """
+        is_folded = any(mark in value for value in self.headers.values() for mark in "\r\n")
+        if is_folded or any(isinstance(defect, _NO_HEADER) for defect in self.headers.defects):
+            raise Refused(HTTPStatus.BAD_REQUEST, "The request has a line that is no header.")
         headers: dict[str, str] = {}
         for name, value in self.headers.items():
             if name.lower() in headers and name.lower() in _SINGLE_HEADERS:

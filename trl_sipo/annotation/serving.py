@@ -15,8 +15,15 @@ from trl_sipo.annotation.sessions import Sessions, read_key
 from trl_sipo.annotation.store import Store
 from trl_sipo.errors import ConfigurationError
 
+try:
+    import resource
+except ImportError:  # Windows, which does not count them
+    resource = None
+
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8420
 _HIGHEST_PORT = 65535
+_FILES_PER_CONNECTION = 4  # itself, two of its thread's database, a sample
+_FILES_BESIDES = 256
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -36,7 +43,9 @@ class Address:
 
 
 def check_address(address: Address) -> None:
-    """Raise [`ConfigurationError`] on a port or on names that cannot be."""
+    """Raise [`ConfigurationError`] on a host, a port or names that cannot be."""
+    if not address.host:
+        raise ConfigurationError("`--host` is empty. Give an address; 0.0.0.0 means all of this machine.")
     if not 0 <= address.port <= _HIGHEST_PORT:
         raise ConfigurationError(f"`--port` must be from 0 (a free one) to {_HIGHEST_PORT}, got {address.port}.")
     for name in address.names:
@@ -65,10 +74,23 @@ def make_server(
     """
     key = read_key(store.path.parent)
     server = _listening(address, transport)
+    _allow_files(server.limits.connections)
     names = (*address.names, address.host) if is_name(address.host) else address.names
     host_names = frozenset(name.lower() for name in names)
     server.application = Application(store, Sessions(key), server.port, host_names=host_names, limits=limits)
     return server
+
+
+def _allow_files(connections: int) -> None:
+    """Let this process open the files that so many connections need, as far as the system lets it."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_PER_CONNECTION * connections + _FILES_BESIDES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_listening(address: Address) -> None:

@@ -15,14 +15,15 @@ from trl_sipo.errors import ConfigurationError, StorageError
 KEY_FILE = "server.key"
 LIFETIME = 30 * 24 * 3600  # seconds, after which a rater signs in again
 _KEY_BYTES = 32
-_PARTS = 4
+_PARTS = 5
 
 
 class Sessions:
     """Signed sessions of raters.
 
-    A session is the text `rater.expires.nonce.signature`. Nothing of it is kept here: whoever has the key can check
-    it. The signature is an HMAC-SHA256; a session's CSRF token is another one, of the same text for another purpose.
+    A session is the text `rater.expires.nonce.invitation.signature`. Nothing of it is kept here: whoever has the key
+    can check it. The invitation is a keyed digest of the one by which the rater signed in: a new one ends the session.
+    The signature is an HMAC-SHA256; a session's CSRF token is another one, of the same text for another purpose.
 
     Args:
         key: Secret bytes, of `read_key`.
@@ -34,10 +35,16 @@ class Sessions:
         # Cookies are shared by all ports of a host: two studies at once must not overwrite each other's.
         self.cookie_name = f"study_{self._signature('name', '')[:8]}"
 
-    def open(self, rater_id: int | str) -> str:
-        """A new session, as the value of its cookie."""
+    def open(self, rater_id: int | str, invitation: str) -> str:
+        """A new session, as the value of its cookie.
+
+        Args:
+            rater_id: Whose.
+            invitation: Digest of the rater's token, see [`Store.invitation`].
+        """
         rater = base64.urlsafe_b64encode(str(rater_id).encode()).decode().rstrip("=")
-        text = f"{rater}.{int(self._clock()) + LIFETIME}.{secrets.token_urlsafe(12)}"
+        mark = self._signature("invitation", invitation)
+        text = f"{rater}.{int(self._clock()) + LIFETIME}.{secrets.token_urlsafe(12)}.{mark}"
         return f"{text}.{self._signature('session', text)}"
 
     def rater_id(self, session: str) -> str | None:
@@ -49,6 +56,11 @@ class Sessions:
         if len(parts) != _PARTS - 1 or int(parts[1]) < self._clock():
             return None
         return base64.urlsafe_b64decode(parts[0] + "=" * (-len(parts[0]) % 4)).decode()
+
+    def is_of_invitation(self, session: str, invitation: str) -> bool:
+        """Whether a session, which is known to be none that is forged, was opened by this invitation."""
+        mark = session.split(".")[_PARTS - 2]
+        return hmac.compare_digest(mark.encode(), self._signature("invitation", invitation).encode())
 
     def csrf_token(self, session: str) -> str:
         """What a page of this session must send along with what it changes."""

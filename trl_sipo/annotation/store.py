@@ -257,6 +257,12 @@ class Store:
                 raise StudyError(f"The study has no rater {name!r}.")
         return token
 
+    def invitation(self, rater_id: int) -> str:
+        """Digest of the rater's token; another one from when the token is renewed."""
+        with self._reading() as database:
+            row = database.execute("SELECT token_hash FROM raters WHERE rater_id = ?", (rater_id,)).fetchone()
+        return row["token_hash"].hex()
+
     def raters(self) -> list[Rater]:
         """All, in the order in which they were invited."""
         with self._reading() as database:
@@ -437,6 +443,11 @@ class _Connection:
 def _hash(token: str) -> bytes:
     """What is kept of a token. Of 128 random bits, one round of SHA-256 cannot be turned back."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def digest_of(token: str) -> str:
+    """Of a token, see [`Store.invitation`]."""
+    return _hash(token).hex()
 
 
 def _as_assignment(row: Any) -> Assignment:

@@ -142,7 +142,8 @@ def analyse(
         StudyError: Nobody has answered anything.
     """
     checks, statistics = checks or CheckSettings(), statistics or StatisticsSettings()
-    pairs, answers = [pair for pair in store.pairs() if not pair.is_gold], store.answers()
+    study, pairs = store.study(), [pair for pair in store.pairs() if not pair.is_gold]
+    answers = store.answers()
     judgements = last_judgements(answers)
     if not any(judgement.kind == SAMPLE for judgement in judgements):
         raise StudyError(f"Nobody has judged a pair of the study {str(store.path)!r} yet: there is nothing to report.")
@@ -153,10 +154,12 @@ def analyse(
         check_rater(rater, len(store.tasks(rater.rater_id)), by_rater[rater.rater_id], checks)
         for rater in store.raters()
     ]
+    if not study.is_blind:  # of `trl-sipo label`: who labels their own pairs is not checked
+        found = [replace(check, reasons=()) for check in found]
     kept = [check.rater for check in found if not check.reasons]
     kept_ids = {rater.rater_id for rater in kept}
     return StudyAnalysis(
-        study=store.study(),
+        study=study,
         checks=found,
         num_answered=len(judgements),
         num_tasks=sum(check.num_tasks for check in found),

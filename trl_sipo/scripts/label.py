@@ -5,7 +5,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from trl_sipo.annotation.records import QUESTION
+from trl_sipo.annotation.records import LABEL_TITLE, QUESTION
 from trl_sipo.annotation.serving import (
     log_to_terminal,
     make_server,
@@ -37,8 +37,8 @@ def make_parser(prog: str = "trl-sipo label") -> argparse.ArgumentParser:
         metavar="FILE",
         help="table of file_name, prompt, category (default: metadata.csv or metadata.jsonl in one of the folders)",
     )
-    add("--title", default="Label", help="default: %(default)s")
-    add("--question", default=QUESTION, help="default: %(default)s")
+    add("--title", help=f"default: {LABEL_TITLE}")
+    add("--question", help=f"default: {QUESTION}")
     add("--no_tie", action="store_true", help="ask for a decision in every case")
     add_server_options(parser)
     return parser
@@ -69,7 +69,8 @@ def run(command: str, argv: list[str]) -> None:
     server = make_server(session.store, address)
     log_to_terminal(requests=arguments.log_requests)
     ((_, done, total),) = progress_of(session.store)
-    print(f"{total} pairs" if session.is_new else f"Going on: {done} of {total} pairs are answered")
+    going_on = f"Going on with the copies in {arguments.output}: {done} of {total} pairs are answered"
+    print(f"{total} pairs" if session.is_new else printable(going_on))
     print(f"Open {url_of(address.host, server.port)}#token={session.token}")
     if warning := warning_of(address.host):
         print(warning)

@@ -10,7 +10,9 @@ import { Rejected, RetryLater, Server, pause } from "./server.js";
 const { find } = screens;
 const BEGUN = "begun"; // in the tab's storage: the guidelines were read
 const SKIP = "skip";
+const STAYING = ["pair", "pause", "finished"]; // where a new session of the same rater changes nothing
 const LONGEST = 24 * 3600; // seconds that the server takes for an answer
+const UNSEEN = 300; // milliseconds in which nobody has looked at a pair: a second press was meant for the one before
 
 const server = new Server();
 const clock = new Clock();
@@ -39,6 +41,8 @@ let position = 0; // of the shown pair among the tasks
 let shown = null; // its elements
 let playback = null;
 let isPlayingAgain = false; // when nothing holds the videos any more
+let isTaking = false; // answers, of the shown pair
+let unseen = null; // the timer until it does
 
 // ------------------------------------------------------------------------------------------------ coming in
 
@@ -64,12 +68,13 @@ async function signIn(token) {
     return;
   }
   sessionStorage.removeItem(BEGUN);
-  library.forget();
+  library.clear();
   await enter();
 }
 
 // Read the study, and go to where this rater is; whoever is not signed in is asked to.
 async function enter() {
+  const before = study?.rater;
   try {
     study = await persistently(() => server.study());
   } catch (error) {
@@ -81,6 +86,7 @@ async function enter() {
   outbox.keepOnly(new Set(study.tasks.map((task) => task.id)));
   outbox.flush();
   screens.fillStudy(study);
+  if (study.rater === before && STAYING.includes(screens.shownScreen())) return;
   position = Math.max(0, firstOpen());
   showProgress(null);
   if (sessionStorage.getItem(BEGUN)) goOn();
@@ -103,6 +109,7 @@ async function persistently(action) {
 
 function askForToken(problem) {
   leavePair();
+  find("help").close();
   screens.show("sign-in", false);
   find("token").value = "";
   find("token").focus();
@@ -172,9 +179,11 @@ async function showPair(number) {
   screens.show("pair");
   showProgress(number);
   clock.restart();
+  takeAnswersSoon();
   try {
     await loadPair(task);
   } catch (error) {
+    library.forget(task.id); // what came may be broken
     if (task !== study.tasks[position] || screens.shownScreen() !== "pair") return;
     if (error instanceof Rejected && error.status === 401) askForToken("Please sign in again.");
     else screens.fillLoading("This pair cannot be shown. Try again, or skip it.", true);
@@ -191,18 +200,33 @@ async function loadPair(task) {
   }
   shown = elements;
   screens.fillArms(elements);
+  takeAnswersSoon();
   clock.hold("loading", false);
   if (task.is_video) {
     playback = new Playback(elements, () => screens.fillPlayback(playback));
     screens.fillPlayback(playback);
-    if (!matchMedia("(prefers-reduced-motion: reduce)").matches) playback.play();
+    isPlayingAgain = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+    playOn();
   }
   const next = study.tasks[position + 1];
   if (next) library.pair(next.id).catch(() => {}); // said when it is to be shown
 }
 
+// Not at once, so that a double click, or a key that bounces, answers one pair.
+function takeAnswersSoon() {
+  clearTimeout(unseen);
+  setTaking(false);
+  unseen = setTimeout(() => setTaking(true), UNSEEN);
+}
+
+function setTaking(isOn) {
+  isTaking = isOn;
+  find("answers").setAttribute("aria-busy", String(!isOn));
+}
+
 function leavePair() {
   clock.hold("loading");
+  clock.hold("pause", false); // which ends with its pair
   playback?.stop();
   playback = null;
   isPlayingAgain = false;
@@ -214,7 +238,7 @@ function leavePair() {
 }
 
 function answer(choice) {
-  if (choice !== SKIP && (!shown || (choice === "tie" && !study.allows_tie))) return;
+  if (!isTaking || (choice !== SKIP && !shown) || (choice === "tie" && !study.allows_tie)) return;
   const task = study.tasks[position];
   const before = choiceOf(task);
   outbox.add(task.id, choice, Math.min(clock.seconds(), LONGEST));
@@ -241,15 +265,20 @@ function hold(reason, isHeld) {
   if (isHeld) {
     isPlayingAgain ||= Boolean(playback?.isPlaying);
     playback?.pause();
-  } else if (isPlayingAgain && !clock.isHeld) {
-    isPlayingAgain = false;
-    playback.play();
-  }
+  } else playOn();
+}
+
+// Start the videos that are to play, unless something holds them.
+function playOn() {
+  if (!isPlayingAgain || clock.isHeld) return;
+  isPlayingAgain = false;
+  playback.play();
 }
 
 function pausePair(isPaused) {
   hold("pause", isPaused);
   screens.show(isPaused ? "pause" : "pair");
+  showStatus();
 }
 
 // ------------------------------------------------------------------------------------------------ keys and buttons
@@ -273,12 +302,15 @@ function onKey(event) {
   const isTyping = event.target instanceof HTMLInputElement;
   if (!action || isTyping || event.repeat || event.ctrlKey || event.altKey || event.metaKey || find("help").open) return;
   if (key === " " && event.target instanceof HTMLButtonElement) return; // which it presses
+  if ([" ", "ArrowDown"].includes(key) && canScroll(event.target)) return; // which it scrolls
   if (screens.shownScreen() === "pair") ACTIONS[action]();
   else if (screens.shownScreen() === "pause" && action === "pause") pausePair(false);
   else if (action === "help" && study && !find("bar").hidden) showHelp();
   else return;
   event.preventDefault();
 }
+
+const canScroll = (element) => element === find("prompt") && element.scrollHeight > element.clientHeight;
 
 function showHelp() {
   hold("help", true);
@@ -288,7 +320,14 @@ function showHelp() {
 async function signOut() {
   if (outbox.unsent.length && !window.confirm("Some answers are not saved yet, and would be lost. Sign out?")) return;
   find("help").close();
-  await persistently(() => server.signOut());
+  try {
+    await persistently(async () => {
+      await server.study(); // for its token: another tab may have signed in anew
+      await server.signOut();
+    });
+  } catch (error) {
+    if (!(error instanceof Rejected) || error.status !== 401) throw error; // nobody is signed in any more
+  }
   outbox.keepOnly(new Set());
   sessionStorage.clear();
   location.reload();
@@ -338,7 +377,7 @@ addEventListener("beforeunload", (event) => outbox.unsent.length && event.preven
 
 // Out of sight nobody looks. Back again, the rater may have gone on elsewhere.
 document.addEventListener("visibilitychange", () => {
-  clock.hold("hidden", document.hidden);
+  hold("hidden", document.hidden);
   if (document.hidden || !study || screens.shownScreen() === "sign-in") return;
   outbox.retryNow();
   readChoices().catch((error) => {

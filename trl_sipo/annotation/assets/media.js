@@ -29,7 +29,11 @@ export class Library {
     return fetched;
   }
 
-  forget() {
+  forget(assignment) {
+    this.#pairs.delete(assignment);
+  }
+
+  clear() {
     this.#pairs.clear();
   }
 
@@ -51,8 +55,14 @@ export function elementsOf(blobs, isVideo) {
   return Promise.all(blobs.map((blob, side) => (isVideo ? videoOf(blob, side) : imageOf(blob, side))));
 }
 
+// Let go of what elements hold. A browser has a number of players, and a video keeps its one until it is collected.
 export function release(elements) {
-  for (const element of elements) URL.revokeObjectURL(element.src);
+  for (const element of elements) {
+    URL.revokeObjectURL(element.src);
+    if (!(element instanceof HTMLVideoElement)) continue;
+    element.removeAttribute("src");
+    element.load();
+  }
 }
 
 async function imageOf(blob, side) {
@@ -90,8 +100,9 @@ export class Playback {
     this.isPlaying = true;
     this.#keepTogether();
     for (const video of this.videos) {
-      // A browser that does not let videos start by themselves leaves that to the button.
-      if (!video.ended) video.play().catch(() => this.pause());
+      // A browser that does not let videos start by themselves leaves that to the button. A start that was broken off
+      // (AbortError) was so by a pause, which a later start may have ended.
+      if (!video.ended) video.play().catch((error) => error.name !== "AbortError" && this.pause());
     }
     this.onChange();
   }

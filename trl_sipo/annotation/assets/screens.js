@@ -36,7 +36,10 @@ export function show(name, focus = true) {
   find("bar").hidden = ["waiting", "sign-in"].includes(name);
   find("pause-button").hidden = name !== "pair";
   if (name !== before) scrollTo(0, 0);
-  if (focus) find(name).querySelector("[tabindex='-1']").focus({ preventScroll: true });
+  if (!focus) return;
+  const heading = find(name).querySelector("[tabindex='-1']");
+  heading.blur(); // a screen reader says again what gets the focus again
+  heading.focus({ preventScroll: true });
 }
 
 export function shownScreen() {
