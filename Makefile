@@ -52,7 +52,7 @@ types: .venv/stamp-test
 
 # The source is the whole checkout: pages link to reports, examples and code.
 docs: .venv/stamp-test
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs -d docs/_build/doctrees . docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto -b html -c docs -d docs/_build/doctrees . docs/_build/html
 	@echo 'Open docs/_build/html/index.html.'
 
 style: .venv/stamp-test

@@ -21,6 +21,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util import logging
 from sphinx.util.typing import ExtensionMetadata
+from trl import DPOConfig
 
 PACKAGE = "trl_sipo"
 _log = logging.getLogger(__name__)
@@ -183,8 +184,6 @@ def _module_of(name: str, obj: Any) -> Any:
 
 def hide_signature(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
     """A configuration's hundred arguments are described one by one; its signature would fill the page."""
-    from trl import DPOConfig
-
     return ("", None) if inspect.isclass(obj) and issubclass(obj, DPOConfig) else None
 
 
@@ -193,8 +192,16 @@ def without_link(app: Sphinx, env: BuildEnvironment, node: pending_xref, content
     return content if node.get("refdomain") == "py" else None
 
 
+def import_all(app: Sphinx) -> None:
+    """Import what is described before Sphinx splits into processes, each of which would load PyTorch for itself."""
+    package = import_module(PACKAGE)
+    for name in package.__all__:
+        getattr(package, name)
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register with Sphinx."""
+    app.connect("builder-inited", import_all)
     app.connect("autodoc-process-docstring", process, priority=400)
     app.connect("autodoc-process-signature", hide_signature)
     app.connect("missing-reference", without_link)

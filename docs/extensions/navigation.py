@@ -3,6 +3,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
@@ -47,6 +48,30 @@ def add_toctrees(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += "".join(toctree(heading, entries) for heading, entries in sections(source[0]))
 
 
+def share_navigation(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: Any) -> None:
+    """Pages of code stand nowhere in the navigation, so that those of one depth have the same: it is made once.
+
+    Made for each of these hundreds of pages it would take longer than all the rest of their making.
+    """
+    if doctree is None and "toctree" in context:
+        make, shared, depth = context["toctree"], _shared(app), pagename.count("/")
+
+        def toctree(**options: Any) -> str:
+            key = (depth, *sorted(options.items()))
+            if key not in shared:
+                shared[key] = make(**options)
+            return shared[key]
+
+        context["toctree"] = toctree
+
+
+def _shared(app: Sphinx) -> dict:
+    """Depth of a page and options of a tree -> the tree, of this build."""
+    if not hasattr(app.builder, "shared_navigation"):
+        app.builder.shared_navigation = {}
+    return app.builder.shared_navigation
+
+
 def add_front_door(app: Sphinx, exception: Exception | None) -> None:
     """`index.html` at the top of the site, which leads to the index page."""
     if exception is None and app.builder.format == "html":
@@ -58,5 +83,6 @@ def add_front_door(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register with Sphinx."""
     app.connect("source-read", add_toctrees)
+    app.connect("html-page-context", share_navigation, priority=400)  # before the theme, which asks for the tree
     app.connect("build-finished", add_front_door)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,15 +2,18 @@
 """The site of the documentation: navigation, a reference that is the code's; slow: the whole, in a browser."""
 
 import importlib
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
+from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from inspect import isclass, isfunction
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -41,6 +44,21 @@ def test_every_page_stands_in_the_navigation_once(extension):
 def test_a_page_elsewhere_goes_by_the_text_of_its_link(extension):
     text = "# Top\n[A](a.md)\n## One\n[A](a.md#x), [B](b.md), [A](a.md)\n## Two\nnone\n## Three\n[R](../../R.md)\n"
     assert extension("navigation").sections(text) == [("One", ["a.md", "b.md"]), ("Three", ["R <../../R.md>"])]
+
+
+def test_pages_of_code_share_their_navigation(extension):
+    share, app = extension("navigation").share_navigation, SimpleNamespace(builder=SimpleNamespace())
+    made = []
+
+    def tree_of(page, doctree=None):
+        context = {"toctree": lambda **options: made.append(page) or f"tree of {page}"}
+        share(app, page, "page.html", context, doctree)
+        return context["toctree"](collapse=False)
+
+    assert tree_of("source/a/b") == tree_of("_modules/c/d") == "tree of source/a/b"
+    assert tree_of("genindex") == "tree of genindex"  # of another depth: its links are others
+    assert tree_of("docs/source/index", doctree=object()) == "tree of docs/source/index"
+    assert made == ["source/a/b", "genindex", "docs/source/index"]
 
 
 # -------------------------------------------------------------------------------------------------------- reference
@@ -128,7 +146,7 @@ def test_a_name_that_is_nowhere_is_an_error(extension):
 def site(tmp_path_factory):
     """The built site; a warning is an error. A process of its own, since Sphinx keeps much to itself."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", "docs"]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto", "-b", "html", "-c", "docs"]
     words = [*command, "-d", str(folder / "doctrees"), ".", str(folder / "html")]
     # Half a minute of one core; more where the machine is shared.
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800)
@@ -190,6 +208,19 @@ def test_links_to_code_lead_to_its_page(site):
     shown = (site / "source" / "trl_sipo" / "core" / "beta.py.html").read_text(encoding="utf-8")
     assert "BETA_CONVENTIONS" in shown
     assert "docs/source/index.html" in (site / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_to_a_file_of_it(site):
+    missing, seen = set(), 0
+    for path in site.rglob("*.html"):
+        for target in set(re.findall(r'(?:href|src)="([^"]+)"', path.read_text(encoding="utf-8"))):
+            parts = urlsplit(unescape(target))
+            if parts.path and not parts.scheme:
+                seen += 1
+                if not (path.parent / unquote(parts.path)).exists():
+                    missing.add((path.relative_to(site).as_posix(), target))
+    assert seen > 1000 and not missing
 
 
 @pytest.mark.slow
