@@ -16,6 +16,7 @@ import pytest
 from tests.annotation.studies import comparisons, empty_study
 from trl_sipo.annotation.plan import plan_tasks
 from trl_sipo.annotation.records import MIRRORED, Comparison, Study
+from trl_sipo.annotation.schema import SCHEMA
 from trl_sipo.annotation.store import STUDY_FILE, Store
 from trl_sipo.errors import AnswerError, StorageError, StudyError
 
@@ -216,6 +217,22 @@ def _with_a_name_elsewhere(store, path):
         database.execute("INSERT INTO pairs SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?", row)
         database.commit()
     return path
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["DELETE FROM study", "UPDATE study SET categories = '{'", "UPDATE study SET seed = 'abc'"],
+)
+def test_a_study_that_does_not_say_what_it_is_of_is_told(store, statement):
+    triggers = [row for row in SCHEMA if "ON study" in row]
+    names = [row.split()[2] for row in triggers]
+    store.close()
+    with closing(sqlite3.connect(store.path)) as database:
+        for change in (*(f"DROP TRIGGER {name}" for name in names), statement, *triggers):
+            database.execute(change)
+        database.commit()
+    with pytest.raises(StudyError, match="does not say what"):
+        Store.open(store.path).study()
 
 
 def test_files_that_are_no_studies_are_refused(tmp_path, store):

@@ -124,12 +124,20 @@ class Store:
     # ------------------------------------------------------------------------------------------------ the study
 
     def study(self) -> Study:
-        """What all raters share."""
+        """What all raters share.
+
+        Raises:
+            StudyError: The file does not say it.
+        """
         with self._reading() as database:
-            row = dict(database.execute("SELECT * FROM study").fetchone())
-        categories = tuple(json.loads(row.pop("categories")))
-        flags = {name: bool(row.pop(name)) for name in ("is_blind", "allows_tie")}
-        return Study(**{**row, "categories": categories, "seed": int(row["seed"]), **flags})
+            found = database.execute("SELECT * FROM study").fetchall()
+        try:
+            (row,) = map(dict, found)
+            categories = tuple(json.loads(row.pop("categories")))
+            flags = {name: bool(row.pop(name)) for name in ("is_blind", "allows_tie")}
+            return Study(**{**row, "categories": categories, "seed": int(row["seed"]), **flags})
+        except ValueError as error:
+            raise StudyError(f"{str(self.path)!r} does not say what it is a study of: {error}.") from error
 
     def add_pairs(self, pairs: Sequence[Comparison]) -> None:
         """Give a new study its pairs; their files lie in the media folder.
@@ -413,7 +421,8 @@ class Store:
         except sqlite3.OperationalError as error:  # locked, no space left, read-only, not to be opened
             raise StorageError(
                 f"The study {str(self.path)!r} cannot be {action}: {error}. What was acknowledged is kept. See that "
-                "its disk has room and that its folder can be written, which reading needs too, and try again."
+                "nothing else holds it, that its disk has room, and that its folder can be written, which reading "
+                "needs too; and try again."
             ) from error
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{str(self.path)!r} is no study, or damaged: {error}. Take a copy of it.") from error
