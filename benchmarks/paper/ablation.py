@@ -3,8 +3,8 @@
 
     python benchmarks/paper/ablation.py
 
-Diffusion-DPO, the mask alone, the weight alone, both (SIPO) and DPO-C&M, all at one small beta; Diffusion-DPO and SIPO
-at a good one too. The paper compares methods at different betas (Table A1).
+Diffusion-DPO, the mask alone, the weight alone, both (SIPO) and DPO-C&M, all at a small beta and all at a good one.
+The paper compares methods at different betas (Table A1).
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from protocol import GOOD_BETA, SMALL_BETA, arm
 from question import BASE, Question, ask, guarded
 
 METHODS = ("DPO", "dynamic mask", "weight", "C&M", "SIPO")
-ARMS = [*((method, SMALL_BETA) for method in METHODS), ("DPO", GOOD_BETA), ("SIPO", GOOD_BETA)]
+AT = (SMALL_BETA, GOOD_BETA)
 
 
 def label(method: str, beta: float) -> str:
@@ -25,8 +25,9 @@ def label(method: str, beta: float) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Quality and masked share over steps."""
-    over_steps(result, list(QUESTION.arms), ("second_accuracy", "frechet_distance", "masked_share"), path)
+    """Quality and masked share over steps, at the small beta."""
+    labels = [label(method, SMALL_BETA) for method in METHODS]
+    over_steps(result, labels, ("second_accuracy", "frechet_distance", "masked_share"), path)
 
 
 #: Each component against Diffusion-DPO, and SIPO against what it adds to.
@@ -34,10 +35,9 @@ PAIRS = [*((method, "DPO") for method in METHODS[1:]), ("SIPO", "dynamic mask"),
 QUESTION = Question(
     "ablation",
     "Mask, weight and beta",
-    {label(*key): arm(*key) for key in ARMS},
+    {label(method, beta): arm(method, beta) for beta in AT for method in METHODS},
     [
-        *[(label(one, SMALL_BETA), label(other, SMALL_BETA)) for one, other in PAIRS],
-        (label("SIPO", GOOD_BETA), label("DPO", GOOD_BETA)),
+        *[(label(one, beta), label(other, beta)) for beta in AT for one, other in PAIRS],
         (label("SIPO", SMALL_BETA), label("DPO", GOOD_BETA)),
         (label("DPO", GOOD_BETA), BASE),
         (label("SIPO", GOOD_BETA), BASE),

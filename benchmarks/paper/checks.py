@@ -17,7 +17,7 @@ import on_off_policy as policy
 import static_dynamic_mask as mask
 import threshold_clip as clip
 from intervals import over_seeds
-from protocol import ALPHAS, BETAS, CLIP_RANGES, FLIP_RATES, GOOD_BETA, SMALL_BETA, SOURCES
+from protocol import ALPHAS, BETAS, CLIP_RANGES, FLIP_RATES, GOOD_BETA, PAPER_BETAS, SMALL_BETA, SOURCES
 from question import BASE
 from rules import (
     ALIKE,
@@ -45,25 +45,30 @@ CUT_FACTOR = 2.0
 
 
 def small_beta_fails(result: Result) -> list[Check]:
-    """Diffusion-DPO at the smallest beta against the base."""
-    return [lower(result, beta.label("DPO", SMALL_BETA), BASE)]
+    """Diffusion-DPO against the base at the smallest beta, and at the smallest of those that the paper has too."""
+    return [lower(result, beta.label("DPO", value), BASE) for value in (SMALL_BETA, min(PAPER_BETAS))]
 
 
 def range_is_smaller(result: Result) -> list[Check]:
-    """The span of accuracies over beta, of Diffusion-DPO minus that of SIPO, by seed."""
-    spans = {method: _span(result, method) for method in beta.METHODS}
+    """The span of accuracies over beta, of Diffusion-DPO minus that of SIPO: over all, and over the paper's alone."""
+    return [_spans(result, BETAS), _spans(result, PAPER_BETAS)]
+
+
+def _spans(result: Result, betas: Sequence[float]) -> Check:
+    """Whether Diffusion-DPO has the larger span, by seed."""
+    spans = {method: _span(result, method, betas) for method in beta.METHODS}
     row = over_seeds([one - other for one, other in zip(spans["DPO"], spans["SIPO"], strict=True)])
     means = {method: f"{100 * fmean(values):.0f}" for method, values in spans.items()}
     text = (
-        f"best minus worst beta: DPO {means['DPO']} points, SIPO {means['SIPO']}; difference "
-        f"{100 * row['mean']:+.0f}, seeds {seeds_interval(row, '+.0f', 100)}"
+        f"best minus worst beta of {min(betas):g} to {max(betas):g}: DPO {means['DPO']} points, SIPO {means['SIPO']}; "
+        f"difference {100 * row['mean']:+.0f}, seeds {seeds_interval(row, '+.0f', 100)}"
     )
-    return [Check(text, by_seeds(row, 1))]
+    return Check(text, by_seeds(row, 1))
 
 
-def _span(result: Result, method: str) -> list[float]:
+def _span(result: Result, method: str, betas: Sequence[float]) -> list[float]:
     """By seed, the difference of the best and the worst beta."""
-    arms = [result["arms"][beta.label(method, value)]["final"][QUALITY]["values"] for value in BETAS]
+    arms = [result["arms"][beta.label(method, value)]["final"][QUALITY]["values"] for value in betas]
     return [max(values) - min(values) for values in zip(*arms, strict=True)]
 
 
@@ -93,8 +98,9 @@ def gains_first(result: Result) -> list[Check]:
 
 
 def collapses(result: Result) -> list[Check]:
-    """Diffusion-DPO late against the base, and against itself early."""
-    return [lower(result, long.DPO, BASE), lower(result, long.DPO, f"{long.DPO}@{long.EARLY}")]
+    """Diffusion-DPO late against the base, and against itself early, at either beta."""
+    arms = (long.DPO, long.DPO_OWN)
+    return [lower(result, arm, other) for arm in arms for other in (BASE, f"{arm}@{long.EARLY}")]
 
 
 def holds_late(result: Result) -> list[Check]:
@@ -105,10 +111,10 @@ def holds_late(result: Result) -> list[Check]:
     return checks + [lower(result, arm, f"{arm}@{long.EARLY}", "frechet_distance") for arm in arms]
 
 
-def sipo_above_c_and_m(result: Result) -> list[Check]:
-    """SIPO late against DPO-C&M."""
-    pair = (long.SIPO, long.C_AND_M)
-    return [higher(result, *pair), lower(result, *pair, "frechet_distance")]
+def sipo_above_others(result: Result) -> list[Check]:
+    """SIPO late against DPO-C&M, and against Diffusion-DPO at a beta of its own."""
+    pairs = [(long.SIPO, other) for other in (long.C_AND_M, long.DPO_OWN)]
+    return [check for pair in pairs for check in (higher(result, *pair), lower(result, *pair, "frechet_distance"))]
 
 
 def loss_rebounds(result: Result) -> list[Check]:
@@ -133,11 +139,15 @@ def rebounds(log: Sequence[Mapping[str, float]]) -> float:
 
 
 def static_widens(result: Result) -> list[Check]:
-    """The margin with the static mask, and both rewards."""
+    """The margin with either static mask, and both rewards."""
     return [
-        higher(result, mask.STATIC, mask.DPO, "held_out_margins"),
-        level(result, mask.STATIC, "held_out_chosen", sign=-1, text="winner's reward still falls"),
-        level(result, mask.STATIC, "held_out_rejected", sign=-1, text="loser's reward falls"),
+        check
+        for arm in (mask.STATIC, mask.WIDE)
+        for check in (
+            higher(result, arm, mask.DPO, "held_out_margins"),
+            level(result, arm, "held_out_chosen", sign=-1, text="winner's reward still falls"),
+            level(result, arm, "held_out_rejected", sign=-1, text="loser's reward falls"),
+        )
     ]
 
 
@@ -151,13 +161,13 @@ def dynamic_raises_winner(result: Result) -> list[Check]:
 
 
 def dynamic_better(result: Result) -> list[Check]:
-    """The dynamic mask against none and against the static one."""
-    return [higher(result, mask.DYNAMIC, mask.DPO), higher(result, mask.DYNAMIC, mask.STATIC)]
+    """The dynamic mask against none and against the static ones."""
+    return [higher(result, mask.DYNAMIC, other) for other in (mask.DPO, mask.STATIC, mask.WIDE)]
 
 
 def static_helps(result: Result) -> list[Check]:
-    """The static mask against none."""
-    return [higher(result, mask.STATIC, mask.DPO)]
+    """Either static mask against none."""
+    return [higher(result, arm, mask.DPO) for arm in (mask.STATIC, mask.WIDE)]
 
 
 def selection_matters(result: Result) -> list[Check]:
@@ -189,35 +199,34 @@ def epsilon_stays_useful(result: Result) -> list[Check]:
     return [higher(result, clip.label(value), BASE) for value in CLIP_RANGES if value <= 0.4]
 
 
-def ablated(result: Result, first: str, second: str) -> Check:
-    """One method against another at the small beta."""
-    return higher(result, ablation.label(first, SMALL_BETA), ablation.label(second, SMALL_BETA))
+def ablated(result: Result, first: str, second: str) -> list[Check]:
+    """One method against another, at the small beta and at the good one."""
+    return [higher(result, ablation.label(first, at), ablation.label(second, at)) for at in ablation.AT]
 
 
 def c_and_m_helps(result: Result) -> list[Check]:
     """DPO-C&M against Diffusion-DPO."""
-    return [ablated(result, "C&M", "DPO")]
+    return ablated(result, "C&M", "DPO")
 
 
 def weight_alone_helps(result: Result) -> list[Check]:
     """The weight without the mask against neither."""
-    return [ablated(result, "weight", "DPO")]
+    return ablated(result, "weight", "DPO")
 
 
 def mask_alone_helps(result: Result) -> list[Check]:
     """The mask without the weight against neither."""
-    return [ablated(result, "dynamic mask", "DPO")]
+    return ablated(result, "dynamic mask", "DPO")
 
 
 def sipo_helps(result: Result) -> list[Check]:
-    """SIPO against Diffusion-DPO at either beta."""
-    pairs = [(ablation.label("SIPO", at), ablation.label("DPO", at)) for at in (SMALL_BETA, GOOD_BETA)]
-    return [higher(result, *pair) for pair in pairs]
+    """SIPO against Diffusion-DPO."""
+    return ablated(result, "SIPO", "DPO")
 
 
 def weight_adds(result: Result) -> list[Check]:
     """SIPO against the mask alone and against DPO-C&M."""
-    return [ablated(result, "SIPO", "dynamic mask"), ablated(result, "SIPO", "C&M")]
+    return [*ablated(result, "SIPO", "dynamic mask"), *ablated(result, "SIPO", "C&M")]
 
 
 def beta_is_enough(result: Result) -> list[Check]:
@@ -227,22 +236,29 @@ def beta_is_enough(result: Result) -> list[Check]:
 
 
 def gradient_helps(result: Result) -> list[Check]:
-    """The weight with its gradient against the constant one."""
-    return [higher(result, *gradient.METHODS)]
+    """The weight with its gradient against the constant one, at either beta."""
+    return [higher(result, *(gradient.label(method, at) for method in gradient.METHODS)) for at in gradient.AT]
 
 
 def weight_rises(result: Result) -> list[Check]:
-    """The shape of w(t), and where it crosses the threshold."""
+    """The shape of w(t), and where it crosses the threshold; beside it where it does on the grid of the runs."""
     checks = []
     for source in SOURCES:
         part = result["weights"]["sources"][source]["50"]
         falls = sum(later < earlier - 1e-3 for earlier, later in zip(part["curve"], part["curve"][1:], strict=False))
-        cut = 1000 * cut_of(part["times"], part["curve"], result["weights"]["threshold"])
+        cut, coarse = (
+            1000 * cut_of(found["times"], found["curve"], result["weights"]["threshold"])
+            for found in (part, result["weights"]["sources"][source]["10"])
+        )
         near = PAPER_CUT / CUT_FACTOR <= cut <= PAPER_CUT * CUT_FACTOR
         name = source.replace("_", "-")
         checks += [
             Check(f"w rises with t, {name}: {falls} of 49 steps fall by more than 0.001", holds_if(not falls)),
-            Check(f"w < 0.9 up to t = {cut:.0f}, {name} (within a factor of {CUT_FACTOR:g})", holds_if(near)),
+            Check(
+                f"w < 0.9 up to t = {cut:.0f}, {name} (within a factor of {CUT_FACTOR:g}; on a grid of 10 steps, "
+                f"up to {coarse:.0f})",
+                holds_if(near),
+            ),
         ]
     return checks
 

@@ -3,7 +3,8 @@
 
     python benchmarks/paper/long_training.py
 
-At one small beta; measured on the way. Shorter runs at other betas: `beta_sensitivity.py`.
+At one small beta, and Diffusion-DPO at that which the paper gives it; measured on the way. Shorter runs at other
+betas: `beta_sensitivity.py`.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_steps
-from protocol import EVAL_EVERY, LONG_STEPS, SMALL_BETA, arm
+from protocol import EVAL_EVERY, LONG_STEPS, OWN_BETA, SMALL_BETA, arm
 from question import BASE, Question, ask, guarded
 
 DPO, C_AND_M, SIPO = (f"{method}, beta {SMALL_BETA:g}" for method in ("DPO", "C&M", "SIPO"))
+DPO_OWN = f"DPO, beta {OWN_BETA:g}"
 EARLY = EVAL_EVERY
 
 
@@ -31,14 +33,16 @@ QUESTION = Question(
         DPO: arm("DPO", SMALL_BETA, steps=LONG_STEPS),
         C_AND_M: arm("C&M", SMALL_BETA, steps=LONG_STEPS),
         SIPO: arm("SIPO", SMALL_BETA, steps=LONG_STEPS),
+        DPO_OWN: arm("DPO", OWN_BETA, steps=LONG_STEPS),
     },
     [
         (f"{DPO}@{EARLY}", BASE),
         (DPO, BASE),
         (DPO, f"{DPO}@{EARLY}"),
-        *[(name, BASE) for name in (C_AND_M, SIPO)],
-        *[(name, f"{name}@{EARLY}") for name in (C_AND_M, SIPO)],
+        *[(name, BASE) for name in (C_AND_M, SIPO, DPO_OWN)],
+        *[(name, f"{name}@{EARLY}") for name in (C_AND_M, SIPO, DPO_OWN)],
         (SIPO, DPO),
+        (SIPO, DPO_OWN),
         (C_AND_M, DPO),
         (SIPO, C_AND_M),
     ],

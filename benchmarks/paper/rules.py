@@ -141,9 +141,9 @@ def shown(row: Mapping[str, Any], measure: str) -> str:
 
 
 def seeds_interval(row: Mapping[str, Any], form: str, scale: float = 1) -> str:
-    """The interval over seeds, or that there is none."""
+    """The interval over seeds, or that there is none, as of one seed."""
     if row["low"] is None:
-        return "[one seed]"
+        return "[none]"
     return f"[{scale * row['low']:{form}}, {scale * row['high']:{form}}]"
 
 

@@ -3,8 +3,10 @@
 
     python benchmarks/paper/static_dynamic_mask.py
 
-No weights in any arm. The control keeps as many pairs of each batch as the dynamic mask, but dealt out by chance: the
-brake that the mask is, without its choice.
+No weights in any arm. One static mask is the paper's, of t below 60. The other is of the levels at which the base's
+weight is below 0.9 on the grid of these runs, which is coarser: it leaves out what the dynamic mask does at the start.
+The control keeps as many pairs of each batch as the dynamic mask, but dealt out by chance: the brake that the mask is,
+without its choice.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,8 @@ from drawing import over_steps
 from protocol import SMALL_BETA, arm
 from question import BASE, Question, ask, guarded
 
-DPO, STATIC, DYNAMIC, RANDOM = "DPO", "static mask", "dynamic mask", "random mask at its rate"
+DPO, DYNAMIC, RANDOM = "DPO", "dynamic mask", "random mask at its rate"
+STATIC, WIDE = "static mask, t from 60", "static mask, t from 360"
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -30,6 +33,7 @@ QUESTION = Question(
     {
         DPO: arm("DPO", SMALL_BETA),
         STATIC: arm("static mask", SMALL_BETA),
+        WIDE: arm("wide static mask", SMALL_BETA),
         DYNAMIC: arm("dynamic mask", SMALL_BETA),
         RANDOM: arm("dynamic mask", SMALL_BETA, random_mask=True),
     },
@@ -37,9 +41,11 @@ QUESTION = Question(
         (STATIC, DPO),
         (DYNAMIC, DPO),
         (DYNAMIC, STATIC),
+        (WIDE, DPO),
+        (DYNAMIC, WIDE),
         (DYNAMIC, RANDOM),
         (RANDOM, DPO),
-        *[(name, BASE) for name in (DPO, STATIC, DYNAMIC, RANDOM)],
+        *[(name, BASE) for name in (DPO, STATIC, WIDE, DYNAMIC, RANDOM)],
     ],
     draw=draw,
 )
