@@ -157,7 +157,7 @@ def measure_model(model: RealModel) -> dict[str, Any]:
     from trl_sipo.cost.devices import find_gpu
     from trl_sipo.cost.duration import computing
     from trl_sipo.cost.estimate import estimate
-    from trl_sipo.cost.models import find_model
+    from trl_sipo.cost.models import find_model, guidance_passes
     from trl_sipo.cost.operations import total_flops
     from trl_sipo.cost.step import count
 
@@ -178,6 +178,7 @@ def measure_model(model: RealModel) -> dict[str, Any]:
         "calls_per_step": plan.accumulation,
         "step_seconds": asdict(cost.step),
         "forward_seconds": asdict(forward),
+        "guidance_passes": guidance_passes(found.architecture),
     }
 
 
@@ -189,7 +190,7 @@ def gpu_hours(model: RealModel, measured: dict[str, Any], steps: int) -> tuple[f
 
 def sampling_hours(measured: dict[str, Any]) -> tuple[float, float]:
     """GPU-hours of drawing `OWN_PAIRS` pairs with guidance, from the denoiser's passes alone."""
-    passes = 2 * OWN_PAIRS * SAMPLER_STEPS * 2
+    passes = 2 * OWN_PAIRS * SAMPLER_STEPS * measured["guidance_passes"]
     low, high = (measured["forward_seconds"][end] * passes / 3600 for end in ("low", "high"))
     return low, high
 
@@ -240,7 +241,9 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
         f"## Each question, with {SEEDS} seeds",
         "",
         "GPU-hours of all its runs. Evaluation is not in it; of own samples the drawing is "
-        f"({OWN_PAIRS:,} pairs, {SAMPLER_STEPS} steps of the sampler with guidance, the denoiser alone).",
+        f"({OWN_PAIRS:,} pairs, {SAMPLER_STEPS} steps of the sampler with guidance, the denoiser alone). The static "
+        "mask cuts what SIPO masks of Stable Diffusion 1.5 at the start; for another model give the region that "
+        "`trl-sipo audit weights` finds, as `--timestep_range`.",
         "",
         f"| question | in the paper | runs | {' | '.join(measured)} |",
         "|---" * (3 + len(measured)) + "|",

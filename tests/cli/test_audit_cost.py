@@ -2,12 +2,14 @@
 """`trl-sipo audit cost` on tiny models without weights: tables, files, advice, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 
 from tests.tiny.wan import tiny_wan
 from tests.tiny_models import tiny_stable_diffusion
 from trl_sipo.cli.main import main
+from trl_sipo.cost import measuring
 from trl_sipo.scripts.audit_cost import make_parser
 
 
@@ -57,7 +59,7 @@ def test_tables_and_files(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "training", "samples", "has_reference"),
     [
-        ("dpo", ("--precompute_ref_log_probs", "true"), 2, False),
+        pytest.param("dpo", ("--precompute_ref_log_probs", "true"), 2, False, marks=pytest.mark.slow),
         pytest.param("kto", ("--per_device_train_batch_size", "3"), 3, True, marks=pytest.mark.slow),
         pytest.param("sft", (), 1, False, marks=pytest.mark.slow),
         ("d3po", ("--guidance_scale", "5"), 4, True),
@@ -95,7 +97,10 @@ def test_a_published_model_that_does_not_fit_is_told_how(tmp_path, capsys):
     assert not row["fits"] and sum(row["memory_with_changes"].values()) <= row["room"] < sum(row["memory"].values())
 
 
-def test_this_machine_is_measured(models, tmp_path, capsys):
+def test_this_machine_is_measured(models, tmp_path, capsys, monkeypatch):
+    """By products and copies that are small, which changes the rates and nothing else."""
+    monkeypatch.setitem(measuring._MATRIX_SIDE, "cpu", 256)
+    monkeypatch.setitem(measuring._COPIED, "cpu", 2**22)
     report = _report(_argv(models / "sd", "--gpu", "T4", "--measure"), tmp_path)
     measured, here = report["measured"], report["devices"][0]
     assert measured["calibration"] > 0 and measured["single"] > 0 and measured["bandwidth"] > 0
@@ -117,6 +122,8 @@ MISTAKES = {
         "refuses `precompute_ref_log_probs` under FSDP2",
     ),
     "lora": ((), ("--lora_r", "0"), "`lora_r` must be at least 1"),
+    "targets": ((), ("--lora_target_modules", "nothing"), "Look at `resolution`"),
+    "batch": ((), ("--per_device_train_batch_size", "1000000000000000"), "cannot be made, even without data"),
 }
 
 
@@ -129,6 +136,29 @@ def test_mistakes_exit_with_2(case, models, capsys):
         code = exit_.code
     errors = capsys.readouterr().err
     assert code == 2 and message in errors and "Traceback" not in errors
+
+
+HOSTILE = {
+    "layers": ("unet/config.json", {"layers_per_block": 10**9}, "no model has so many layers"),
+    "encoder": ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "no model has so many layers"),
+    "channels": ("unet/config.json", {"block_out_channels": [10**9, 10**9]}, "configuration of unet"),
+    "words": ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler", "x"]}, "takes library and class"),
+    "class": ("model_index.json", {"scheduler": ["diffusers", ["a"]]}, "takes library and class"),
+    "library": ("model_index.json", {"scheduler": ["\x1b[2J", "Foo"]}, "which is not known"),
+    "memory": ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**15}, "scheduler of"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_configurations_that_make_no_sense_are_refused(case, models, tmp_path, capsys):
+    """At once: none is built layer by layer until the memory is full."""
+    file, values, message = HOSTILE[case]
+    shutil.copytree(models / "sd", tmp_path / "sd")
+    content = json.loads((tmp_path / "sd" / file).read_text())
+    (tmp_path / "sd" / file).write_text(json.dumps(content | values))
+    assert main(_argv(tmp_path / "sd")) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors and "\x1b[2J" not in errors
 
 
 def test_no_such_model(capsys):

@@ -17,6 +17,8 @@ from torch import nn
 from trl_sipo.errors import BackboneError
 
 _LIBRARIES = ("diffusers", "transformers")  # that a `model_index.json` may name
+_LAYERS = re.compile(r"layers|depth|blocks")  # settings whose numbers are of modules that are made one by one
+_MOST_LAYERS = 1000
 _VARIANT = re.compile(r"(model)\.\w+(\.safetensors|\.bin)$")
 
 logger = logging.getLogger(__name__)
@@ -54,13 +56,29 @@ def weightless_component(name: str, part: str, origin: list[str], hub_kwargs: di
     try:
         if library == "diffusers":
             config = component_class.load_config(name, subfolder=part, **hub_kwargs)
+            _check_layers(config, part)
         else:
+            _check_layers(component_class.config_class.get_config_dict(name, subfolder=part, **hub_kwargs)[0], part)
             config = component_class.config_class.from_pretrained(name, subfolder=part, **hub_kwargs)
         with torch.device("meta"):
             module = component_class.from_config(config) if library == "diffusers" else component_class(config)
+    except BackboneError:
+        raise
     except Exception as error:  # numbers where texts should be, and the like: the libraries raise errors of any kind
         raise BackboneError(f"The configuration of {part} of {name!r} cannot be read: {error}") from error
     return module.requires_grad_(False).eval()
+
+
+def _check_layers(config: Any, part: str, name: str = "") -> None:
+    """Raise [`BackboneError`] for a number of layers that would be made until the memory is full."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            _check_layers(value, part, str(key))
+    elif isinstance(config, list):
+        for value in config:
+            _check_layers(value, part, name)
+    elif isinstance(config, int) and config > _MOST_LAYERS and _LAYERS.search(name):
+        raise BackboneError(f"The configuration of {part} says {name!r:.80} = {config}: no model has so many layers.")
 
 
 def _is_model(value: object) -> bool:

@@ -184,6 +184,10 @@ def _weightless_pipeline(name: str, hub_kwargs: dict[str, Any]) -> Any:
             parts[part] = origin  # a setting
         elif origin == [None, None] or part in _ABOUT_IMAGES:
             parts[part] = None
+        elif not (len(origin) == 2 and all(isinstance(word, str) for word in origin)):
+            raise BackboneError(
+                f"model_index.json of {name!r} says of {part}: {origin!r:.80}; it takes library and class."
+            )
         elif part in models:
             parts[part] = weightless_component(name, part, origin, hub_kwargs)
         else:
@@ -204,7 +208,7 @@ def _small_component(name: str, part: str, origin: list[str], hub_kwargs: dict[s
         raise BackboneError(f"The {part} of {name!r} is a {class_name!r:.80} of {library!r:.80}, which is not known.")
     try:
         return cast(Any, component_class).from_pretrained(name, subfolder=part, **hub_kwargs)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # of settings that make no sense the libraries raise errors of any kind
         raise BackboneError(
             f"The {part} of {name!r} cannot be read, which the cost needs beside the configurations: {error}"
         ) from error
@@ -214,6 +218,13 @@ def _own_configuration(module: Any) -> dict[str, Any]:
     """What a module of the same kind is made from."""
     names = inspect.signature(type(module).__init__).parameters
     return {name: value for name, value in module.config.items() if name in names}
+
+
+def guidance_passes(architecture: Architecture) -> int:
+    """Passes of the denoiser in a step of a sampler with guidance: one if the model is told the scale, else two."""
+    setting = inspect.signature(getattr(diffusers, architecture.denoiser).__init__).parameters.get("guidance_embeds")
+    is_told = architecture.config.get("guidance_embeds", setting is not None and setting.default is True)
+    return 1 if is_told else 2
 
 
 def adapter_class(pipeline: str) -> type[BackboneAdapter]:

@@ -94,11 +94,21 @@ class Counter:
         self._progress = tqdm(desc="Steps counted without weights", unit=" step", leave=False)
 
     def __call__(self, plan: "StepPlan") -> "StepCounts":
-        """The counts of a plan."""
+        """The counts of a plan.
+
+        Raises:
+            ConfigurationError: No such step can be made: numbers beyond all memory, or a LoRA that fits no layer.
+        """
         from trl_sipo.cost.step import count
 
         if plan not in self._found:
-            self._found[plan] = count(self.model, plan)
+            try:
+                self._found[plan] = count(self.model, plan)
+            except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+                raise ConfigurationError(
+                    f"A step of these settings cannot be made, even without data: {error}. Look at `resolution`, "
+                    "`num_frames`, `per_device_train_batch_size`, `lora_r` and `lora_target_modules`."
+                ) from error
             self._progress.update()
         return self._found[plan]
 

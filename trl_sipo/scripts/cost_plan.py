@@ -117,6 +117,7 @@ def make_plan(command: TrainingCommand, model: "Model", around: Around) -> "RunP
     """
     from trl_sipo.cost.disk import DiskPlan
     from trl_sipo.cost.estimate import RunPlan
+    from trl_sipo.cost.models import guidance_passes
     from trl_sipo.cost.step import StepPlan
 
     _check_strategy(command, around)
@@ -144,7 +145,7 @@ def make_plan(command: TrainingCommand, model: "Model", around: Around) -> "RunP
     grids = _grids(training, steps)
     prompts = len(training.sample_prompts or ())
     optimizer = _optimizer(str(getattr(training.optim, "value", training.optim)))
-    passes = 1 if model.architecture.config.get("guidance_embeds") else 2  # classifier-free guidance draws with two
+    passes = guidance_passes(model.architecture) if grids else 0
     drawn = training.num_ref_draws if is_precomputed else 0
     return RunPlan(
         step=step,
@@ -165,7 +166,7 @@ def make_plan(command: TrainingCommand, model: "Model", around: Around) -> "RunP
         steps=steps,
         allows_tf32=bool(training.tf32),
         reference_samples=drawn * (pairs or steps * per_step) * step.arms,
-        grid_samples=(grids + 1) * prompts * training.sample_num_inference_steps * passes if grids else 0,
+        grid_samples=(grids + 1) * prompts * training.sample_num_inference_steps * passes,
         network=around.network,
     )
 
