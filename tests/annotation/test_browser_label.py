@@ -79,6 +79,9 @@ def test_a_label_session_is_not_confused_with_another_study(tmp_path):
     session_of(tmp_path)
     with pytest.raises(StudyError, match="a label session of base and tuned, not of base and other"):
         open_session({"base": folders["base"], "other": folders["other"]}, tmp_path / "labels")
+    for place in (tmp_path / "base", tmp_path / "prompts.csv"):
+        with pytest.raises(StudyError, match="is there already, and holds no label session"):
+            open_session({"base": folders["base"], "other": folders["other"]}, place)
     with pytest.raises(StudyError, match="Two folders are compared, and these are 3"):
         open_session(folders, tmp_path / "more")
 

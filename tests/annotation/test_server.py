@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study over HTTP: who gets what, what is stored when, and how the server ends."""
 
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from trl_sipo.annotation.application import Limits
 from trl_sipo.annotation.pages import PAGES
 from trl_sipo.annotation.serving import Address, make_server, url_of, warning_of
 from trl_sipo.annotation.store import STUDY_FILE, Store
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError, StorageError
 
 
 @pytest.fixture
@@ -285,6 +286,18 @@ def test_the_key_of_sessions_is_its_owners_alone(study, server):
     assert sorted(path.name for path in key.parent.iterdir() if "sqlite-" not in path.name) == [
         "media", "server.key", STUDY_FILE,
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_study_that_cannot_be_written_is_not_served(study):
+    """Else raters would answer, and nothing would ever be saved."""
+    with running(study[0]):
+        pass  # the key is there
+    files = [path for path in study[0].path.parent.iterdir() if path.is_file()]
+    for path in files:
+        path.chmod(0o400)
+    with pytest.raises(StorageError, match="cannot be written"):
+        make_server(Store.open(study[0].path), Address(port=0))
 
 
 def test_a_broken_key_is_said(study):

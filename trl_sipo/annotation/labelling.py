@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from trl_sipo.annotation.records import LABEL_TITLE, QUESTION, Study
-from trl_sipo.annotation.store import Store
+from trl_sipo.annotation.store import STUDY_FILE, Store
 from trl_sipo.annotation.study_pairs import PAIRS_FILE, ImportCounts, num_samples, write_preference_pairs
 from trl_sipo.annotation.tasks import BuildPlan, BuildSettings, build_study, plan_study
 from trl_sipo.annotation.votes import last_judgements, votes
@@ -63,6 +63,8 @@ def open_session(
     if len(folders) != 2:
         raise StudyError(f"Two folders are compared, and these are {len(folders)}: {', '.join(folders)}.")
     if output.exists() or output.is_symlink():
+        if not (output / STUDY_FILE).is_file():
+            raise StudyError(f"{str(output)!r} is there already, and holds no label session. Give another --output.")
         store = Store.open(output)
         _check_models(store, folders, output)
         _check_texts(store.study(), title, question, allows_tie, output)

@@ -70,8 +70,9 @@ def make_server(
 
     Raises:
         ConfigurationError: It cannot listen there.
-        StorageError: The key of the sessions can be neither read nor written.
+        StorageError: The study cannot be written, or the key of the sessions neither be read nor written.
     """
+    store.check_writable()
     key = read_key(store.path.parent)
     server = _listening(address, transport)
     _allow_files(server.limits.connections)

@@ -117,6 +117,11 @@ class Store:
         """Where the files lie that pairs and assignments name."""
         return self.path.parent / MEDIA_FOLDER
 
+    def check_writable(self) -> None:
+        """Raise [`StorageError`] where no answer could be stored, as on a disk that is only read."""
+        with self._writing() as database:
+            database.execute(f"PRAGMA user_version = {VERSION}")  # as it is: a transaction without a write may succeed
+
     def close(self) -> None:
         """Close this thread's connection; the next call opens another."""
         self._own.__dict__.clear()
