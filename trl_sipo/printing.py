@@ -6,7 +6,7 @@ import os
 import re
 from typing import NoReturn
 
-_HIDDEN = "***"
+HIDDEN = "***"
 _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PASSWORDS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # of an address: https://name:password@host
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -30,8 +30,8 @@ def without_secrets(text: str) -> str:
     """The same text without tokens of the hub, what variables hold for tokens, and passwords within addresses."""
     for name in _VARIABLES:
         value = os.environ.get(name)
-        text = text.replace(value, _HIDDEN) if value else text
-    return _PASSWORDS.sub(_HIDDEN, _TOKENS.sub(_HIDDEN, text))
+        text = text.replace(value, HIDDEN) if value else text
+    return _PASSWORDS.sub(HIDDEN, _TOKENS.sub(HIDDEN, text))
 
 
 def names_secret(name: str) -> bool:
@@ -45,7 +45,7 @@ def words_without_secrets(words: list[str]) -> list[str]:
     for word in words:
         name, is_set, _ = word.partition("=")
         is_named = name.startswith("--") and names_secret(name)
-        shown.append(_HIDDEN if is_token else f"{name}={_HIDDEN}" if is_named and is_set else without_secrets(word))
+        shown.append(HIDDEN if is_token else f"{name}={HIDDEN}" if is_named and is_set else without_secrets(word))
         is_token = is_named and not is_set
     return shown
 

@@ -6,16 +6,19 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import expect
 
 from tests.browsers import open_context
 from tests.reporting.logged_runs import ENDED, append_line_to, held_out, learning, levels_at, write_log
-from tests.trainer.runs import SIPO, make_trainer, preference_pairs
+from tests.reporting.watched_run import SHOWN, STEPS, train
+from tests.trainer.children import end, fork
 from trl_sipo.cli.main import main
+from trl_sipo.errors import DatasetError
+from trl_sipo.scripts import report
 
 
 @pytest.fixture
@@ -31,6 +34,7 @@ def run(tmp_path):
         (["run", "--output", "."], "is a folder"),
         (["run", "--output", "run/run_log/metrics.jsonl"], "is an HTML file"),
         (["run", "--output", "file/out.html"], "nothing can be written in"),
+        (["run", "--output", f"{'long' * 100}.html"], "File name too long"),
         (["run", "--output", "out.html", "--max_pictures", "-1"], "at least 0"),
         (["run", "--output", "out.html", "--picture_size", "4"], "from 16 to"),
         (["run", "--output", "out.html", "--watch", "0.1"], "from 1 to 86400"),
@@ -63,21 +67,82 @@ def test_the_verdict_is_printed_too(run, capsys):
 
 
 def test_a_run_is_watched_from_before_it_begins_until_it_ends(tmp_path, capsys):
-    """A real run beside the command, which rewrites the page as the log grows."""
+    """A real run in a process of its own, which grows the log while this one rewrites the page."""
     folder, output = tmp_path / "run", tmp_path / "report.html"
-    status = []
-    command = ["report", str(folder), "--output", str(output), "--watch", "1"]
-    watching = threading.Thread(target=lambda: status.append(main(command)))
-    watching.start()
-    _wait(lambda: output.exists())
-    assert "Nothing logged yet" in output.read_text(encoding="utf-8")
-    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-    make_trainer(SIPO, folder, trainer_options={"eval_dataset": preference_pairs(4, seed=1)}, **options).train()
-    watching.join(timeout=60)
-    assert status == [0]
+    child = fork(lambda: train(folder, output), tmp_path / "output.txt")
+    try:
+        with _within(90):
+            assert main(["report", str(folder), "--output", str(output), "--watch", "1"]) == 0
+    finally:
+        assert end(child, tmp_path / "output.txt", seconds=10) == 0, (tmp_path / "output.txt").read_text()[-3000:]
     page, printed = output.read_text(encoding="utf-8"), capsys.readouterr().out
-    assert "run: has not begun yet" in printed and "run: step 4:" in printed and "All runs have ended." in printed
-    assert "step 4 of 4, ended" in page and "The page looks again" not in page
+    steps = ["run: has not begun yet", f"run: step {SHOWN}: ", f"run: step {STEPS}: ", "All runs have ended."]
+    assert sorted(steps, key=printed.index) == steps
+    assert f"step {STEPS} of {STEPS}, ended" in page and "The page looks again" not in page
+
+
+@contextmanager
+def _within(seconds):
+    """Ends what would go on for ever."""
+
+    def give_up(*_):
+        raise AssertionError("the runs have not ended")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def _watch(run, *, looks, monkeypatch):
+    """Watch a run for so many looks, then press Ctrl-C."""
+    naps = iter(range(looks - 1))
+
+    def nap(seconds):
+        if next(naps, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", nap)
+    return main(["report", str(run), "--output", str(run.parent / "out.html"), "--watch", "1"])
+
+
+def test_a_run_that_logs_nothing_for_long_is_told_of_once(run, monkeypatch, capsys):
+    monkeypatch.setattr(report, "_IDLE_SECONDS", -1.0)
+    assert _watch(run, looks=4, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err.count("Nothing has been logged for an hour.") == 1
+
+
+def test_a_page_that_cannot_be_written_is_tried_again(run, monkeypatch, capsys):
+    output, before = run.parent / "out.html", os.replace
+    failures = [OSError(28, "No space left on device"), OSError(28, "No space left on device")]
+
+    def replace(*paths):
+        if failures:
+            raise failures.pop()
+        before(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert _watch(run, looks=3, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("No space left") == 1 and printed.out.count("run: step 10") == 1 and output.exists()
+
+
+def test_a_file_that_vanishes_while_it_is_read_ends_no_watch(run, monkeypatch, capsys):
+    from trl_sipo.reporting import run_files
+
+    read, log = run_files.read_levels, run / "run_log/levels.jsonl"
+
+    def read_and_replace(row):
+        if log.exists():
+            log.unlink()
+            raise DatasetError("replaced just now")
+        return read(row)
+
+    monkeypatch.setattr(run_files, "read_levels", read_and_replace)
+    assert _watch(run, looks=2, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert "replaced just now" in printed.err and "run: step 10" in printed.out
 
 
 def _wait(is_there, seconds=60):
@@ -112,6 +177,7 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
         card = tab.locator(".card", has=tab.get_by_role("heading", name="Margin"))
         card.locator("summary").click()
         tab.locator("#theme").click()
+        card.get_by_role("button", name="held out").click()
         slider.focus()
         tab.keyboard.press("Home")
         tab.evaluate("scrollTo(0, 300)")
@@ -125,6 +191,8 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
         expect(pause).to_be_focused()
         expect(card.locator("table")).to_be_visible()
         expect(tab.locator("#theme")).to_have_text("Theme: light")
+        expect(card.get_by_role("button", name="held out")).to_have_attribute("aria-pressed", "false")
+        expect(card.get_by_role("button", name="training")).to_have_attribute("aria-pressed", "true")
         tab.wait_for_function("() => Math.abs(scrollY - 300) < 40")
         assert context.failures == []
     process.send_signal(signal.SIGINT)

@@ -14,7 +14,7 @@ from tests.reporting.conftest import STEPS
 from tests.reporting.logged_runs import ENDED, held_out, learning, levels_at, picture, write_clip, write_log
 from tests.trainer.runs import SIPO, make_trainer
 from trl_sipo.errors import ConfigurationError, DatasetError
-from trl_sipo.reporting.level_frames import ExactFrames, PooledFrames
+from trl_sipo.reporting.level_frames import ExactFrames, PooledFrames, read_levels
 from trl_sipo.reporting.run_files import read_runs
 from trl_sipo.reporting.run_lines import JsonLines
 from trl_sipo.reporting.run_pictures import Limits, PictureReader, evenly, read_samples
@@ -49,7 +49,9 @@ def test_a_run_without_a_log_is_read_from_its_newest_checkpoint(tmp_path):
     (tmp_path / "checkpoint-9/trainer_state.json").write_text('{"log_history": [{"st')  # being written
     run = read(tmp_path)
     assert run.source == "checkpoint-4/trainer_state.json" and "is torn" in run.notes[0]
-    assert run.course("loss").steps == [1, 2, 3, 4] and not run.has_ended
+    assert run.course("loss").steps == [1, 2, 3, 4] and run.has_ended
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert not read(tmp_path).has_ended
 
 
 def test_a_run_of_the_demo_is_read_with_what_it_measured(tmp_path):
@@ -87,10 +89,60 @@ def test_numbers_that_are_not_finite_are_gaps_with_their_step(tmp_path):
 
 
 def test_a_resumed_run_has_not_ended(tmp_path):
-    run = write_log(tmp_path, [learning(1), {"step": 1, **ENDED, "time": 10.0}])
-    assert not read(run).has_ended  # the start is later than the end
-    run = write_log(tmp_path / "other", [learning(1), {"step": 1, **ENDED}])
+    rows = [learning(1), {"step": 1, **ENDED, "time": 10.0}]
+    assert not read(write_log(tmp_path / "again", rows, step=1)).has_ended  # the start is later than the end
+    assert read(write_log(tmp_path / "once", rows, step=0)).has_ended  # a clock that was set back
+    rows = [learning(1), {"step": 1, **ENDED}]
+    assert read(write_log(tmp_path / "other", rows, step=1)).has_ended
+    assert not read(write_log(tmp_path / "on", [*rows, learning(2)])).has_ended
+
+
+def test_what_is_evaluated_after_the_end_leaves_a_run_ended(tmp_path):
+    run = write_log(tmp_path, [learning(1), {"step": 1, **ENDED}, held_out(learning(1))])
     assert read(run).has_ended
+
+
+@pytest.mark.parametrize("time", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59", "x", 5, None, "nan"])
+@pytest.mark.parametrize("step", [10**400, math.nan, "1", None])
+def test_starts_of_no_calendar_and_no_step_are_shown(tmp_path, time, step):
+    run = write_log(tmp_path, [learning(1)])
+    starts = run / "run_log/starts.jsonl"
+    starts.write_text(json.dumps({**json.loads(starts.read_text()), "time": time, "step": step}) + "\n")
+    found = read(run)
+    assert start_rows(found) == [["-", "-", "-"]] and not found.has_ended
+
+
+def test_some_other_result_is_no_hindrance(tmp_path):
+    (tmp_path / "result.json").write_text("[1]")
+    with pytest.raises(DatasetError, match="no JSON object"):
+        read(tmp_path)
+    found = read(write_log(tmp_path, [learning(1)]))
+    assert found.last_step == 1 and "result.json" in found.notes[0]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    run = write_log(tmp_path, [learning(1)])
+    before = type(run).open
+
+    def refuse(path, *args, **options):
+        if path.name == "metrics.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return before(path, *args, **options)
+
+    monkeypatch.setattr(type(run), "open", refuse)  # root may read everything
+    with pytest.raises(DatasetError, match="metrics.jsonl' cannot be read: Permission denied"):
+        read(run)
+
+
+def test_many_noise_levels_are_thinned_over_the_whole_schedule():
+    levels = [{"time": (index + 0.5) / 150, "masked": 1.0} for index in range(150)]
+    times = list(read_levels({"levels": levels}))
+    assert len(times) == 50 and times[0] < 0.01 and times[-1] > 0.98
+
+
+def test_the_last_numbers_are_those_of_five_logs_at_least(tmp_path):
+    rows = [learning(step, **{"sipo/masked_fraction": float(step == 20)}) for step in range(1, 21)]
+    assert read(write_log(tmp_path, rows)).recent("sipo/masked_fraction") == pytest.approx(0.2)
 
 
 def test_several_held_out_datasets_are_told_apart(tmp_path):
@@ -178,7 +230,7 @@ def test_links_out_of_the_folder_and_pipes_are_not_followed(tmp_path):
     (run / "run_log").mkdir(parents=True)
     (run / "run_log/metrics.jsonl").symlink_to(secret / "run_log/metrics.jsonl")
     os.mkfifo(run / "run_log/levels.jsonl")
-    with pytest.raises(ConfigurationError, match="holds no training run"):
+    with pytest.raises(ConfigurationError, match="is a link out of this folder"):
         read(run)
     picture(1).save(tmp_path / "secret.png")
     (run / "samples/step-000001").mkdir(parents=True)
@@ -235,6 +287,11 @@ def test_clips_keep_a_still_frame_and_are_not_read_twice(tmp_path):
     clip = read_samples(tmp_path, reader).rows[0].current[1]
     assert clip.still and clip.still != clip.data
     assert read_samples(tmp_path, reader).rows[0].current[1] is clip
+    reader.forget_unused()
+    assert read_samples(tmp_path, reader).rows[0].current[1] is clip
+    reader.forget_unused()
+    reader.forget_unused()  # not read meanwhile
+    assert read_samples(tmp_path, reader).rows[0].current[1] is not clip
 
 
 def test_evenly_keeps_both_ends():
@@ -269,6 +326,23 @@ def test_evaluations_are_laid_on_the_steps_of_their_run(tmp_path):
     assert "two" not in quality.measures["pick"] and "'x'" in quality.notes[0]
 
 
+def test_a_run_of_the_same_name_is_not_taken_for_another(tmp_path):
+    mine, other = (write_log(tmp_path / place / "run", [learning(300)]) for place in ("a", "b"))
+    models = ["base=org/m", f"mine=org/m+{mine}/checkpoint-100", f"other=org/m+{other}/checkpoint-200"]
+    rows = [_row("mine", 0.4, 0.6), _row("other", 0.9, 0.9)]
+    quality = read_quality(read_runs([mine]), [_evaluation(tmp_path / "evaluation", models, rows)])
+    assert [point.step for point in quality.measures["pick"]["run"]] == [100] and "'other'" in quality.notes[0]
+
+
+@pytest.mark.parametrize("corrected, is_sure", [(None, True), (0.01, True), (0.2, False)])
+def test_a_win_rate_is_sure_where_the_correction_leaves_it_so(tmp_path, corrected, is_sure):
+    run = write_log(tmp_path / "run", [learning(300)])
+    row = {**_row("late", 0.6, 0.9), "corrected_win_p_value": corrected}
+    folder = _evaluation(tmp_path / "evaluation", ["base=org/m", f"late=org/m+{run}"], [row])
+    (point,) = read_quality(read_runs([run]), [folder]).win_rates["win rate by pick"]["run"]
+    assert point.is_sure is is_sure
+
+
 def test_an_evaluation_must_be_one(tmp_path):
     with pytest.raises(ConfigurationError, match="--evaluation"):
         check_evaluations([tmp_path])
@@ -285,6 +359,9 @@ def test_settings_that_differ_come_first_and_secrets_never(tmp_path):
     different, every = setting_rows(runs)
     assert ["beta", "5000.0", "10.0"] in different and ["max_steps", "100", "100"] not in different
     assert ["max_steps", "100", "100"] in every and ["learning_rate", "1e-05", ""] in different
+    hidden = {"hub_token": token, "inner": {"wandb_api_key": "secret"}, "url": "https://me:secret@host/x", "seed": 1}
+    _, every = setting_rows([read(write_log(tmp_path / "three", [], settings=hidden, model=f"org/{token}"))])
+    assert ["seed", "1"] in every and not any(token in text or "secret" in text for _, text in every)
     assert token not in command_of(runs[0].last_start) and command_of(runs[0].last_start).endswith("'a b'")
 
 

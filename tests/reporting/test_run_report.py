@@ -10,6 +10,7 @@ import pytest
 
 from tests.reporting.logged_runs import ENDED, START, held_out, learning, levels_at, write_log
 from trl_sipo.cli.main import main
+from trl_sipo.reporting.chart_cards import ChartCards
 from trl_sipo.reporting.charts import Axis, Chart, Line, describe, line_chart, path_of, round_ticks, short
 from trl_sipo.reporting.figures import COLOURS
 from trl_sipo.reporting.heat_maps import HeatMap, colour_of, describe_heat_map, heat_map
@@ -37,6 +38,31 @@ CASES = {
     "unheld": ([learning(step) for step in STEPS], "neutral", "Learning its training pairs", "may be memory"),
     "drifting": (_both(**{"drift/chosen_error": 0.2}), "doubt", "The winner drifts", "20.0% above"),
     "nan": (_both(loss=math.nan), "bad", "Numbers that are not finite", "of `loss` .* the first by step 10"),
+    "recovered": (
+        [*_both(), held_out(learning(100)), *(learning(100 + s, grad_norm=math.inf if s == 1 else 1.0)
+                                             for s in range(1, 21))],
+        "good", "Learning", "80.0%",
+    ),
+    "nan held out": (
+        [*_both(), held_out(learning(110, loss=math.nan))], "bad", "Numbers that are not finite", r"`loss` .held out."
+    ),
+    "one masked": (
+        [*_both(), learning(110, **{"sipo/masked_fraction": 1.0})], "good", "Learning", "80.0%"
+    ),
+    "small fall": (
+        [row for s in STEPS for row in (
+            learning(s, **{"rewards/margins": 0.0}),
+            held_out(learning(s, **{"rewards/margins": 0.03 / s, "rewards/accuracies": 0.5})))],
+        "doubt", "No sign of learning", "50.0%",
+    ),
+    "begun": (
+        [row for s in range(1, 9) for row in (
+            learning(s), held_out(learning(s, **{"rewards/margins": 0.0, "rewards/accuracies": 0.5})))],
+        "neutral", "Too early to say", "50.0%",
+    ),
+    "few memorised": (
+        [learning(1, **{"rewards/accuracies": 1.0}), held_out(learning(1))], "neutral", "Too early to say", "50.3%"
+    ),
     "far": (_both(**{"drift/chosen_error": 2.0}), "bad", "The winner drifts far", "200.0% above"),
     "masked": (_both(**{"sipo/masked_fraction": 1.0}), "doubt", "Standing still: masked", "100% of the pairs"),
     "saturated": (_both(**{"rewards/saturated_fraction": 0.8}), "doubt", "Standing still: saturated", "80%"),
@@ -71,12 +97,13 @@ def test_the_verdict_is_what_the_numbers_say(tmp_path, name):
     "low, high, verdict",
     [(0.55, 0.7, "Better than its base"), (0.2, 0.4, "Worse than its base"), (0.4, 0.6, "Learning")],
 )
-def test_what_was_measured_counts_for_more(tmp_path, low, high, verdict):
+@pytest.mark.parametrize("step, is_sure", [(100, True), (100, False), (50, True)])
+def test_what_was_measured_counts_for_more(tmp_path, low, high, verdict, step, is_sure):
     run = read_runs([write_log(tmp_path / "run", _both())])[0]
-    quality = Quality(win_rates={"win rate by pick": {"run": [Measured(100, (low + high) / 2, low, high)]}})
+    quality = Quality(win_rates={"win rate by pick": {"run": [Measured(step, (low + high) / 2, low, high, is_sure)]}})
     findings = findings_of(run, quality)
-    assert findings.verdict == verdict
-    assert any(text.startswith("Measured at step 100: win rate by pick") for text in findings.sentences)
+    assert findings.verdict == (verdict if is_sure and step == 100 else "Learning")
+    assert any(text.startswith(f"Measured at step {step}: win rate by pick") for text in findings.sentences)
 
 
 def test_the_trainers_warnings_are_given_with_their_step(tmp_path):
@@ -128,6 +155,7 @@ def test_a_chart_says_its_course_and_its_gaps(tmp_path):
     words = describe(chart)
     assert "training: 0.67 at step 10, 2 at step 30; lowest 0.67 at 10, highest 2 at 30." in words
     assert "1 point(s) are not finite" in words
+    assert "1 point(s) are not finite" in ChartCards().line_card(chart).split("<figcaption>")[1]  # for all to read
     svg = line_chart(chart)
     assert svg.count('<path class="line"') == 1 and re.search(r'class="line" d="M[\d. ]+h0.1M[\d. ]+h0.1"', svg)
     header, cells = table_of(chart)

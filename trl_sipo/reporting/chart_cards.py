@@ -42,8 +42,9 @@ class ChartCards:
         card_id = self._id_of(chart.title)
         self.data[card_id] = _line_data(chart)
         return _card(
-            card_id, chart.title, line_chart(chart), _legend(chart), chart.note, table_markup(*table_of(chart))
-        )
+            card_id, chart.title, line_chart(chart), _legend(chart), " ".join(filter(None, (chart.note, *chart.gaps))),
+            table_markup(*table_of(chart)),
+        )  # fmt: skip
 
     def framed_card(self, framed: FramedChart, steps: list[int], group: str) -> str:
         """A card of a chart that a slider goes through.
@@ -51,7 +52,7 @@ class ChartCards:
         Args:
             group: Id of the slider.
         """
-        card_id = self._id_of(framed.chart.title)
+        card_id = self._id_of(f"{framed.chart.title} {group}")
         self.data[card_id] = {
             **_line_data(framed.chart),
             "group": group,
@@ -74,7 +75,7 @@ class ChartCards:
         Args:
             group: Id of the slider whose step is marked.
         """
-        card_id = self._id_of(chart.title)
+        card_id = self._id_of(f"{chart.title} {group}")
         cells = [_numbers(column) for column in chart.cells]
         self.data[card_id] = {"group": group, "heat": {"steps": chart.steps, "times": chart.times, "cells": cells}}
         header = ["step", *(f"time {short(time)}" for time in chart.times)]

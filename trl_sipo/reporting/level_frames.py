@@ -35,10 +35,14 @@ class Frame:
 
 
 def read_levels(row: Mapping[str, Any]) -> dict[float, dict[str, float]]:
-    """The levels of a line of `levels.jsonl`; what is not as it must be is left out."""
+    """The levels of a line of `levels.jsonl`; what is not as it must be is left out.
+
+    Of more than 64 levels every second is kept, or every third, and so on: they span the schedule as all of them do.
+    """
     levels = row.get("levels")
     found: dict[float, dict[str, float]] = {}
-    for entry in levels[:_MOST_LEVELS] if isinstance(levels, list) else ():
+    entries = levels if isinstance(levels, list) else []
+    for entry in entries[:: -(-len(entries) // _MOST_LEVELS) or 1]:
         time = as_number(entry.get("time")) if isinstance(entry, dict) else None
         if time is None or not 0 <= time <= 1:
             continue

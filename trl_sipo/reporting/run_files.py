@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 from trl_sipo.errors import ConfigurationError, DatasetError
+from trl_sipo.printing import without_secrets
 from trl_sipo.reporting.level_frames import ExactFrames, Frame, PooledFrames, read_levels
 from trl_sipo.reporting.run_lines import JsonLines, as_number, as_step, file_inside, json_object
 from trl_sipo.reporting.thinning import FEWEST_POINTS, Course, ThinnedLog
@@ -29,7 +30,8 @@ _OF_TEXT = "sipo/chosen_importance_weight"
 _MOST_STARTS = 100
 _LEAST_POINTS = 20
 _MOST_SPLITS = 8
-_RECENT = 0.1  # of a run, over which its last training numbers are averaged
+# Of a run, over which its last training numbers are averaged; and the fewest logs, since one small batch says little.
+_RECENT, _FEWEST_RECENT = 0.1, 5
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Run:
         num_train_frames, num_eval_frames: How many were logged.
         warnings: What the trainer warned of, with the step.
         has_ended: Whether training came to its end.
+        last_time: When the last row was logged, in seconds since the epoch; 0: not known.
         source: Files that the log was read from.
         demo_records: Measurements of the demo's samples, by step.
         notes: What could not be read.
@@ -64,6 +67,7 @@ class Run:
     num_eval_frames: int = 0
     warnings: list[str] = field(default_factory=list)
     has_ended: bool = False
+    last_time: float = 0.0
     source: str = ""
     demo_records: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -87,7 +91,7 @@ class Run:
     def text(self, name: str) -> str:
         """A text among the last start's facts; empty where it is not known."""
         value = self.last_start.get(name)
-        return value if isinstance(value, str) else ""
+        return without_secrets(value) if isinstance(value, str) else ""
 
     @property
     def last_step(self) -> int:
@@ -111,12 +115,14 @@ class Run:
         return next((course.finite[-1][1] for course in courses if course is not None and course.finite), None)
 
     def recent(self, key: str) -> float | None:
-        """The mean of a training metric over the last tenth of the steps."""
+        """The mean of a training metric over the last tenth of the steps, and at least over the last five points."""
         course = self.course(key)
         values = course.finite if course is not None else []
-        begin = (1 - _RECENT) * values[-1][0] if values else 0
-        recent = [value for step, value in values if step >= begin]
-        return sum(recent) / len(recent) if recent else None
+        if not values:
+            return None
+        count = sum(step >= (1 - _RECENT) * values[-1][0] for step, _ in values)
+        recent = [value for _, value in values[-max(count, _FEWEST_RECENT) :]]
+        return sum(recent) / len(recent)
 
 
 def read_runs(folders: Sequence[Path], *, may_be_new: bool = False) -> list[Run]:
@@ -189,7 +195,13 @@ def _no_run(folder: Path) -> str:
             f"{str(folder)!r} is an output of `trl-sipo evaluate`, and no run. Give the run that it evaluated, and "
             f"`--evaluation {folder}`."
         )
-    inside = sorted({path.parent.parent for path in folder.glob(f"*/**/{RUN_LOG_FOLDER}/{METRICS}")})[:5]
+    if (folder / RUN_LOG_FOLDER / METRICS).is_file():
+        return (
+            f"`{RUN_LOG_FOLDER}` of {str(folder)!r} is a link out of this folder, and is not followed. Give the run "
+            "itself."
+        )
+    below = (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(f"{depth}/{RUN_LOG_FOLDER}/{METRICS}"))
+    inside = [path.parent.parent for path in islice(below, 5)]
     hint = f" There are runs below it: {', '.join(map(str, inside))}." if inside else ""
     return (
         f"{str(folder)!r} holds no training run: no `{RUN_LOG_FOLDER}`, no checkpoint with `trainer_state.json`, and "
@@ -204,9 +216,8 @@ def _read_log(run: Run) -> None:
         if len(run.starts) > _MOST_STARTS:
             del run.starts[1]
     metrics = JsonLines(file_inside(run.folder, f"{RUN_LOG_FOLDER}/{METRICS}"))
-    last_time = _take_rows(run, metrics)
-    # Started again, and nothing logged yet.
-    run.has_ended = run.has_ended and _seconds(run.last_start.get("time")) <= last_time
+    _take_rows(run, metrics)
+    run.has_ended = run.has_ended and not _has_started_since(run)
     levels = JsonLines(file_inside(run.folder, f"{RUN_LOG_FOLDER}/{LEVELS}"))
     _take_levels(run, levels)
     if metrics.path is not None or lines.path is not None:
@@ -214,6 +225,16 @@ def _read_log(run: Run) -> None:
     for part in (lines, metrics, levels):
         if part.num_broken:
             run.notes.append(f"{part.num_broken} line(s) of {part.path.name} could not be read.")  # type: ignore
+
+
+def _has_started_since(run: Run) -> bool:
+    """Whether a run that had ended was started again, and has logged nothing yet.
+
+    A start drops what was logged after its step: an end at a later step is the end of what it started. Only of an end
+    at its own step do the times tell, which a clock that was set may have wrong.
+    """
+    step = as_step(run.last_start.get("step"))
+    return (step is None or step >= run.last_step) and _seconds(run.last_start.get("time")) > run.last_time
 
 
 def _seconds(value: Any) -> float:
@@ -224,15 +245,17 @@ def _seconds(value: Any) -> float:
         return 0.0
 
 
-def _take_rows(run: Run, rows: Any) -> float:
-    """Sort the numbers of logged rows; returns when the last one was logged, in seconds since the epoch."""
-    warnings, last_time = RunWarnings(), 0.0
+def _take_rows(run: Run, rows: Any) -> None:
+    """Sort the numbers of logged rows."""
+    warnings = RunWarnings()
     for row in rows:
         step = as_step(row.get("step"))
         if step is None:
             continue
         numbers = {key: number for key, value in row.items() if (number := as_number(value)) is not None}
-        run.has_ended, last_time = "train_runtime" in numbers, numbers.get("time", 0.0)
+        run.last_time = numbers.get("time", 0.0)
+        # What is evaluated after the end leaves it the end; what is trained does not.
+        run.has_ended = "train_runtime" in numbers or (run.has_ended and "loss" not in numbers)
         train, samples = {}, {}
         for key, number in numbers.items():
             if match := _EVALUATED.fullmatch(key):
@@ -249,7 +272,6 @@ def _take_rows(run: Run, rows: Any) -> float:
     disordered = run.train.num_disordered
     if disordered:
         run.notes.append(f"{disordered} log(s) of earlier steps after later ones were left out.")
-    return last_time
 
 
 def _add_held_out(run: Run, split: str, step: int, key: str, number: float) -> None:
@@ -287,11 +309,14 @@ def _read_checkpoint(run: Run) -> None:
         if path is None:
             continue
         try:
-            history = json_object(path).get("log_history")
+            state = json_object(path)
         except DatasetError as error:  # as of a checkpoint that is being written; an older one is as good
             run.notes.append(str(error))
             continue
+        history, step, most = (state.get(key) for key in ("log_history", "global_step", "max_steps"))
         _take_rows(run, (row for row in history if isinstance(row, dict)) if isinstance(history, list) else ())
+        # Written before the last row is logged, which says so elsewhere.
+        run.has_ended |= 0 < (as_step(most) or 0) <= (as_step(step) or 0)
         run.source = name
         return
 
@@ -301,7 +326,13 @@ def _read_demo(run: Run) -> None:
     path = file_inside(run.folder, "result.json")
     if path is None:
         return
-    result = json_object(path)
+    try:
+        result = json_object(path)
+    except DatasetError as error:
+        if not run.source:
+            raise
+        run.notes.append(str(error))  # of something else that has this name
+        return
     records, log = result.get("records"), result.get("log")
     if not isinstance(records, list):
         return
@@ -329,5 +360,12 @@ _DEMO_HELD_OUT = {
 
 def started_at(start: Mapping[str, Any]) -> str:
     """When a start was, in UTC, as text; empty where it is not known."""
-    seconds = _seconds(start.get("time"))
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC") if seconds else ""
+    return time_text(_seconds(start.get("time")))
+
+
+def time_text(seconds: float) -> str:
+    """A time since the epoch, in UTC, as text; empty of 0, and of what no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC") if seconds else ""
+    except (ValueError, OverflowError, OSError):
+        return ""

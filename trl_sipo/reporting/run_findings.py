@@ -18,13 +18,22 @@ ACCURACY, MARGIN, CHOSEN = "rewards/accuracies", "rewards/margins", "rewards/cho
 DRIFT, REJECTED_DRIFT = "drift/chosen_error", "drift/rejected_error"
 MASKED, SATURATED = "sipo/masked_fraction", "rewards/saturated_fraction"
 _FEW_LOGS = 5
-# The margin has fallen when less than this share of its best is left.
-_FALLEN = 0.5
+# The margin has fallen when less than this share of its best is left, which must have been one: large, or with an
+# accuracy that chance does not give.
+_FALLEN, _LARGE_MARGIN = 0.5, 0.1
+# Share of the steps from which on a run that has not learned anything is said not to.
+_EARLY = 0.1
+# Share of the steps since when samples that were measured are those of the present model.
+_FRESH = 0.9
+# Share of points that are not finite from which on they are more than an accident.
+_MANY_BROKEN = 0.1
 # Accuracy in training and held out between which a run memorises.
 _MEMORISED, _UNLEARNT = 0.95, 0.6
 _NO_MARGIN = 0.01
 # Rise of the winner's error that is far.
 _FAR = 0.5
+# Its rewards are scores of the policy alone: below 0 is not below a reference.
+_WITHOUT_REFERENCE = "MaPO"
 # Kinds of what is found, the best first.
 GOOD, NEUTRAL, DOUBT, BAD = "good", "neutral", "doubt", "bad"
 
@@ -67,10 +76,13 @@ def findings_of(run: Run, quality: Quality | None = None) -> Findings:
         return Findings(NEUTRAL, "Nothing logged yet", ["The run has not logged anything so far."], [])
     measured = _measured(run, quality or Quality())
     rules = (_fallen, _standing, _drifting, _forgetting, _memorising, _learning)
-    judged = [finding for finding in (_broken(run), *measured) if finding is not None and finding[1]]
-    judged += [result for rule in rules if (result := rule(run)) is not None]
+    broken = _broken(run)
+    fresh = [finding for is_fresh, finding in measured if is_fresh]
+    found = [*broken, *fresh, *(result for rule in rules if (result := rule(run)) is not None)]
+    found += [finding for is_fresh, finding in measured if not is_fresh]
+    judged = [finding for finding in found if finding[1]]
     kind, verdict, first = judged[0] if judged else _unknown(run)
-    undecided = [sentence for _, verdict, sentence in measured if not verdict]
+    undecided = [sentence for _, verdict, sentence in found if not verdict]
     sentences = [first, *(sentence for _, _, sentence in judged[1:]), *undecided, *run.warnings]
     return Findings(kind, verdict, sentences, _figures(run))
 
@@ -87,20 +99,29 @@ def _best_course(run: Run, key: str) -> tuple[Course | None, str]:
     return (course if course is not None and course.finite else None), "training"
 
 
-def _broken(run: Run) -> _Finding | None:
-    for key in run.train.keys:
-        course = run.course(key)
-        if course is not None and course.num_broken:
-            text = (
-                f"{course.num_broken} logged value(s) of `{key}` are NaN or infinite, the first by step "
-                f"{short(course.first_broken)}; charts have gaps there."
-            )
-            return BAD, "Numbers that are not finite", text
-    return None
+def _broken(run: Run) -> list[_Finding]:
+    """The metric that suffers most; without a verdict where it has recovered, as a gradient norm of float16 does."""
+    found = []
+    for place, log in (("", run.train), *((f" ({split})", log) for split, log in run.held_out.items())):
+        for key in log.keys:
+            course = log.course(key)
+            if course is not None and course.num_broken:
+                gaps = course.means.count(None)
+                is_bad = course.means[-1] is None or gaps > _MANY_BROKEN * len(course.means)
+                found.append((is_bad, gaps, f"`{key}`{place}", course))
+    if not found:
+        return []
+    is_bad, _, name, course = max(found, key=lambda entry: entry[:2])
+    text = (
+        f"{course.num_broken} logged value(s) of {name} are NaN or infinite, the first by step "
+        f"{short(course.first_broken)}; charts have gaps there."
+    )
+    return [(BAD, "Numbers that are not finite", text) if is_bad else (NEUTRAL, "", text)]
 
 
-def _measured(run: Run, quality: Quality) -> list[_Finding]:
-    """What evaluations say of the latest model against the base; without a verdict where they cannot tell."""
+def _measured(run: Run, quality: Quality) -> list[tuple[bool, _Finding]]:
+    """What evaluations say of the latest model against the base, and whether that is nearly the present one; without a
+    verdict where they cannot tell."""
     found = []
     for measure, by_run in quality.win_rates.items():
         points = by_run.get(run.name)
@@ -108,14 +129,15 @@ def _measured(run: Run, quality: Quality) -> list[_Finding]:
             continue
         last = points[-1]
         kind, verdict = NEUTRAL, ""
-        if last.low > 0.5:
+        if last.low > 0.5 and last.is_sure:
             kind, verdict = GOOD, "Better than its base"
-        elif last.high < 0.5:
+        elif last.high < 0.5 and last.is_sure:
             kind, verdict = BAD, "Worse than its base"
         interval = f"{last.value:.1%} [{last.low:.1%}, {last.high:.1%}]"
         text = f"Measured at step {last.step}: {measure} against the base {interval}"
-        found.append((kind, verdict, f"{text}{'.' if verdict else ', which cannot tell them apart.'}"))
-    return sorted(found, key=lambda finding: (BAD, GOOD, NEUTRAL).index(finding[0]))
+        finding = kind, verdict, f"{text}{'.' if verdict else ', which cannot tell them apart.'}"
+        found.append((last.step >= _FRESH * run.last_step, finding))
+    return sorted(found, key=lambda entry: (BAD, GOOD, NEUTRAL).index(entry[1][0]))
 
 
 def _fallen(run: Run) -> _Finding | None:
@@ -126,11 +148,19 @@ def _fallen(run: Run) -> _Finding | None:
     step, last = margin.finite[-1]
     if best <= _NO_MARGIN or last >= _FALLEN * best:
         return None
+    if best < _LARGE_MARGIN and not _is_beyond_chance(run, best_step):
+        return None
     text = (
         f"The held-out margin has fallen from {short(best)} at step {short(best_step)} to {short(last)} at step "
         f"{short(step)}: take the weights of the former."
     )
     return BAD, "Falling apart", text
+
+
+def _is_beyond_chance(run: Run, step: float) -> bool:
+    accuracy, _ = _best_course(run, ACCURACY)
+    chance = chance_range(run)
+    return accuracy is not None and dict(accuracy.finite).get(step, 0.0) > (chance[1] if chance else 0.5)
 
 
 def _drifting(run: Run) -> _Finding | None:
@@ -146,6 +176,8 @@ def _drifting(run: Run) -> _Finding | None:
 
 
 def _standing(run: Run) -> _Finding | None:
+    if run.train.num_rows < _FEW_LOGS:
+        return None
     masked, saturated = run.recent(MASKED), run.recent(SATURATED)
     if masked is not None and masked >= MASKED_SHARE:
         text = f"Lately {masked:.0%} of the pairs are masked: hardly anything is trained, and flat is no convergence."
@@ -163,7 +195,7 @@ def _forgetting(run: Run) -> _Finding | None:
     """Margins rise while the chosen images become less likely too."""
     chosen, where = _best_course(run, CHOSEN)
     margin, _ = _best_course(run, MARGIN)
-    if chosen is None or margin is None or len(chosen.finite) < 2:
+    if chosen is None or margin is None or len(chosen.finite) < 2 or run.text("method") == _WITHOUT_REFERENCE:
         return None
     last, gain = chosen.finite[-1][1], margin.finite[-1][1]
     if gain <= _NO_MARGIN or last >= -0.1 * gain:
@@ -177,7 +209,9 @@ def _forgetting(run: Run) -> _Finding | None:
 
 def _memorising(run: Run) -> _Finding | None:
     train, held_out = run.recent(ACCURACY), run.last_held_out(ACCURACY)
-    if train is None or held_out is None or train < _MEMORISED or held_out > _UNLEARNT:
+    if train is None or held_out is None or run.train.num_rows < _FEW_LOGS:
+        return None
+    if train < _MEMORISED or held_out > _UNLEARNT:
         return None
     return (
         DOUBT,
@@ -199,10 +233,15 @@ def _learning(run: Run) -> _Finding | None:
     text = f"The {where} accuracy is {last:.1%}{band}. The margin is {short(gain)}."
     if last > (chance[1] if chance else 0.5) and gain > 0:
         return (GOOD, "Learning", text) if where == "held-out" else (NEUTRAL, "Learning its training pairs", text)
-    if run.train.num_rows < _FEW_LOGS or accuracy.finite[-1][0] == 0:
+    if run.train.num_rows < _FEW_LOGS or accuracy.finite[-1][0] == 0 or _is_early(run):
         return NEUTRAL, "Too early to say", text
     advice = " The learning rate or the number of steps is small for this `beta`." if abs(gain) < _NO_MARGIN else ""
     return DOUBT, "No sign of learning", f"{text}{advice}"
+
+
+def _is_early(run: Run) -> bool:
+    most = run.setting("max_steps")
+    return most is not None and not run.has_ended and run.last_step < _EARLY * most
 
 
 def _unknown(run: Run) -> _Finding:
@@ -219,7 +258,8 @@ def chance_range(run: Run) -> tuple[float, float] | None:
     """Accuracies of a model that knows nothing, in 95 of 100 runs; a pair counts once, however many its levels."""
     pairs = run.last_start.get("eval_pairs")
     if isinstance(pairs, Mapping):
-        pairs = next(iter(pairs.values()), None)
+        judged = next((split for split in run.held_out if run.course(ACCURACY, split) is not None), None)
+        pairs = pairs.get(judged, next(iter(pairs.values()), None))
     if isinstance(pairs, bool) or not isinstance(pairs, int) or not 0 < pairs < 2**53:
         return None
     half = min(0.98 / math.sqrt(pairs), 0.5)
@@ -240,5 +280,5 @@ def _figures(run: Run) -> list[Figure]:
             figures.append(Figure(name, f"{value:.1%}" if is_share else short(value), f"{where}, step {short(step)}"))
     for name, key in (("masked", MASKED), ("saturated", SATURATED)):
         if (share := run.recent(key)) is not None:
-            figures.append(Figure(name, f"{share:.0%}", "last tenth of the steps"))
+            figures.append(Figure(name, f"{share:.0%}", "last tenth, at least 5 logs"))
     return figures

@@ -38,6 +38,9 @@ class JsonLines:
 
     Attributes:
         num_broken: Lines that could not be read, so far.
+
+    Raises:
+        DatasetError: The file cannot be read; while its lines are gone through.
     """
 
     def __init__(self, path: Path | None):
@@ -47,9 +50,15 @@ class JsonLines:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.path is None:
             return
-        size = self.path.stat().st_size
-        bar = {"total": size, "unit": "B", "unit_scale": True, "desc": self.path.name}
-        with self.path.open("rb") as file, tqdm(**bar, disable=size < _WORTH_A_BAR, leave=False) as progress:
+        try:
+            yield from self._objects(self.path)
+        except OSError as error:
+            raise DatasetError(f"{str(self.path)!r} cannot be read: {error.strerror}.") from error
+
+    def _objects(self, path: Path) -> Iterator[dict[str, Any]]:
+        size = path.stat().st_size
+        bar = {"total": size, "unit": "B", "unit_scale": True, "desc": path.name}
+        with path.open("rb") as file, tqdm(**bar, disable=size < _WORTH_A_BAR, leave=False) as progress:
             for line in iter(lambda: file.readline(_LONGEST_LINE), b""):
                 progress.update(len(line))
                 if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
@@ -79,11 +88,14 @@ def json_object(path: Path) -> dict[str, Any]:
     """A file that is one JSON object.
 
     Raises:
-        DatasetError: It is too large, or no JSON object.
+        DatasetError: It cannot be read, is too large, or no JSON object.
     """
-    if os.path.getsize(path) > _LARGEST_FILE:
-        raise DatasetError(f"{str(path)!r} has more than {_LARGEST_FILE} bytes, as no such file has.")
-    found = _parsed(path.read_bytes())
+    try:
+        if os.path.getsize(path) > _LARGEST_FILE:
+            raise DatasetError(f"{str(path)!r} has more than {_LARGEST_FILE} bytes, as no such file has.")
+        found = _parsed(path.read_bytes())
+    except OSError as error:
+        raise DatasetError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     if found is None:
         raise DatasetError(f"{str(path)!r} is no JSON object: it is torn, or something else.")
     return found

@@ -96,6 +96,7 @@ class PictureReader:
     def __init__(self, limits: Limits):
         self.limits = limits
         self._seen: dict[tuple[str, int, int, str], Picture] = {}
+        self._used: dict[tuple[str, int, int, str], Picture] = {}
 
     def read(self, folder: Path, name: str, part: str = "") -> Picture:
         """One picture or clip below a folder.
@@ -113,7 +114,12 @@ class PictureReader:
         key = (str(path), state.st_mtime_ns, state.st_size, part)
         if key not in self._seen:
             self._seen[key] = _read_picture(path, name, part, self.limits.side)
-        return self._seen[key]
+        self._used[key] = self._seen[key]
+        return self._used[key]
+
+    def forget_unused(self) -> None:
+        """Forget what has not been read since this was last called: as a run goes on, other steps of it are shown."""
+        self._seen, self._used = self._used, {}
 
 
 def _read_picture(path: Path, name: str, part: str, side: int) -> Picture:

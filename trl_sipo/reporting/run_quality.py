@@ -11,6 +11,7 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.reporting.run_files import Run
 from trl_sipo.reporting.run_lines import as_number, file_inside, json_object
 
+_LEVEL = 0.05  # of a corrected p-value
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 # Of the demo's records: what is a quality of samples, and what it is called.
 _OF_DEMO = {
@@ -28,12 +29,15 @@ class Measured:
     Attributes:
         step: Of the model; 0 is the base.
         value, low, high: Estimate and interval; the same number where there is no interval.
+        is_sure: Of a win rate whose interval leaves out one half: whether that outlasts the correction for how many
+            comparisons were made.
     """
 
     step: int
     value: float
     low: float
     high: float
+    is_sure: bool = field(default=True, compare=False)
 
 
 @dataclass
@@ -108,7 +112,9 @@ def _read_evaluation(folder: Path, runs: Sequence[Run], quality: Quality) -> Non
             _add_interval(quality.measures, row["metric"], name, step, row.get("mean"))
             against = row.get("against_base")
             rate = against.get("win_rate") if isinstance(against, dict) else None
-            _add_interval(quality.win_rates, f"win rate by {row['metric']}", name, step, rate)
+            corrected = as_number(row.get("corrected_win_p_value"))
+            is_sure = corrected is None or corrected < _LEVEL
+            _add_interval(quality.win_rates, f"win rate by {row['metric']}", name, step, rate, is_sure)
 
 
 def _owner(path: str, runs: Sequence[Run]) -> tuple[Run, int] | None:
@@ -117,21 +123,23 @@ def _owner(path: str, runs: Sequence[Run]) -> tuple[Run, int] | None:
     match = _CHECKPOINT.fullmatch(place.name)
     folder = place.parent if match else place
     exact = [run for run in runs if run.folder.resolve() == folder.resolve()]
-    alike = exact or [run for run in runs if run.folder.resolve().name == folder.name]
+    # A run that was moved; where the folder is still there, it is another run of that name.
+    alike = exact or [run for run in runs if run.folder.resolve().name == folder.name and not folder.is_dir()]
     if len(alike) != 1:
         return None
     return alike[0], int(match[1]) if match else alike[0].last_step
 
 
 def _add_interval(
-    table: dict[str, dict[str, list[Measured]]], measure: str, run: str, step: int, interval: Any
+    table: dict[str, dict[str, list[Measured]]], measure: str, run: str, step: int, interval: Any, is_sure: bool = True
 ) -> None:
     found: Mapping[str, Any] = interval if isinstance(interval, dict) else {}
     value = as_number(found.get("estimate"))
     if value is None:
         return
     low, high = as_number(found.get("low")), as_number(found.get("high"))
-    _add(table, measure, run, Measured(step, value, value if low is None else low, value if high is None else high))
+    low, high = value if low is None else low, value if high is None else high
+    _add(table, measure, run, Measured(step, value, low, high, is_sure))
 
 
 def _add(table: dict[str, dict[str, list[Measured]]], measure: str, run: str, point: Measured) -> None:

@@ -21,7 +21,7 @@ from trl_sipo.reporting.run_charts import (
     reward_range,
     sample_score_charts,
 )
-from trl_sipo.reporting.run_files import Run, started_at
+from trl_sipo.reporting.run_files import Run, started_at, time_text
 from trl_sipo.reporting.run_findings import Findings, findings_of
 from trl_sipo.reporting.run_pictures import GRID, Picture, PromptSamples, Samples, facts_of
 from trl_sipo.reporting.run_quality import Quality
@@ -178,7 +178,9 @@ def _progress(run: Run) -> str:
     of_all = f" of {most:.0f}" if most and most > 0 else ""
     begun = started_at(run.starts[0]) if run.starts else ""
     state = "ended" if run.has_ended else "not ended" if run.source else ""
-    parts = [f"step {run.last_step}{of_all}", state, f"started {begun}" if begun else ""]
+    latest = "" if run.has_ended else time_text(run.last_time)
+    times = [f"{word} {when}" for word, when in (("started", begun), ("last log", latest)) if when]
+    parts = [f"step {run.last_step}{of_all}", state, *times]
     return ", ".join(filter(None, parts))
 
 

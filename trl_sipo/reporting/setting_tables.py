@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl_sipo.printing import words_without_secrets
+from trl_sipo.printing import HIDDEN, names_secret, without_secrets, words_without_secrets
 from trl_sipo.reporting.charts import short
 from trl_sipo.reporting.run_files import Run, started_at
+from trl_sipo.reporting.run_lines import as_number
 
 _LONGEST_VALUE, _MOST_ROWS, _DEEPEST = 300, 1000, 4
 _FACTS = (
@@ -38,14 +39,14 @@ def _compared(columns: Sequence[Mapping[str, str]]) -> tuple[Rows, Rows]:
 
 
 def flat(values: Mapping[str, Any], before: str = "", depth: int = 0) -> dict[str, str]:
-    """Names and texts of values, those within others under both names."""
+    """Names and texts of values, those within others under both names; without secrets, whoever wrote them down."""
     found: dict[str, str] = {}
     for key, value in list(values.items())[:_MOST_ROWS]:
         name = f"{before}{key}"[:_LONGEST_VALUE]
         if isinstance(value, Mapping) and value and depth < _DEEPEST:
             found |= flat(value, f"{name}.", depth + 1)
         else:
-            found[name] = _text(value)
+            found[name] = HIDDEN if names_secret(str(key)) and value else _text(value)
     return found
 
 
@@ -56,6 +57,7 @@ def _text(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
     except RecursionError:
         text = "nested too deeply to be shown"
+    text = without_secrets(text)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
@@ -79,8 +81,7 @@ def start_rows(run: Run) -> Rows:
             for name in dict.fromkeys([*now, *before])
             if before.get(name) != now.get(name)
         ] if before is not None else []  # fmt: skip
-        step = start.get("step")
-        at = short(step) if isinstance(step, int | float) and not isinstance(step, bool) else "-"
+        at = short(as_number(start.get("step")))
         rows.append([started_at(start) or "-", at, "; ".join(changed)[: 4 * _LONGEST_VALUE] or "-"])
         before = now
     return rows

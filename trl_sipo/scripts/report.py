@@ -3,12 +3,13 @@
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError, DatasetError, StorageError
 from trl_sipo.printing import ArgumentParser, printable
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from trl_sipo.reporting.run_quality import Quality
 
 WATCH_SECONDS = 30.0
+_IDLE_SECONDS = 3600.0
+_IDLE = (
+    "Nothing has been logged for an hour. A run that was killed never says that it has ended: start it again, or "
+    "press Ctrl-C."
+)
 _MOST_RUNS = 24
 _LARGEST_SIDE = 2048
 
@@ -67,7 +73,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if len(arguments.runs) > _MOST_RUNS:
         raise ConfigurationError(f"A page shows at most {_MOST_RUNS} runs, got {len(arguments.runs)}.")
     check_evaluations(arguments.evaluation)
-    _check_output(arguments.output)
+    try:
+        _check_output(arguments.output)
+    except OSError as error:  # of a name that is too long, say
+        raise ConfigurationError(f"`--output` cannot be used: {error.strerror}. Choose another name.") from error
 
 
 def _check_output(output: Path) -> None:
@@ -97,7 +106,9 @@ def run(command: str, argv: list[str]) -> None:
     check_arguments(arguments)
     from trl_sipo.reporting.run_pictures import Limits, PictureReader
 
-    limits = Limits(arguments.max_pictures // len(arguments.runs), arguments.picture_size)
+    # A base and a step each, or none at all.
+    pictures = max(2, arguments.max_pictures // len(arguments.runs)) if arguments.max_pictures else 0
+    limits = Limits(pictures, arguments.picture_size)
     reader = PictureReader(limits)
     if arguments.watch is None:
         runs, quality = write_page(arguments, reader, reload_seconds=None)
@@ -158,19 +169,36 @@ def watch(arguments: argparse.Namespace, reader: "PictureReader") -> None:
 
 def _write_changes(arguments: argparse.Namespace, reader: "PictureReader") -> None:
     seen: object = None
+    changed, told = time.monotonic(), ""
     while True:
         state = state_of([*arguments.runs, *arguments.evaluation])
         if state != seen:
-            runs, quality = write_page(
-                arguments, reader, reload_seconds=max(1, round(arguments.watch)), may_be_new=True
-            )
-            for one in runs:
-                waits = "has not begun yet" if one.is_empty else f"step {one.last_step}: {headline(one, quality)}"
-                print(f"- {printable(one.name)}: {printable(waits)}", flush=True)
-            if all(one.has_ended for one in runs):
-                return
-            seen = state
+            try:
+                if _write_change(arguments, reader):
+                    return
+                seen, changed, told = state, time.monotonic(), ""
+            except (DatasetError, StorageError, OSError) as error:  # of a file being replaced, or a disk that is full
+                told = _tell(f"The page was not written, which is tried again. {error}", told)
+        elif time.monotonic() - changed > _IDLE_SECONDS:
+            told = _tell(_IDLE, told)
         time.sleep(arguments.watch)
+
+
+def _write_change(arguments: argparse.Namespace, reader: "PictureReader") -> bool:
+    """Write the page once more; returns whether all runs have ended."""
+    runs, quality = write_page(arguments, reader, reload_seconds=max(1, round(arguments.watch)), may_be_new=True)
+    reader.forget_unused()
+    for one in runs:
+        waits = "has not begun yet" if one.is_empty else f"step {one.last_step}: {headline(one, quality)}"
+        print(f"- {printable(one.name)}: {printable(waits)}", flush=True)
+    return all(one.has_ended for one in runs)
+
+
+def _tell(text: str, told: str) -> str:
+    """Print a text unless it was told already; returns it."""
+    if text != told:
+        print(printable(text), file=sys.stderr, flush=True)
+    return text
 
 
 def state_of(folders: Sequence[Path]) -> list[tuple[str, int, int]]:

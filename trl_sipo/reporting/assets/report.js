@@ -70,6 +70,7 @@
     tip.hidden = true;
     box.append(tip);
     box.tabIndex = 0;
+    box.id = card.id + "-plot";
     box.setAttribute("role", "group");
     box.setAttribute("aria-label", "Values of " + card.querySelector("h3").textContent + ": arrow keys read them");
     const mark = svg("g", { class: "cursor" }, picture);
@@ -114,17 +115,20 @@
 
   const isOff = (card, index) => card.querySelector(`.series[data-line="${index}"]`).classList.contains("off");
   const addLegend = (card, chart) => {
+    // By name: lines may come before others when the page looks again.
     const off = new Set((kept.off || {})[card.id] || []);
     for (const button of all(".legend button", card)) {
       const index = Number(button.dataset.line);
+      const label = chart.lines[index].label;
+      button.id = `${card.id}-line-${encodeURIComponent(label)}`;
       const line = card.querySelector(`.plot .series[data-line="${index}"]`);
       const use = () => {
-        line.classList.toggle("off", off.has(index));
-        button.setAttribute("aria-pressed", String(!off.has(index)));
+        line.classList.toggle("off", off.has(label));
+        button.setAttribute("aria-pressed", String(!off.has(label)));
       };
       button.disabled = chart.lines.length < 2;
       button.addEventListener("click", () => {
-        if (!off.delete(index)) off.add(index);
+        if (!off.delete(label)) off.add(label);
         use();
         keep("off", { ...kept.off, [card.id]: [...off] });
       });
@@ -148,7 +152,8 @@
         const away = line.x[place] === step ? "" : ` (${chart.xLabel} ${short(line.x[place])})`;
         const spread = line.low && line.low[place] !== line.high[place] && value !== null;
         const range = spread ? ` [${short(line.low[place])}, ${short(line.high[place])}]` : "";
-        lines.push(`${line.label}: ${value === null ? "not finite" : short(value)}${range}${away}`);
+        const none = chart.frames ? "-" : "not finite"; // of a noise level without a pair there is no number
+        lines.push(`${line.label}: ${value === null ? none : short(value)}${range}${away}`);
         if (value !== null) svg("circle", { cx: placeX(chart, line.x[place]), cy: placeY(chart, value), r: 3.2 }, mark);
       });
       return [lines, x];
@@ -262,6 +267,7 @@
     const handle = document.createElement("div");
     handle.className = "handle";
     handle.tabIndex = 0;
+    handle.id = strip.parentElement.id + "-divider";
     const facts = { role: "slider", "aria-orientation": "horizontal", "aria-valuemin": 0, "aria-valuemax": 100 };
     for (const [key, value] of Object.entries(facts)) handle.setAttribute(key, value);
     const prompt = strip.parentElement.querySelector("figcaption").textContent;
@@ -307,6 +313,7 @@
       fits.forEach((fit) => fit());
     };
     panel.classList.add("live");
+    mode.id = group + "-mode";
     mode.hidden = !strips.length;
     mode.addEventListener("click", () => useMode(panel.classList.contains("compare")));
     follow(group, (index, step) => {
@@ -316,13 +323,16 @@
     useMode(Boolean((kept.modes || {})[group]));
     const stop = panel.querySelector(".stop");
     if (stop) {
-      stop.hidden = false;
-      stop.addEventListener("click", () => {
-        const isStopped = stop.getAttribute("aria-pressed") !== "true";
+      const useStop = (isStopped) => {
         stop.setAttribute("aria-pressed", String(isStopped));
         for (const source of all("source", panel))
           source.media = isStopped ? "all" : "(prefers-reduced-motion: reduce)";
-      });
+        keep("stopped", { ...kept.stopped, [group]: isStopped });
+      };
+      stop.hidden = false;
+      stop.id = group + "-stop";
+      stop.addEventListener("click", () => useStop(stop.getAttribute("aria-pressed") !== "true"));
+      useStop(Boolean((kept.stopped || {})[group]));
     }
   }
 
@@ -344,6 +354,7 @@
   // ---------------------------------------------------------------------------------------------- looking again
   for (const details of all("details")) {
     details.open = (kept.open || []).includes(details.id);
+    details.querySelector("summary").id = details.id + "-summary";
     details.addEventListener("toggle", () =>
       keep("open", all("details[open]").map((one) => one.id)),
     );
@@ -364,6 +375,8 @@
   usePause();
   addEventListener("pointerdown", () => (isHeld = true));
   for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => (isHeld = false));
+  // One that was let go outside of the window, or in a menu, is up when it moves again.
+  addEventListener("pointermove", (event) => (isHeld = isHeld && event.buttons !== 0));
   setInterval(() => {
     if (isPaused || isHeld || document.hidden) return;
     keep("scroll", [scrollX, scrollY]);
