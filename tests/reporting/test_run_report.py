@@ -106,6 +106,22 @@ def test_what_was_measured_counts_for_more(tmp_path, low, high, verdict, step, i
     assert any(text.startswith(f"Measured at step {step}: win rate by pick") for text in findings.sentences)
 
 
+def test_rewards_of_another_kind_have_a_scale_of_their_own(tmp_path):
+    scores = {"rewards/chosen": 760.0, "rewards/rejected": 755.0}
+    rows = {"SIPO": _both(), "Diffusion-DPO": _both(), "MaPO": _both(**scores)}
+    runs = read_runs([write_log(tmp_path / name, logs, method=name) for name, logs in rows.items()])
+    page = run_page(Contents("three", runs, [None] * 3, Quality()))
+    charts = re.findall("<svg class=.chart. [^>]*Chosen and rejected reward: (.*?)</svg>", page)
+    ticks = [[text for text in re.findall(">([-.0-9]+)</text>", chart)] for chart in charts]
+    assert "600" in ticks[2] and "0.2" in ticks[0] and "600" not in ticks[0] and ticks[0] == ticks[1]
+    assert "Scores of the policy alone" in page
+
+
+def test_nothing_is_minus_nothing(tmp_path):
+    findings = _findings(tmp_path, _both(**{"drift/chosen_error": -1e-5}))
+    assert [figure.value for figure in findings.figures if figure.name == "winner's drift"] == ["0.0%"]
+
+
 def test_the_trainers_warnings_are_given_with_their_step(tmp_path):
     rows = [learning(step, **{"drift/chosen_error": step / 100}) for step in STEPS]
     findings = _findings(tmp_path, rows)

@@ -143,7 +143,7 @@ def _error_chart(run: Run, frames: Sequence[Frame]) -> FramedChart | None:
         y_range=(low / _ROOM, high * _ROOM),
         is_log=True,
     )
-    show = (lambda value: f"{value - 1:+.1%}") if has_reference else short
+    show = (lambda value: f"{value - 1:+z.1%}") if has_reference else short
     texts = [_error_text(frame, row, show) for frame, row in zip(frames, rows, strict=True)]
     return FramedChart(chart, times, rows, texts)
 

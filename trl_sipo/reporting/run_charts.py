@@ -9,7 +9,12 @@ from trl_sipo.reporting.run_quality import Measured
 from trl_sipo.reporting.thinning import Course
 from trl_sipo.trainer.run_warnings import DRIFT_RISE, MASKED_SHARE, SATURATED_SHARE
 
-CHOSEN_STYLE, REJECTED_STYLE = 0, 1
+# Methods whose rewards are no log-ratios of pairs against a reference (docs/source/metrics.md), and what theirs are.
+OTHER_REWARDS = {
+    "MaPO": "Scores of the policy alone, without a reference: their difference counts.",
+    "Diffusion-KTO": "How much more likely than the reference the policy finds images that are liked, or not.",
+    "D3PO": "How much more likely than the reference the policy finds the recorded steps.",
+}
 TRAINING = "training"
 
 
@@ -28,12 +33,13 @@ def reward_chart(run: Run, y_range: tuple[float, float] | None) -> Chart | None:
         for split in run.held_out:
             if (course := run.course(key, split)) is not None:
                 lines.append(course_line(f"{name}, {split}", course, style + 2 * _place(run, split)))
-    note = "How much more likely than the reference the policy finds the images. Both falling: it wins by forgetting."
+    usual = "How much more likely than the reference the policy finds the images. Both falling: it wins by forgetting."
+    note = OTHER_REWARDS.get(run.text("method"), usual)
     return _chart("Chosen and rejected reward", lines, note, y_range=y_range, levels=((0.0, ""),)) if lines else None
 
 
 def reward_range(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """One scale for the reward charts of several runs, of what training's means and evaluations span."""
+    """One scale for the reward charts of runs whose rewards are of one kind, of what their logs span."""
     values = [0.0]
     for run in runs:
         for key in ("rewards/chosen", "rewards/rejected"):

@@ -277,7 +277,7 @@ def _figures(run: Run) -> list[Figure]:
         course, where = _best_course(run, key)
         if course is not None:
             step, value = course.finite[-1]
-            figures.append(Figure(name, f"{value:.1%}" if is_share else short(value), f"{where}, step {short(step)}"))
+            figures.append(Figure(name, f"{value:z.1%}" if is_share else short(value), f"{where}, step {short(step)}"))
     for name, key in (("masked", MASKED), ("saturated", SATURATED)):
         if (share := run.recent(key)) is not None:
             figures.append(Figure(name, f"{share:.0%}", "last tenth, at least 5 logs"))

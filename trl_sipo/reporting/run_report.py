@@ -15,6 +15,7 @@ from trl_sipo.reporting.figures import COLOURS, STYLES
 from trl_sipo.reporting.level_panels import level_panel
 from trl_sipo.reporting.page import Page, data_address, table_markup
 from trl_sipo.reporting.run_charts import (
+    OTHER_REWARDS,
     metric_charts,
     quality_charts,
     reward_chart,
@@ -27,8 +28,6 @@ from trl_sipo.reporting.run_pictures import GRID, Picture, PromptSamples, Sample
 from trl_sipo.reporting.run_quality import Quality
 from trl_sipo.reporting.setting_tables import command_of, environment_rows, setting_rows, start_rows
 
-# Methods whose rewards are no log-ratios of pairs against a reference (docs/source/metrics.md).
-_OTHER_REWARDS = {"MaPO", "Diffusion-KTO", "D3PO"}
 _SIGNS = {"good": "✓", "neutral": "·", "doubt": "!", "bad": "✕"}
 # Contrast that a line needs against its background (WCAG 2.2, 1.4.11), with a little to spare.
 _CONTRAST = 3.2
@@ -203,14 +202,15 @@ def _by_run(contents: Contents, make: Callable[[int, Run], str]) -> str:
 
 
 def _rewards(contents: Contents, cards: ChartCards) -> str:
-    shared = reward_range(contents.runs)
+    shared = reward_range([run for run in contents.runs if run.text("method") not in OTHER_REWARDS])
     own = []
     for run in contents.runs:
-        if (chart := reward_chart(run, shared)) is not None:
+        y_range = None if run.text("method") in OTHER_REWARDS else shared
+        if (chart := reward_chart(run, y_range)) is not None:
             title = chart.title if len(contents.runs) == 1 else f"{chart.title}: {run.name}"
             own.append(cards.line_card(type(chart)(**{**chart.__dict__, "title": title})))
     others = [cards.line_card(chart) for chart in metric_charts(contents.runs, is_reward=True)]
-    unlike = sorted({run.text("method") for run in contents.runs} & _OTHER_REWARDS)
+    unlike = sorted({run.text("method") for run in contents.runs} & set(OTHER_REWARDS))
     note = (
         f'<p class="note">Rewards of {html.escape(" and ".join(unlike))} are of another kind than those of the other '
         "methods: compare their courses, not their values.</p>"
