@@ -42,6 +42,8 @@ MODERATE = 1.1
 PAPER_CUT = 63
 #: Our cut is called the paper's within this factor.
 CUT_FACTOR = 2.0
+#: Parts of a run whose mean losses are compared.
+QUARTERS = 4
 
 
 def small_beta_fails(result: Result) -> list[Check]:
@@ -119,7 +121,10 @@ def sipo_above_others(result: Result) -> list[Check]:
 
 def loss_rebounds(result: Result) -> list[Check]:
     """How far the training loss rises again, of Diffusion-DPO, and beside that of SIPO."""
-    rebound = {label: [rebounds(log) for log in result["arms"][label]["log"]] for label in (long.DPO, long.SIPO)}
+    logs = {label: result["arms"][label]["log"] for label in (long.DPO, long.SIPO)}
+    if min(len(log) for rows in logs.values() for log in rows) < QUARTERS:
+        return [Check("fewer than four losses were logged", UNDECIDED)]
+    rebound = {label: [rebounds(log) for log in rows] for label, rows in logs.items()}
     row = over_seeds(rebound[long.DPO])
     difference = over_seeds([one - other for one, other in zip(*rebound.values(), strict=True)])
     text = f"last quarter of {long.DPO}'s training loss minus the lowest before: {row['mean']:+.3f}, seeds "
@@ -133,9 +138,9 @@ def loss_rebounds(result: Result) -> list[Check]:
 def rebounds(log: Sequence[Mapping[str, float]]) -> float:
     """Mean training loss of the last quarter of a run minus the lowest of the quarters before; below 0 if it falls."""
     losses = [row["loss"] for row in log]
-    size = max(1, len(losses) // 4)
-    quarters = [fmean(losses[start : start + size]) for start in range(0, size * (len(losses) // size), size)]
-    return quarters[-1] - min(quarters[:-1])
+    ends = [len(losses) * part // QUARTERS for part in range(QUARTERS + 1)]
+    means = [fmean(losses[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    return means[-1] - min(means[:-1])
 
 
 def static_widens(result: Result) -> list[Check]:

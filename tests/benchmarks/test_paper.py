@@ -176,6 +176,14 @@ def test_the_page_is_what_the_results_say(paper, tmp_path):
     assert (tmp_path / "page.html").read_text().count("<figure>") >= 8
 
 
+def test_a_page_of_quick_runs_says_that_it_means_nothing(paper):
+    report = paper("report")
+    results = report.load(REPORTS)
+    assert "mean nothing" not in report.markdown(results)
+    quick = {**results["ablation"], "protocol": {**results["ablation"]["protocol"], "is_quick": True}}
+    assert "mean nothing (ablation)" in report.markdown({**results, "ablation": quick})
+
+
 def test_pictures_and_files_of_the_page_exist(paper):
     page = (REPORTS / "README.md").read_text()
     names = [part.split(")")[0] for part in page.split("](")[1:]]

@@ -268,6 +268,16 @@ def test_a_loss_that_comes_back_is_told_from_one_that_falls(paper):
     rebounds = paper("checks").rebounds
     assert rebounds([{"loss": value} for value in (0.7, 0.5, 0.3, 0.6)]) == pytest.approx(0.3)
     assert rebounds([{"loss": value} for value in (0.7, 0.5, 0.3, 0.2)]) == pytest.approx(-0.1)
+    uneven = [0.7] * 7 + [0.5] * 8 + [0.3] * 7 + [0.3] * 6 + [0.7] * 2  # thirty: the end counts as well
+    assert rebounds([{"loss": value} for value in uneven]) == pytest.approx(0.1)
+
+
+def test_of_a_run_too_short_for_four_losses_nothing_is_said(paper):
+    rules, checks = paper("rules"), paper("checks")
+    result = _result(paper, "long_training", _arms(paper, "long_training", {}))
+    for arm in result["arms"].values():
+        arm["log"] = [[{"loss": 0.7}]] * 3
+    assert rules.verdict(checks.loss_rebounds(result)) == "cannot be said here"
 
 
 @pytest.mark.parametrize(("high", "outcome"), [(1.05, "holds"), (1.3, "undecided")])
