@@ -20,7 +20,6 @@ import string
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PrinterCallback, TrainerCallback
 
+from trl_sipo.cost.architectures import default_dtype
 from trl_sipo.scripts.env import environment
 from trl_sipo.trainer.callbacks import DivergenceWarningCallback
 from trl_sipo.trainer.methods import method_classes
@@ -64,17 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="a tiny U-Net, to see that this script works")
     parser.add_argument("--output", type=Path, default=Path("sd15_step.json"), help="default: %(default)s")
     return parser
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    """New parameters are made in `dtype`, so that no float32 copy of the model ever exists."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def make_unet(options: argparse.Namespace) -> UNet2DConditionModel:

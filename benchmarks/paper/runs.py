@@ -6,12 +6,8 @@ may work in one folder at the same time.
 """
 
 import json
-import logging
 import multiprocessing
-import os
-import signal
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -165,6 +161,8 @@ def _train(todo: Sequence[Run], place: Workplace, workers: int) -> None:
 
 
 def _train_in_parallel(todo: Sequence[Run], place: Workplace, workers: int, bar: tqdm) -> None:
+    from trl_sipo.demo.demo import prepare_worker
+
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
     try:
@@ -179,20 +177,6 @@ def _train_in_parallel(todo: Sequence[Run], place: Workplace, workers: int, bar:
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def prepare_worker() -> None:
-    """One thread and no chatter per training process; Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    import torch
-
-    from trl_sipo.demo.demo import hush_libraries
-
-    torch.set_num_threads(1)
-    hush_libraries()
 
 
 def make(run: Run, place: Workplace) -> None:

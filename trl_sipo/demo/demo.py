@@ -119,7 +119,7 @@ def train_all(settings: DemoSettings, files: DemoFiles, medium: Medium, workers:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         steps = manager.Queue()
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
         bar = tqdm(
             total=len(todo) * settings.max_steps,
             unit="step",
@@ -156,7 +156,7 @@ def _wait(futures: list[Future], steps: Any, bar: tqdm) -> None:
             return
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
     """One thread and no chatter per training process; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["HF_HUB_OFFLINE"] = "1"
