@@ -71,8 +71,8 @@ AFTERWARDS = (
     "After five seeds faults were mended. The static mask was the paper's alone, which on the grid of these runs "
     "leaves out a sixth of the levels with a w below 0.9: one of all of them stands beside it. And 2, at which "
     "Diffusion-DPO falls, is below all betas of the paper: the rows on beta are now decided on the paper's, too. "
-    "Three rows that had been reproduced are so only partly now. The last quarter of a run's loss had left out its last "
-    "steps; that changed no verdict.",
+    "Three rows that had been reproduced are so only partly now. The last quarter of a run's loss had left out its "
+    "last steps; that changed no verdict.",
 )
 LIMITS = (
     "One tiny model (1.66 M weights in the denoiser, 32x32 px), all of whose weights are trained, at one learning "
