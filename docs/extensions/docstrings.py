@@ -2,7 +2,7 @@
 """Docstrings as this project writes them, for autodoc: Google's sections, with code and formulas as in Markdown.
 
 - [`name`] becomes a link, when the module of the docstring knows the name and the reference describes it.
-- `code` in single backticks is code, and other characters mean themselves.
+- `code` in single backticks is code, *words* between asterisks are stressed, and other characters mean themselves.
 - A block that is indented after an empty line is shown as it stands: a formula.
 - The arguments of a configuration are followed by type and default.
 """
@@ -30,6 +30,7 @@ _SECTION = re.compile(r"\s*(Args|Returns|Raises|Yields|Attributes|Example|Exampl
 _ITEM = re.compile(r"\s*(- |\d+\. )")
 _SECTIONS = Config()
 _ARGUMENT = re.compile(r"    (\w+): ")
+_STRESSED = re.compile(r"(?<![\w*\\])\*([^\W_](?:[\w -]*\w)?)\*(?![\w*])")
 
 
 def to_rest(text: str, module: Any) -> str:
@@ -70,9 +71,11 @@ def _inline(block: str, module: Any) -> str:
 
 
 def _literally(text: str) -> str:
-    escaped = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", text)
+    parts = _STRESSED.split(text)  # every second one stood between asterisks
+    escaped = [re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part) for part in parts]
+    text = "".join(f"*{part}*" if index % 2 else part for index, part in enumerate(escaped))
     # "level: t." is no list that begins at t.
-    return re.sub(r"^(\s*(?:\w+: )?[A-Za-z])\.(?=\s|$)", r"\1\\.", escaped, flags=re.M)
+    return re.sub(r"^(\s*(?:\w+: )?[A-Za-z])\.(?=\s|$)", r"\1\\.", text, flags=re.M)
 
 
 def _code(name: str, is_link: bool, module: Any) -> str:

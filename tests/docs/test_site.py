@@ -111,11 +111,16 @@ def test_every_setting_has_its_default_in_the_reference(extension):
 def test_docstrings_become_what_they_say(extension):
     from trl_sipo.core import transition
 
-    text = "Of `x_s`, x_t and *all*; see [`rho_squared`].\n\n    w = a_ * b\n\nArgs:\n    level: t.\n    s: `s`."
+    text = (
+        "Of `x_s`, x_t and *all*, 4 * 8 * 2 and a*b*c; see [`rho_squared`].\n\n"
+        "    w = a_ * b\n\n"
+        "Args:\n    level: t.\n    s: `s`."
+    )
     shown = extension("docstrings").to_rest(text, transition)
     lines = shown.split("\n")
     assert lines[0] == (
-        r"Of ``x_s``\ , x_t and \*all\*; see :py:obj:`rho_squared <trl_sipo.core.transition.rho_squared>`\ ."
+        r"Of ``x_s``\ , x_t and *all*, 4 \* 8 \* 2 and a\*b\*c; "
+        r"see :py:obj:`rho_squared <trl_sipo.core.transition.rho_squared>`\ ."
     )
     assert lines[2:5] == ["::", "", "    w = a_ * b"]  # a formula, to the letter
     assert lines[-2:] == [r"    level: t\.", r"    s: ``s``\ ."]  # no list that begins at t
