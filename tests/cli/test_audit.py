@@ -29,7 +29,7 @@ from trl_sipo.scripts.audit import AUDITS
 from trl_sipo.scripts.audit_inputs import load_adapter
 from trl_sipo.scripts.audit_weights import make_parser
 
-LEVELS = 10
+LEVELS = 5
 MODELS = {
     "epsilon": tiny_stable_diffusion,
     "v_prediction": lambda: tiny_stable_diffusion("v_prediction", rescale_betas_zero_snr=True),
@@ -80,10 +80,24 @@ def _rows(printed):
     [
         ("epsilon", "images", (), "epsilon, diffusion over 1000 timesteps"),
         ("v_prediction", "images", ("--resolution", "16", "32"), "v_prediction, diffusion over 1000 timesteps"),
-        ("sd3", "images", (), "flow_prediction, rectified flow, shift 3 (of the times that are drawn: 3)"),
+        pytest.param(
+            "sd3",
+            "images",
+            (),
+            "flow_prediction, rectified flow, shift 3 (of the times that are drawn: 3)",
+            marks=pytest.mark.slow,
+        ),
         ("sd3", "images", ("--timestep_shift", "1"), "shift 3 (of the times that are drawn: 1)"),
-        ("wan", "images", ("--resolution", "32"), "flow_prediction, rectified flow"),
-        ("wan", "clips", ("--resolution", "32", "--num_frames", "5"), "32x32, 5 frames; 2 pairs"),
+        pytest.param(
+            "wan", "images", ("--resolution", "32"), "flow_prediction, rectified flow", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "wan",
+            "clips",
+            ("--resolution", "32", "--num_frames", "5"),
+            "32x32, 5 frames; 2 pairs",
+            marks=pytest.mark.slow,
+        ),
         ("wan_experts", "clips", ("--resolution", "32", "--num_frames", "5"), "32x32, 5 frames; 2 pairs"),
     ],
 )
@@ -138,6 +152,7 @@ def test_a_known_error_masks_the_known_region(
         assert report["masked_share"] == pytest.approx(0.06)  # three of the fifty levels lie below the cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["v_prediction", "sd3"])
 def test_the_share_is_that_of_a_trainer(model, material, tmp_path):
     """The trainer evaluates the same pairs at the same levels, with other noise."""
@@ -167,7 +182,10 @@ def test_nothing_and_everything(error, words, material, tmp_path, monkeypatch):
     assert ("mask_threshold" in report["reading"][-1]) == bool(error)
 
 
-@pytest.mark.parametrize("model", ["epsilon", "sd3", "wan_experts", "hunyuan_video15"])
+@pytest.mark.parametrize(
+    "model",
+    ["epsilon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan_experts", "sd3", "hunyuan_video15"))],
+)
 def test_a_lora_is_measured(model, material, tmp_path):
     """Also of two denoisers, and of a pipeline without methods for a LoRA."""
     adapter = adapter_for(MODELS[model]())
@@ -270,6 +288,7 @@ def test_sources_are_told_apart(material, tmp_path, capsys):
     assert [row["name"] for row in report["groups"]][:2] == ["chosen", "rejected"]
 
 
+@pytest.mark.slow
 def test_the_table_of_clip_ranges_is_that_of_runs(material, tmp_path):
     """Each row's masked share is what the audit finds with these settings alone."""
     argv = _argv(material, "epsilon", num_pairs=3)
@@ -335,6 +354,7 @@ def test_own_clips(material, tmp_path):
     assert len(list((tmp_path / "own_samples").rglob("*.mp4"))) == 1
 
 
+@pytest.mark.slow
 def test_a_cache_says_its_size_itself(material, tmp_path, capsys):
     """The same numbers as of the images, in the precision of the cache; and no sources, which it does not keep."""
     model = ["--model_name_or_path", str(material / "epsilon")]
@@ -367,9 +387,11 @@ def test_a_range_of_levels(material, tmp_path, monkeypatch, capsys):
         return noisy_latents / per_sample(level.sigma_t, noisy_latents) + 1e2
 
     monkeypatch.setattr(StableDiffusionAdapter, "forward", forward)
-    report = _report([*_argv(material, "epsilon", "latents"), "--timestep_range", "0.2", "0.6"], tmp_path)
+    report = _report(
+        [*_argv(material, "epsilon", "latents", num_levels=10), "--timestep_range", "0.2", "0.6"], tmp_path
+    )
     times = [level["time"] for level in report["levels"]]
-    assert times == pytest.approx([0.2 + 0.04 * (i + 0.5) for i in range(LEVELS)])
+    assert times == pytest.approx([0.2 + 0.04 * (i + 0.5) for i in range(10)])
     (region,) = report["masked_regions"]
     assert region["time"] == [0.2, 0.6] and region["words"] == "200 <= timestep <= 600"
     printed = capsys.readouterr().out
@@ -392,7 +414,8 @@ def test_a_model_that_gives_no_numbers_is_an_error(model, level, output, materia
         next(adapter_for(pipeline).denoiser.parameters()).fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "nan")
     options = ["--output", str(tmp_path / "out")] if output else []
-    assert main([*_argv(material, model), "--model_name_or_path", str(tmp_path / "nan"), *options]) == 2
+    argv = _argv(material, model, num_levels=10)
+    assert main([*argv, "--model_name_or_path", str(tmp_path / "nan"), *options]) == 2
     printed = capsys.readouterr()
     assert "Masked" not in printed.out and f"pair 0 at {level} (10 of 10" in printed.err
     assert "not finite" in printed.err and not list((tmp_path / "out").glob("*"))
@@ -458,6 +481,7 @@ def test_audits_are_listed(capsys):
     assert "known are weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_of_another_layout(material, tmp_path, capsys):
     """HPDv3, whose paths are relative to another folder than its table's."""
     (tmp_path / "media").mkdir()

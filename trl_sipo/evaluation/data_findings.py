@@ -310,6 +310,6 @@ def caption_finding(telling: Interval, num_pairs: int) -> Finding:
         "Look at some pairs and their captions, and at a join that may have slipped; or score them with clipscore."
     )
     if telling.high < _TELLS_CAPTIONS:
-        words += ": NO MORE THAN CHANCE. The captions are shuffled, or the model knows nothing of what they name."
+        words += ", WHICH MAY BE CHANCE: the captions are shuffled, or the model knows nothing of what they name."
         return Finding("captions do not fit", STOP, words, way_out)
     return Finding("captions", LOOK, f"{words}: too few to tell whether they fit.", "Audit more pairs (--num_pairs).")

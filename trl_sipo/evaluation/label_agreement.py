@@ -22,7 +22,7 @@ from trl_sipo.data.checking.noise import CLEAN, NOISY
 from trl_sipo.evaluation.statistics import Interval, by_cluster, clustered_interval
 
 LABEL = "label"
-_NUM_RESAMPLES = 1000
+_NUM_RESAMPLES, _CHUNK = 1000, 50  # of which so many are held in memory at a time
 _LEAST_PAIRS = 30  # below which noise is not estimated
 _LEAST_AGREEMENT = 0.05  # of two rewards above chance, below which nothing follows from them
 NEAR_TIE = 0.1  # standard deviations of a reward's differences
@@ -102,10 +102,8 @@ def turned_labels(
         estimate = _turned(sums.sum(1) / counts.sum())
         if estimate is None:
             continue
-        draws = np.random.default_rng(seed).multinomial(
-            len(counts), np.full(len(counts), 1 / len(counts)), _NUM_RESAMPLES
-        )
-        low, high = _percentiles([_turned(sums @ draw / (counts @ draw)) for draw in draws], estimate)
+        resampled = [_turned(means) for means in _resampled_means(sums, counts, np.random.default_rng(seed))]
+        low, high = _percentiles(resampled, estimate)
         # Where none is seen to be turned no resample has one either: so rare an event may have been missed. So may a
         # label that is right where all seem to be turned.
         missed = min(0.5, -math.log(0.025) / len(counts))
@@ -116,6 +114,15 @@ def turned_labels(
             "num_pairs": len(told),
         }
     return found
+
+
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Means of the products with prompts drawn with replacement, (_NUM_RESAMPLES, 3)."""
+    even, parts = np.full(len(counts), 1 / len(counts)), []
+    for _ in range(_NUM_RESAMPLES // _CHUNK):
+        draws = generator.multinomial(len(counts), even, _CHUNK).T.astype(np.float64)
+        parts.append((sums @ draws / (counts @ draws)).T)
+    return np.concatenate(parts)
 
 
 def _percentiles(resampled: Sequence[float | None], estimate: float) -> tuple[float, float]:
