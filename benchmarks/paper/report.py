@@ -109,6 +109,11 @@ class Row:
         return [f"{check.text}: {MARKS[check.outcome]}" for check in self.checks]
 
     @property
+    def note(self) -> list[str]:
+        """What to know about the measurement; nothing where the reason is all there is."""
+        return [self.claim.reason] if self.claim.reason and self.checks else []
+
+    @property
     def command(self) -> str:
         """What makes the numbers."""
         if not self.claim.question:
@@ -210,7 +215,7 @@ def seconds(results: Mapping[str, Mapping[str, Any]]) -> tuple[int, float]:
 def row_of(row: Row) -> str:
     """A line of the Markdown table."""
     claim = row.claim
-    reason = f"<br>*{claim.reason}*" if claim.reason and row.checks else ""
+    reason = "".join(f"<br>*{note}*" for note in row.note)
     cells = [
         f"{claim.text}<br>({claim.place})",
         claim.paper or "-",
@@ -324,7 +329,7 @@ def _put(row: Row, page: Any) -> None:
     """One claim of the HTML page."""
     page.paragraph(f"{row.claim.text} ({row.claim.place}): {row.verdict}.", "verdict")
     page.paragraph(f"The paper: {row.claim.paper}.")
-    for text in row.measured:
+    for text in (*row.measured, *row.note):
         page.paragraph(text, "note")
     if row.command:
         page.code(row.command)
