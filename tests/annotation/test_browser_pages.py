@@ -72,6 +72,7 @@ def test_texts_of_a_study_are_shown_and_never_run(browser, tmp_path):
         assert failures_of(context) == []
 
 
+@pytest.mark.slow
 def test_a_place_is_kept_through_going_back_reloading_and_another_device(browser, tmp_path):
     store, tokens = make_study(tmp_path / "study", num_pairs=4)
     with running(store) as server, open_context(browser) as context, open_context(browser) as other_context:
