@@ -103,7 +103,7 @@ def test_what_is_evaluated_after_the_end_leaves_a_run_ended(tmp_path):
 
 
 @pytest.mark.parametrize("time", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59", "x", 5, None, "nan"])
-@pytest.mark.parametrize("step", [10**400, math.nan, "1", None])
+@pytest.mark.parametrize("step", [10**400, math.nan, "1", None], ids=["huge", "nan", "text", "none"])
 def test_starts_of_no_calendar_and_no_step_are_shown(tmp_path, time, step):
     run = write_log(tmp_path, [learning(1)])
     starts = run / "run_log/starts.jsonl"
