@@ -39,9 +39,9 @@ def session_of(root, **options):
 def prefer(session, model, *, ties=0):
     """Answer everything: this model, after a few ties."""
     (rater,) = session.store.raters()
+    names = session.store.model_names(rater.rater_id)
     for number, assignment in enumerate(session.store.assignments(rater.rater_id)):
-        names = session.store.model_names(assignment.assignment_id)
-        choice = "tie" if number < ties else ("left", "right")[names.index(model)]
+        choice = "tie" if number < ties else ("left", "right")[names[assignment.assignment_id].index(model)]
         session.store.answer(rater.rater_id, assignment.assignment_id, choice, 2.0, f"{model}-{number}")
 
 

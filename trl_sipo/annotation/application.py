@@ -150,6 +150,7 @@ class Application:
         rater = self._rater(request)
         _check_limit(self._reads, rater.rater_id)
         study, own = self.study, self._own(rater, is_fresh=True).values()
+        names = self.store.model_names(rater.rater_id)
         return json_response(
             {
                 "title": study.title,
@@ -160,18 +161,10 @@ class Application:
                 "rater": rater.name,
                 "csrf_token": self.sessions.csrf_token(self._session(request)),
                 "tasks": [_shown(assignment) for assignment in own],
-                "names": self._names(rater),
+                "names": None if names is None else [names[assignment.assignment_id] for assignment in own],
                 "choices": self.store.choices(rater.rater_id),
             }
         )
-
-    def _names(self, rater: Rater) -> list[tuple[str, str]] | None:
-        """The models on the left and on the right of each of a rater's pairs; None, if these are not to be known."""
-        if self.study.is_blind:
-            return None
-        models = {pair.pair_id: pair.models for pair in self.store.pairs()}
-        tasks = self.store.tasks(rater.rater_id)
-        return [models[task.pair_id][::-1] if task.is_flipped else models[task.pair_id] for task in tasks]
 
     def _choices(self, request: Request) -> Response:
         """What this rater has answered so far, here or on another device."""

@@ -171,20 +171,15 @@ class Store:
             Comparison(**{**row, "is_video": bool(row["is_video"]), "is_gold": bool(row["is_gold"])}) for row in rows
         ]
 
-    def model_names(self, assignment_id: str) -> tuple[str, str] | None:
-        """Left and right model of an assignment; None: the study is blind, and nobody is told."""
+    def model_names(self, rater_id: int) -> dict[str, tuple[str, str]] | None:
+        """Assignment -> left and right model, of one rater; None: the study is blind, and nobody is told."""
         if self.study().is_blind:
             return None
-        with self._reading() as database:
-            row = database.execute(
-                "SELECT first_model, second_model, is_flipped FROM assignments JOIN pairs USING (pair_id) "
-                "WHERE assignment_id = ?",
-                (assignment_id,),
-            ).fetchone()
-        if row is None:
-            raise AnswerError("There is no such assignment.")
-        names = row["first_model"], row["second_model"]
-        return names[::-1] if row["is_flipped"] else names
+        models = {pair.pair_id: pair.models for pair in self.pairs()}
+        return {
+            assignment.assignment_id: models[task.pair_id][::-1] if task.is_flipped else models[task.pair_id]
+            for assignment, task in zip(self.assignments(rater_id), self.tasks(rater_id), strict=True)
+        }
 
     # ------------------------------------------------------------------------------------------------ raters
 

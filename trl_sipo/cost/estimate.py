@@ -150,17 +150,6 @@ def workload(counts: StepCounts, run: RunPlan) -> Workload:
     )
 
 
-def encoding_seconds(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
-    """Of `trl-sipo encode` on one device: every image or clip of the data through the VAE, in float32.
-
-    Args:
-        counts: Of a step that encodes.
-        run: What is planned, with the number of pairs.
-        device: On which.
-    """
-    return computing(counts.encoding, device) * (run.disk.pairs * run.step.arms)
-
-
 def beside_steps(counts: StepCounts, run: RunPlan, device: Device) -> Seconds:
     """Of the reference errors before training, which the devices share, and of the sample grids, which one draws."""
     samples = run.reference_samples / run.processes + run.grid_samples
