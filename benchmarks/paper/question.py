@@ -257,9 +257,13 @@ def read(name: str, folder: Path = REPORTS) -> dict[str, Any]:
     """The result of a question.
 
     Raises:
-        ConfigurationError: It was not asked yet.
+        ConfigurationError: It was not asked yet, or its file is torn.
     """
     path = folder / f"{name}.json"
     if not path.is_file():
         raise ConfigurationError(f"{path} does not exist: run `python benchmarks/paper/{name}.py` first.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        message = f"{path} is no whole JSON ({error}): run `python benchmarks/paper/{name}.py` again."
+        raise ConfigurationError(message) from error

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from trl_sipo.errors import ConfigurationError
+
 PER_PROMPT, PROMPTS = 4, 96
 
 
@@ -338,3 +340,11 @@ def test_ratios_of_times_are_within_rounds(paper):
     noise = np.random.default_rng(0).normal(1.2, 0.01, len(slowness))
     found = overhead.interval_of_ratio([a * b for a, b in zip(slowness, noise, strict=True)], slowness)
     assert found["low"] < 1.2 < found["high"] and found["high"] - found["low"] < 0.05
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), ('{"arms": {', "is no whole JSON")])
+def test_a_result_that_cannot_be_read_is_named_with_its_command(content, words, paper, tmp_path):
+    if content is not None:
+        (tmp_path / "ablation.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=f"ablation.json {words}.*ablation.py`"):
+        paper("question").read("ablation", tmp_path)
