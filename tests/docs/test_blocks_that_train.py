@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python of the pages that trains a model does so: on a tiny one, for two steps, with nothing else changed.
-
-Slow but for the quickstart: of the others the default tests see that they compile and that what they name exists.
-"""
+"""The Python of the pages that trains a model does so: on a tiny one, for two steps, with nothing else changed."""
 
 import re
 import sys
@@ -79,7 +76,6 @@ def text_files(tmp_path_factory):
     return folder / "model", folder / "pairs.parquet"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", IMAGE_PAGES)
 def test_images(page, image_files, tmp_path, monkeypatch):
     _run(_code(SOURCE / page, IMAGE_PAGES[page], *image_files), monkeypatch, tmp_path)
@@ -90,7 +86,6 @@ def test_the_quickstart_of_the_readme(image_files, tmp_path, monkeypatch):
     assert (tmp_path / "sd15-sipo" / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", TEXT_PAGES)
 def test_texts(page, text_files, tmp_path, monkeypatch):
     _run(_code(SOURCE / page, TEXT_PAGES[page], *text_files), monkeypatch, tmp_path)
