@@ -41,6 +41,7 @@ TIME_RATIOS: dict[str, tuple[str, str, float | None, bool]] = {
     "SIPO / bare loop": ("SIPO", "bare", 1.03, True),
     "DPO-C&M / bare loop": ("DPO-C&M", "bare", 1.03, True),
     "Poly-DPO / bare loop": ("Poly-DPO", "bare", 1.03, True),
+    "SIPO / SIPO without run log": ("SIPO", "SIPO, no run log", 1.03, True),
     "precomputed / live reference": ("precomputed reference", "Diffusion-DPO", 0.72, True),
     "precomputed / live reference, SIPO": ("SIPO, precomputed reference", "SIPO", 0.72, True),
     "precomputed / bare without reference": ("precomputed reference", "bare, no reference", 1.03, True),

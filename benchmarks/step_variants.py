@@ -32,6 +32,7 @@ IMAGES = "images encoded in the step"
 TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Diffusion-DPO": ("dpo", {}),
     "SIPO": ("sipo", {}),
+    "SIPO, no run log": ("sipo", {"run_log": False}),
     "DPO-C&M": ("sipo", {"objective": "dpo_cm"}),
     "Poly-DPO": ("poly-dpo", {}),
     "split arms": ("dpo", _SPLIT),
