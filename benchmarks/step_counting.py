@@ -29,6 +29,35 @@ _CPU_ATTENTION = {
 }
 
 
+class RepeatedStep:
+    """A trainer's step on its first batch, again and again: forward, backward, clip, update.
+
+    Args:
+        trainer: Of this library, which has not trained.
+        num_steps: Of the schedule of its learning rate.
+    """
+
+    def __init__(self, trainer: Any, num_steps: int = 1000):
+        self.trainer = trainer
+        trainer.create_optimizer_and_scheduler(num_steps)
+        # What `train()` does before its first step.
+        if trainer.args.activation_checkpointing:
+            trainer.model.activation_checkpointing_enable()
+        trainer.model_wrapped = trainer.model = trainer.accelerator.prepare_model(trainer.model)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        self.batch = next(iter(trainer.get_train_dataloader()))
+        self.model = trainer.model
+
+    def __call__(self) -> None:
+        """The step."""
+        trainer = self.trainer
+        trainer.training_step(trainer.model, dict(self.batch))
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+
 def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each step, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from random_pipelines import T5_TOKENS, with_own_denoiser
+from step_counting import RepeatedStep
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils._pytree import tree_map_only
@@ -71,8 +72,8 @@ def make_pairs(pipeline: DiffusionPipeline, options: argparse.Namespace, *, of_i
     )
 
 
-class TrainerStep:
-    """A step of one of this library's trainers, on one batch again and again.
+def trainer_step(name: str, pipeline: DiffusionPipeline, options: argparse.Namespace, folder: Path) -> RepeatedStep:
+    """A step of one of this library's trainers.
 
     Args:
         name: A key of `TRAINERS`.
@@ -80,47 +81,29 @@ class TrainerStep:
         options: Of `step_time.py`.
         folder: For what the trainer writes.
     """
-
-    def __init__(self, name: str, pipeline: DiffusionPipeline, options: argparse.Namespace, folder: Path):
-        method, settings = TRAINERS[name]
-        config_class, trainer_class = method_classes(method)
-        height, width, frames = options.size
-        self.trainer = trainer = trainer_class(
-            with_own_denoiser(pipeline),
-            args=config_class(
-                str(folder / name),
-                max_steps=1000,
-                per_device_train_batch_size=options.pairs,
-                lr_scheduler_type="constant",
-                bf16=options.dtype == "bf16",
-                gradient_checkpointing=options.checkpointing,
-                use_cpu=options.device == "cpu",
-                resolution=[height, width],
-                num_frames=frames,
-                report_to=[],
-                disable_tqdm=True,
-                **settings,
-            ),
-            train_dataset=make_pairs(pipeline, options, of_images=name.startswith(IMAGES)),
-            peft_config=make_lora(),
-        )
-        trainer.create_optimizer_and_scheduler(1000)
-        # What `train()` does before its first step.
-        if options.checkpointing:
-            trainer.model.activation_checkpointing_enable()
-        trainer.model_wrapped = trainer.model = trainer.accelerator.prepare_model(trainer.model)
-        trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
-        (self.batch,) = trainer.get_train_dataloader()
-        self.model = trainer.model
-
-    def __call__(self) -> None:
-        """Forward, backward, clip, update."""
-        trainer = self.trainer
-        trainer.training_step(trainer.model, dict(self.batch))
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
+    method, settings = TRAINERS[name]
+    config_class, trainer_class = method_classes(method)
+    height, width, frames = options.size
+    trainer = trainer_class(
+        with_own_denoiser(pipeline),
+        args=config_class(
+            str(folder / name),
+            max_steps=1000,
+            per_device_train_batch_size=options.pairs,
+            lr_scheduler_type="constant",
+            bf16=options.dtype == "bf16",
+            gradient_checkpointing=options.checkpointing,
+            use_cpu=options.device == "cpu",
+            resolution=[height, width],
+            num_frames=frames,
+            report_to=[],
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=make_pairs(pipeline, options, of_images=name.startswith(IMAGES)),
+        peft_config=make_lora(),
+    )
+    return RepeatedStep(trainer)
 
 
 class BareStep:
@@ -234,5 +217,5 @@ def make_steps(
         "bare": BareStep(pipeline, options),
         "bare, no reference": BareStep(pipeline, options, with_reference=False),
         "peer": BareStep(pipeline, options, as_peer=True),
-        **{name: TrainerStep(name, pipeline, options, folder) for name in trainers},
+        **{name: trainer_step(name, pipeline, options, folder) for name in trainers},
     }

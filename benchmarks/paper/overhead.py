@@ -28,44 +28,28 @@ ROUNDS, QUICK_ROUNDS = 60, 2
 ITSELF = {"mean": 1.0, "low": 1.0, "high": 1.0}
 
 
-class Step:
-    """One step of a method, on one batch again and again: forward, backward, clip, update.
+def make_trainer(run: Run, place: Workplace, folder: Path) -> Any:
+    """The trainer of a method, with one batch of pairs.
 
     Args:
         run: The method.
         place: A prepared one.
         folder: For what the trainer writes.
     """
+    from trl_sipo.data.loading import load_preference_dataset
+    from trl_sipo.demo.arm import make_config
+    from trl_sipo.demo.images import IMAGES
+    from trl_sipo.demo.settings import Arm
+    from trl_sipo.trainer.methods import method_classes
 
-    def __init__(self, run: Run, place: Workplace, folder: Path):
-        from trl_sipo.data.loading import load_preference_dataset
-        from trl_sipo.demo.arm import make_config
-        from trl_sipo.demo.images import IMAGES
-        from trl_sipo.demo.settings import Arm
-        from trl_sipo.trainer.methods import method_classes
-
-        settings = replace(place.settings, max_steps=run.steps)
-        pairs = load_preference_dataset(str(place.files.train_pairs(run.source)))
-        self.trainer = trainer = method_classes(run.method)[1](
-            IMAGES.load_pipeline(place.files.base_pipeline),
-            args=make_config(Arm(run.method, run.method, dict(run.overrides)), 0, settings, IMAGES, folder),
-            train_dataset=pairs.select(range(settings.batch_size)),
-            eval_dataset=pairs.select(range(settings.batch_size)),
-        )
-        trainer.create_optimizer_and_scheduler(run.steps)
-        trainer.model_wrapped = trainer.model = trainer.accelerator.prepare_model(trainer.model)
-        trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
-        self.batch = next(iter(trainer.get_train_dataloader()))
-        self.model = trainer.model
-
-    def __call__(self) -> None:
-        """The step."""
-        trainer = self.trainer
-        trainer.training_step(trainer.model, dict(self.batch))
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
+    settings = replace(place.settings, max_steps=run.steps)
+    pairs = load_preference_dataset(str(place.files.train_pairs(run.source)))
+    return method_classes(run.method)[1](
+        IMAGES.load_pipeline(place.files.base_pipeline),
+        args=make_config(Arm(run.method, run.method, dict(run.overrides)), 0, settings, IMAGES, folder),
+        train_dataset=pairs.select(range(settings.batch_size)),
+        eval_dataset=pairs.select(range(settings.batch_size)),
+    )
 
 
 def interval_of_ratio(seconds: Sequence[float], others: Sequence[float]) -> dict[str, float]:
@@ -106,7 +90,11 @@ def measure(place: Workplace, rounds: int) -> dict[str, dict[str, Any]]:
     """Objective -> operations, bytes, seconds by round, and their ratios to Diffusion-DPO."""
     module = counting()
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: Step(arm(name, protocol.GOOD_BETA), place, Path(folder) / name) for name in NAMES}
+        runs = {name: arm(name, protocol.GOOD_BETA) for name in NAMES}
+        steps = {
+            name: module.RepeatedStep(make_trainer(run, place, Path(folder) / name), run.steps)
+            for name, run in runs.items()
+        }
         for step in steps.values():
             step()  # makes the optimiser's state
         counted = {
