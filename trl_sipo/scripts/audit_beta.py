@@ -16,12 +16,11 @@ from trl_sipo.scripts.audit_inputs import (
     add_data_options,
     add_level_options,
     add_model_options,
-    audited_levels,
     check_adapter,
-    encode_pairs,
     load_adapter,
     load_rows,
     measure,
+    open_pairs,
     settings_of,
     settings_words,
     training_settings,
@@ -89,15 +88,11 @@ def run(command: str, argv: list[str]) -> None:
     """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
     check_arguments(arguments)
-    settings = training_settings(arguments)
+    training_settings(arguments)  # before anything is loaded
     draws = prepare_output(arguments.output)
     check_adapter(arguments)
     adapter, rows = load_adapter(arguments), load_rows(arguments)
-    settings = training_settings(arguments, rows)
-    size = settings.size or adapter.default_size
-    adapter.validate_size(*size, settings.num_frames)
-    audited = audited_levels(arguments, adapter, settings, size)
-    pairs = encode_pairs(arguments, adapter, rows, settings, size)
+    settings, size, audited, pairs = open_pairs(arguments, adapter, rows)
     weights, tuned = measure(adapter, pairs, audited, settings), None
     if arguments.adapter is not None:
         tuned = measure(with_adapter(arguments, adapter), pairs, audited, settings, what="With the adapter")

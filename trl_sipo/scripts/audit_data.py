@@ -18,12 +18,11 @@ from trl_sipo.scripts.audit_inputs import (
     add_data_options,
     add_level_options,
     add_model_options,
-    audited_levels,
-    encode_pairs,
     load_adapter,
     load_rows,
     measure,
     noise_of,
+    open_pairs,
     settings_of,
     training_settings,
 )
@@ -380,13 +379,9 @@ def seen_by_model(arguments: argparse.Namespace, adapter: Any, rows: Any, eviden
 
     if not len(evidence.rows):
         return None
-    settings = training_settings(arguments, rows)
-    size = settings.size or adapter.default_size
-    adapter.validate_size(*size, settings.num_frames)
-    audited = audited_levels(arguments, adapter, settings, size)
     places = evidence.picked(arguments.num_pairs)
     chosen = rows if isinstance(rows, CachedPairs) else rows.select(evidence.rows[places])
-    pairs = encode_pairs(arguments, adapter, chosen, settings, size, at_most=True)
+    settings, size, audited, pairs = open_pairs(arguments, adapter, chosen, at_most=True)
     weights, prompts = measure(adapter, pairs, audited, settings), [pair.prompt for pair in pairs]
     log_ratio = weights.rejected_error.double().log() - weights.chosen_error.double().log()
     evidence.add_votes(MODEL, places, log_ratio.mean(0).numpy())

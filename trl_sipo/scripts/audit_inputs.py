@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 
@@ -329,6 +329,34 @@ def audited_levels(
     low, high = settings.timestep_range
     times = low + (high - low) * stratum_midpoints(arguments.num_levels)
     return AuditedLevels(schedule, times, schedule.level_at(times), (low, high))
+
+
+class Opened(NamedTuple):
+    """What a model is measured on, and under which settings; `size` is height and width in pixels."""
+
+    settings: "DiffusionSIPOConfig"
+    size: tuple[int, int]
+    audited: AuditedLevels
+    pairs: list[AuditedPair]
+
+
+def open_pairs(
+    arguments: argparse.Namespace, adapter: "BackboneAdapter", rows: Any, *, at_most: bool = False
+) -> Opened:
+    """The settings that fit model and data, the levels, and the pairs, encoded.
+
+    Args:
+        rows, at_most: Of [`encode_pairs`].
+
+    Raises:
+        ConfigurationError: Settings that contradict the data or the model.
+        DatasetError: Of [`encode_pairs`].
+    """
+    settings = training_settings(arguments, rows)
+    size = settings.size or adapter.default_size
+    adapter.validate_size(*size, settings.num_frames)
+    audited = audited_levels(arguments, adapter, settings, size)
+    return Opened(settings, size, audited, encode_pairs(arguments, adapter, rows, settings, size, at_most=at_most))
 
 
 def measure(

@@ -24,12 +24,11 @@ from trl_sipo.scripts.audit_inputs import (
     add_grid_options,
     add_level_options,
     add_model_options,
-    audited_levels,
     check_adapter,
-    encode_pairs,
     load_adapter,
     load_rows,
     measure,
+    open_pairs,
     settings_of,
     settings_words,
     training_settings,
@@ -338,16 +337,12 @@ def run(command: str, argv: list[str]) -> None:
         BackboneError, DatasetError, NumericalError, StorageError: As the parts do.
     """
     arguments = make_parser(f"trl-sipo {command}").parse_args(argv)
-    settings = training_settings(arguments)
+    training_settings(arguments)  # before anything is loaded
     num_samples = number_of_samples(arguments)
     draws = prepare_output(arguments.output)
     check_adapter(arguments)
     adapter, rows = load_adapter(arguments), load_rows(arguments)
-    settings = training_settings(arguments, rows)
-    size = settings.size or adapter.default_size
-    adapter.validate_size(*size, settings.num_frames)
-    audited = audited_levels(arguments, adapter, settings, size)
-    pairs = encode_pairs(arguments, adapter, rows, settings, size)
+    settings, size, audited, pairs = open_pairs(arguments, adapter, rows)
     weights = measure(adapter, pairs, audited, settings)
     own = own_group(arguments, adapter, pairs, audited, settings, size, num_samples) if num_samples else None
     tuned = None
