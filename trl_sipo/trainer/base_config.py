@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 
 from trl_sipo.core.beta import BETA_CONVENTIONS, check_beta
 from trl_sipo.core.objectives._preference_nll import check_label_smoothing
+from trl_sipo.core.objectives.proximal import check_kappa
 from trl_sipo.core.timestep_sampling import TIME_SAMPLERS
 from trl_sipo.data.formats import Arms
 from trl_sipo.data.video import ClipSampler
@@ -45,6 +46,10 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             the loss plus 1 - p times that of the exchanged pair, and ties (0.5) are trained. Otherwise only the side
             of 0.5 counts, and ties are dropped.
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
+        proximal_kappa: Weight kappa of an added pull to the reference, `(beta * kappa / 2) * (d_chosen + d_rejected)`
+            with d the mean squared distance of the policy's prediction from the reference's. From 0.5 on the objective
+            has an optimum whatever the pairs are; 0, the default, switches the term off. Needs no forward pass more,
+            but the reference's predictions, and so a live reference.
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`. With
             "stratified", and with it alone, the level of a pair depends on its batch.
         timestep_range: Part of the schedule that is trained, as two fractions: 0 is the clean end, 1 pure noise.
@@ -138,6 +143,10 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
     )
     sft_weight: float = field(
         default=0.0, metadata={"help": "Weight of a denoising loss on the chosen image, added to the objective."}
+    )
+    proximal_kappa: float = field(
+        default=0.0,
+        metadata={"help": "Weight, in units of beta, of a pull to the reference's predictions; from 0.5 on bounded."},
     )
     timestep_sampling: str = field(
         default="uniform", metadata={"help": f"Sampling of noise levels: one of {', '.join(TIME_SAMPLERS)}."}
@@ -297,6 +306,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         check_label_smoothing(self.label_smoothing)
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise ConfigurationError(f"`sft_weight` must be zero or positive, got {self.sft_weight}.")
+        check_kappa(self.proximal_kappa)
         if self.lora_reference not in ("copy", "base"):
             raise ConfigurationError(f"`lora_reference` must be 'copy' or 'base', got {self.lora_reference!r}.")
         if not self.sync_ref_model:

@@ -8,11 +8,11 @@ The step, for a batch of pairs concatenated as [chosen; rejected]:
     policy        ->  error                            (mean squared error per image, float32)
     logratio      =   (ref_error - error) / 2
     logit         =   beta * (chosen_logratio - rejected_logratio)
-    loss          =   compute_pair_loss(logit, weight, keep)
+    loss          =   compute_pair_loss(logit, weight, keep)  +  proximal_term(distances)
 
 What a method changes, it changes in one of the hooks: `sample_noise_levels`, `compute_importance_weights`,
-`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`. One without pairs or without a reference, which its
-configuration says, has samples of one arm, no `ref_error`, and a `pair_loss` of its own.
+`clip_importance_weights`, `mask_timesteps`, `compute_pair_loss`, `proximal_term`. One without pairs or without a
+reference, which its configuration says, has samples of one arm, no `ref_error`, and a `pair_loss` of its own.
 """
 
 import math
@@ -34,12 +34,12 @@ from trl_sipo.core.beta import describe_beta, to_diffusion_dpo_beta
 from trl_sipo.core.importance import log_importance_weight, pair_log_weight
 from trl_sipo.core.noise_schedule import NoiseLevel
 from trl_sipo.core.objectives._preference_nll import preference_logit
+from trl_sipo.core.objectives.proximal import proximal_penalty
 from trl_sipo.core.objectives.soft_label import soft_label_loss
-from trl_sipo.core.transfer import to_device
 from trl_sipo.core.transition import rho_squared
 from trl_sipo.data.collator import BATCH_KEYS, DataCollatorForDiffusionPreference
 from trl_sipo.trainer._trl_compat import disable_dropout_in_model, init_trainer, policy_left_unprepared
-from trl_sipo.trainer.arms import NoisedArm, arm_errors, noised_arm
+from trl_sipo.trainer.arms import NoisedArm, noised_arm
 from trl_sipo.trainer.base_config import DiffusionPreferenceConfig
 from trl_sipo.trainer.cached_data import bucket_sampler, needs_encoders, stored_null
 from trl_sipo.trainer.callbacks import watching_callbacks
@@ -65,6 +65,7 @@ from trl_sipo.trainer.model_card import save_run_card
 from trl_sipo.trainer.model_preparation import check_model_arguments, is_adapted, load_policy, own_arguments
 from trl_sipo.trainer.noise_levels import draw_levels, evaluation_levels, time_sampler_options, training_schedule
 from trl_sipo.trainer.nonfinite import first_broken
+from trl_sipo.trainer.passes import errors_and_distances_of, errors_of
 from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each_split
 from trl_sipo.trainer.process_group import end_at_once_on_errors
 from trl_sipo.trainer.reference import make_reference
@@ -79,7 +80,7 @@ from trl_sipo.trainer.reproduction import StepBatch, without_gradient
 from trl_sipo.trainer.resumable import ResumableTrainer
 from trl_sipo.trainer.sample_rewards import open_sample_rewards
 from trl_sipo.trainer.sharding import prepare_sharding
-from trl_sipo.trainer.statistics import PairErrors, pair_statistics
+from trl_sipo.trainer.statistics import PairErrors, pair_statistics, proximal_statistics
 from trl_sipo.trainer.strategy import StrategyCallback, check_strategy
 
 
@@ -259,6 +260,15 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             keep: What `mask_timesteps` returned.
         """
 
+    def proximal_term(self, errors: PairErrors, level: NoiseLevel) -> torch.Tensor:
+        """What pulls the policy to the reference beside the objective, (batch,); under a mask it stays as it is.
+
+        Args:
+            errors: With the distances of all arms.
+            level: The pair's noise level.
+        """
+        return proximal_penalty(*errors.distances, beta=self.beta, kappa=self.args.proximal_kappa)
+
     # ------------------------------------------------------------------------------------------------- the step
 
     @property
@@ -286,7 +296,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         noise: PairNoise,
         ref_errors: tuple[torch.Tensor, ...] | None = None,
     ) -> PairErrors:
-        """The errors of reference, if there is one, and policy on all arms, reference first.
+        """The errors of reference, if there is one, and policy on all arms, reference first; and their distances.
 
         Args:
             model: The policy, as the trainer wraps it.
@@ -296,21 +306,9 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             ref_errors: Of the reference, (batch,) each, where they are known.
         """
         arms = self.noised_arms(pairs, level, noise)
-        if ref_errors is None:
-            ref_errors = self._reference_errors(arms) if self.args.has_reference else ()
-        with self.accelerator.autocast():
-            errors = arm_errors(self.predictor, model, *arms, split=self.args.split_pair_backward)
-        return PairErrors.of_arms(errors, [to_device(error, errors[0].device) for error in ref_errors])
-
-    def _reference_errors(self, arms: list[NoisedArm]) -> tuple[torch.Tensor, ...]:
-        # Both under autocast of our own: before training, only one of the two may have been prepared for it. One block
-        # each, since a cast of a weight that is cached without a gradient must not reach the policy.
-        with (
-            torch.no_grad(),
-            self.accelerator.autocast(),
-            self.reference.active(self.model, self.unwrapped_model) as ref_model,
-        ):
-            return arm_errors(self.predictor, ref_model, *arms)
+        if self.args.proximal_kappa:
+            return errors_and_distances_of(self, model, arms, None)
+        return errors_of(self, model, arms, ref_errors)
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
         """What some backbones are told beside the prompt; what is not known is left to their pipeline's default."""
@@ -336,6 +334,16 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         options = {"beta": self.beta, "clip_range": self.clip_range}
         return loss, pair_statistics(errors, logit, log_weight, weight, keep, **options)
 
+    def objective(
+        self, errors: PairErrors, level: NoiseLevel, label: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What is trained: `pair_loss`, and the proximal term where there is one; (batch,), and the statistics."""
+        loss, statistics = self.pair_loss(errors, level, label)
+        if not errors.distances:
+            return loss, statistics
+        term = self.proximal_term(errors, level)
+        return loss + term, {**statistics, **proximal_statistics(errors, term)}
+
     def _compute_loss(self, model, inputs, return_outputs=False):
         check_inputs(inputs, self.args.arms)
         if self.model.training:
@@ -351,7 +359,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         pairs = self._encoder(inputs, self.accelerator.device, generators, training=True)
         noise = self.draw_noise(pairs, generators, share=self.args.share_noise)
         errors = self.pair_errors(model, pairs, level, noise, **known)
-        loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
+        loss, statistics = self.objective(errors, level, inputs.get("label"))
         kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
         batch = StepBatch(*kept, epoch=self._epoch)
         broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
@@ -398,7 +406,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
             noise = self.draw_noise(pairs, generators, share=True)
             errors = self.pair_errors(model, pairs, level, noise, **known)
-            loss, statistics = self.pair_loss(errors, level, inputs.get("label"))
+            loss, statistics = self.objective(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
             batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
             broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from trl_sipo.core.objectives.proximal import BOUNDED_KAPPA, optimal_win_rate
 from trl_sipo.trainer.strategy import strategy_in_force
 
 
@@ -20,9 +21,22 @@ def describe_run(trainer: Any) -> str:
             f"  {strategy_in_force(trainer.accelerator)}; {_describe_batch(trainer.args)}",
             *([f"  {trainer.beta_description}"] if trainer.beta_description else []),
             f"  reference: {trainer.reference.description}",
+            *([f"  {describe_kappa(trainer.args.proximal_kappa)}"] if trainer.args.proximal_kappa else []),
             f"  noise levels: {_describe_levels(trainer)}{within}",
         ]
     )
+
+
+def describe_kappa(kappa: float) -> str:
+    """What kappa means, in one line."""
+    if kappa < BOUNDED_KAPPA:
+        meaning = f"below {BOUNDED_KAPPA:g}: samples that rarely win are pushed away without an end"
+    else:
+        meaning = (
+            f"an optimum whatever the pairs are; for pairs drawn from the reference it wins up to "
+            f"{optimal_win_rate(kappa):.0%} against it"
+        )
+    return f"proximal term: kappa = {kappa:g} ({meaning})"
 
 
 def num_trained_parameters(model: nn.Module) -> int:

@@ -79,8 +79,7 @@ class DiffusionD3POTrainer(DiffusionPreferenceTrainer):
         errors = super().pair_errors(model, pairs, level, noise, ref_errors)
         next_level = self.noise_schedule.previous_level(level, self.args.trajectory_steps)
         scale = rho_squared(level, next_level, self.adapter.prediction_type)
-        names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-        return replace(errors, **{name: scale * getattr(errors, name) for name in names})
+        return replace(errors, **{name: scale * error for name, error in errors.named().items()})
 
     def pair_loss(
         self, errors: PairErrors, level: NoiseLevel, label: torch.Tensor | None = None

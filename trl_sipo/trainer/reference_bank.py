@@ -163,6 +163,12 @@ def check_precomputing(args: DiffusionPreferenceConfig, *, is_stream: bool, keep
             "`precompute_ref_log_probs=True` reads a stream before training, which must then come in the same order: "
             "leave `dataloader_in_order` on, or compute the reference live."
         )
+    if args.proximal_kappa:
+        raise ConfigurationError(
+            f"`precompute_ref_log_probs=True` keeps the errors of the reference, but `proximal_kappa="
+            f"{args.proximal_kappa:g}` needs its predictions. Compute the reference live, which costs no second model "
+            "where a LoRA is trained, or set `proximal_kappa=0`."
+        )
     if args.random_encoding_settings():
         raise ConfigurationError(
             f"`precompute_ref_log_probs=True` computes the reference once, which contradicts "

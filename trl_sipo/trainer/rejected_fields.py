@@ -65,6 +65,7 @@ OF_A_REFERENCE = {
         "ref_model_mixup_alpha",
         "check_reference",
         "max_drift",
+        "proximal_kappa",
     )
 }
 # The same of what only a pair has, or a loss on the logit of one.

@@ -79,7 +79,7 @@ class StepBatch:
             "sigma_t": level.sigma_t,
             "timestep": level.timestep,
             "pair_index": self.pair_index,
-            **{f"errors.{name}": error for name, error in _of_arms(errors).items()},
+            **{f"errors.{name}": error for name, error in errors.named().items()},
             **{_CONDITIONING + name: value for name, value in pairs.conditioning.items()},
         }
         if self.noise[-1] is not self.noise[0]:
@@ -120,7 +120,7 @@ class StepBatch:
         """At most so many bytes of it, and at least one pair: those first whose errors are not finite."""
         if self.num_bytes <= num_bytes:
             return self
-        errors = torch.stack(list(_of_arms(self.errors).values()))
+        errors = torch.stack(list(self.errors.named().values()))
         count = max(1, len(self.pair_index) * num_bytes // self.num_bytes)
         chosen = errors.isfinite().all(0).int().argsort(stable=True)[:count]
         rows = {name: value[chosen.to(value.device)] for name, value in self.tensors().items()}
@@ -293,7 +293,7 @@ def replay(path: str | Path, trainer: Any, checkpoint: str | Path | None = None)
         known["ref_errors"] = batch.errors.reference
     model = trainer.model.train(description["step"] > 0)  # in evaluation nothing is random
     errors = trainer.pair_errors(model, batch.pairs, batch.level, batch.noise, **known)
-    loss, statistics = trainer.pair_loss(errors, batch.level, batch.label)
+    loss, statistics = trainer.objective(errors, batch.level, batch.label)
     loss.mean().backward()
     broken = first_broken(batch.pairs, errors, loss, statistics.get("rewards/margins", loss))
     norms = gradient_norms(model)
@@ -330,10 +330,4 @@ def load_reproduction(path: str | Path) -> tuple[StepBatch, dict[str, Any]]:
 
 def without_gradient(errors: PairErrors) -> PairErrors:
     """The same errors, detached from the graph, so that keeping them keeps no activations."""
-    return PairErrors(**{name: error.detach() for name, error in _of_arms(errors).items()})
-
-
-def _of_arms(errors: PairErrors) -> dict[str, torch.Tensor]:
-    """By name, those that there are."""
-    named = {field.name: getattr(errors, field.name) for field in fields(errors)}
-    return {name: error for name, error in named.items() if error is not None}
+    return PairErrors(**{name: error.detach() for name, error in errors.named().items()})

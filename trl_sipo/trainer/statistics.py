@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -15,20 +15,38 @@ SATURATED_LOGIT = math.log(99.0)
 class PairErrors:
     """Per-image mean squared errors of policy and reference at one noise level; each (batch,) float32.
 
-    `None` is what there is not: a second arm, or a reference.
+    `None` is what there is not: a second arm, a reference, or the squared distance of the policy's prediction from the
+    reference's, which only the proximal term needs.
     """
 
     chosen: torch.Tensor
     rejected: torch.Tensor | None = None
     ref_chosen: torch.Tensor | None = None
     ref_rejected: torch.Tensor | None = None
+    chosen_distance: torch.Tensor | None = None
+    rejected_distance: torch.Tensor | None = None
 
     @classmethod
-    def of_arms(cls, policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> "PairErrors":
-        """From the errors of one or two arms, and of the reference on as many or on none."""
-        names = ("chosen", "rejected")
-        arms = dict(zip(names, policy, strict=False))
-        return cls(**arms, **{f"ref_{name}": error for name, error in zip(names, reference, strict=False)})
+    def of_arms(
+        cls,
+        policy: Sequence[torch.Tensor],
+        reference: Sequence[torch.Tensor],
+        distances: Sequence[torch.Tensor] = (),
+    ) -> "PairErrors":
+        """From the errors of one or two arms, and of the reference on as many or on none; so too the distances."""
+        named = {"{}": policy, "ref_{}": reference, "{}_distance": distances}
+        return cls(
+            **{
+                form.format(arm): value
+                for form, values in named.items()
+                for arm, value in zip(("chosen", "rejected"), values, strict=False)
+            }
+        )
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """By name, those that there are."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in every.items() if value is not None}
 
     @property
     def policy(self) -> tuple[torch.Tensor, ...]:
@@ -39,6 +57,11 @@ class PairErrors:
     def reference(self) -> tuple[torch.Tensor, ...]:
         """Of the reference on the same arms; none where there is no reference."""
         return tuple(error for error in (self.ref_chosen, self.ref_rejected) if error is not None)
+
+    @property
+    def distances(self) -> tuple[torch.Tensor, ...]:
+        """Of the policy's predictions from the reference's on the same arms; none where they are not needed."""
+        return tuple(one for one in (self.chosen_distance, self.rejected_distance) if one is not None)
 
     @property
     def chosen_logratio(self) -> torch.Tensor:
@@ -103,6 +126,17 @@ def logit_statistics(logit: torch.Tensor) -> dict[str, torch.Tensor]:
         "rewards/margins": logit,
         "rewards/saturated_fraction": (logit.abs() > SATURATED_LOGIT).float(),
     }
+
+
+def proximal_statistics(errors: PairErrors, term: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is logged about the proximal term, by name: detached float32 (batch,) each.
+
+    Args:
+        errors: With distances.
+        term: What the loss has gained, (batch,).
+    """
+    distance = torch.stack(errors.distances).mean(0)
+    return {"proximal/distance": distance.detach().float(), "proximal/loss": term.detach().float()}
 
 
 def sample_statistics(

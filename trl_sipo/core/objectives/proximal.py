@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proximal term: a pull to the reference that gives Diffusion-DPO an optimum, and where that optimum lies.
+
+Per pair, with `d = mean((policy prediction - reference prediction)^2)` of each arm, an objective gains
+
+    (beta * kappa / 2) * (d_chosen + d_rejected)
+
+As `rho^2 d / 2` is the divergence KL(p_theta || p_ref) of a denoising step per latent dimension, this is a KL term
+whose weight is tied to beta, so that where the optimum lies does not depend on beta. As beta goes to 0, with pairs
+drawn from the reference, the optimum predicts the noise of one distribution at all levels:
+
+    p*(x_0) = p_ref(x_0) * (1 + (P(win | x_0) - 1/2) / kappa)
+
+It is where `E_p[P(win)] - (kappa / 2) chi^2(p || p_ref)` is largest. The quadratic form of the loss has the factors
+`kappa - 1/2 + P(win)` on each sample: from kappa = 1/2 on it is convex and bounded whatever the pairs; below, samples
+that rarely win are pushed away without an end, as all losers are in Diffusion-DPO, which is kappa = 0. The derivation
+is in docs/source/proximal.md.
+"""
+
+from torch import Tensor
+
+from trl_sipo.core.beta import check_beta
+from trl_sipo.core.precision import widen
+from trl_sipo.errors import ConfigurationError
+
+BOUNDED_KAPPA = 0.5
+"""The smallest kappa with which the objective has an optimum whatever the pairs are."""
+CONTINUOUS_VARIANCE = 1 / 12
+"""Variance of P(win | x) over the reference where a reward without ties and without noise ranks: P is uniform."""
+
+
+def check_kappa(kappa: float, *, name: str = "proximal_kappa") -> None:
+    """Raise ConfigurationError, which calls the setting `name`, unless 0 <= kappa < inf."""
+    if not 0 <= kappa < float("inf"):
+        raise ConfigurationError(
+            f"{name}={kappa} must be zero or positive, and finite: 0 switches the proximal term off, from "
+            f"{BOUNDED_KAPPA} on the objective has an optimum whatever the pairs are."
+        )
+
+
+def proximal_penalty(*distances: Tensor, beta: float, kappa: float | Tensor) -> Tensor:
+    """`(beta * kappa / 2) * (d_chosen + d_rejected)`.
+
+    Args:
+        distances: `(batch,)` each, of the arms that there are: squared distance of the policy's prediction from the
+            reference's, averaged over dims; any floating dtype.
+        beta: positive, Diffusion-DPO convention; that of the objective which the term is added to.
+        kappa: zero or positive; one for all, or `(batch,)`.
+
+    Returns:
+        The unreduced term `(batch,)`, float32 or wider.
+
+    Raises:
+        ConfigurationError: a setting out of range.
+    """
+    check_beta(beta)
+    if not isinstance(kappa, Tensor):
+        check_kappa(kappa)
+    assert distances and all(one.ndim == 1 and one.shape == distances[0].shape for one in distances), "need (batch,)"
+    return beta * kappa / 2 * sum(widen(*distances))
+
+
+def optimal_win_rate(kappa: float, preference_variance: float = CONTINUOUS_VARIANCE) -> float:
+    """Win rate of the optimum against the reference, `1/2 + variance / kappa`, as beta goes to 0.
+
+    Args:
+        kappa: at least 1/2.
+        preference_variance: variance of P(win | x), the chance of x against another sample of the reference, over
+            samples of the reference; at most 1/12 where labels are those of a fixed ranking without noise.
+
+    Raises:
+        ConfigurationError: kappa below 1/2, where there may be no optimum, or a variance that is none.
+    """
+    check_kappa(kappa)
+    check_preference_variance(preference_variance)
+    if kappa < BOUNDED_KAPPA:
+        raise ConfigurationError(
+            f"kappa={kappa} is below {BOUNDED_KAPPA}, where the objective need not have an optimum, and no win rate "
+            f"is known beforehand. Give {BOUNDED_KAPPA} or more."
+        )
+    return 0.5 + preference_variance / kappa
+
+
+def kappa_for_win_rate(win_rate: float, preference_variance: float = CONTINUOUS_VARIANCE) -> float | None:
+    """The kappa whose optimum wins so often against the reference; None: none of at least 1/2 does.
+
+    Args:
+        win_rate: above 1/2, below 1.
+        preference_variance: as of `optimal_win_rate`.
+
+    Raises:
+        ConfigurationError: a win rate or a variance out of range.
+    """
+    check_preference_variance(preference_variance)
+    if not 0.5 < win_rate < 1:
+        raise ConfigurationError(
+            f"win_rate={win_rate} must lie between 0.5, which the reference has against itself, and 1, both excluded."
+        )
+    kappa = preference_variance / (win_rate - 0.5)
+    return kappa if kappa >= BOUNDED_KAPPA else None
+
+
+def check_preference_variance(preference_variance: float) -> None:
+    """Raise ConfigurationError unless it can be the variance of a chance of winning: 0 < variance <= 1/12."""
+    if not 0 < preference_variance <= CONTINUOUS_VARIANCE:
+        raise ConfigurationError(
+            f"preference_variance={preference_variance} must lie in (0, 1/12]: chances of winning against the same "
+            "distribution are 1/2 on average, and at most evenly spread."
+        )
