@@ -7,7 +7,7 @@ that TRL_SIPO_CHROMIUM names. A page may reach the machine itself and nothing el
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 # Names under which distributions install it.
@@ -33,10 +33,32 @@ def chromium():
     """A running browser; each test opens contexts of its own, which share nothing."""
     from playwright.sync_api import sync_playwright
 
+    before = _open_files()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(OPTIONS))
+        _of_the_browser.update(_open_files() - before)
         yield browser
+        _of_the_browser.clear()
         browser.close()
+
+
+# File descriptors of a running browser: the pipes to its driver, and what waits for them.
+_of_the_browser: set[int] = set()
+
+
+def _open_files() -> set[int]:
+    listed = map(int, os.listdir("/dev/fd"))
+    return {number for number in listed if os.path.exists(f"/dev/fd/{number}")}  # without that of the list itself
+
+
+def _close_inherited() -> None:
+    """In a forked process: the driver ends when its pipe is closed, which needs all who hold it to close it."""
+    for number in _of_the_browser:
+        with suppress(OSError):
+            os.close(number)
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 @contextmanager
