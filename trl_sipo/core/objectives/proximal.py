@@ -6,17 +6,26 @@ Per pair, with `d = mean((policy prediction - reference prediction)^2)` of each 
     (beta * kappa / 2) * (d_chosen + d_rejected)
 
 As `rho^2 d / 2` is the divergence KL(p_theta || p_ref) of a denoising step per latent dimension, this is a KL term
-whose weight is tied to beta, so that where the optimum lies does not depend on beta. As beta goes to 0, with pairs
-drawn from the reference, the optimum predicts the noise of one distribution at all levels:
+whose weight is tied to beta. With the loss of Diffusion-DPO, as beta goes to 0, with both arms of the pairs drawn from
+the reference and a reference that predicts its own samples best, the optimum is what predicts one distribution at all
+levels, in every parameterisation:
 
     p*(x_0) = p_ref(x_0) * (1 + (P(win | x_0) - 1/2) / kappa)
 
-It is where `E_p[P(win)] - (kappa / 2) chi^2(p || p_ref)` is largest. The quadratic form of the loss has the factors
-`kappa - 1/2 + P(win)` on each sample: from kappa = 1/2 on it is convex and bounded whatever the pairs; below, samples
-that rarely win are pushed away without an end, as all losers are in Diffusion-DPO, which is kappa = 0. The derivation
-is in docs/source/proximal.md.
+P(win | x_0) is the chance of x_0 against another sample of the reference. p* is where `E_p[P(win)] - (kappa / 2)
+chi^2(p || p_ref)` is largest. What is true of kappa = 1/2, and of no smaller value for all pairs:
+
+- The limit is a quadratic form with the factor `kappa - 1/2 + P(win | x_t)` at each x_t: it is convex whatever the
+  pairs, and has its minimum where they are drawn from the reference. Above 1/2 it has one whatever the pairs.
+- At any beta a policy whose mean loss is not above that of its start, with any pairs and any network, has
+  `mean(d_chosen + d_rejected) <= 4 mean(ref_error_chosen + ref_error_rejected) / (2 kappa - 1)^2`.
+
+Below 1/2 samples that rarely win are pushed away until sigmoid(-z) = kappa, which is the farther out the smaller beta
+is; in Diffusion-DPO, which is kappa = 0, without an end. The 1/2 is the slope of the log-sigmoid at 0: a loss that
+starts with another slope has that slope for its threshold. The derivation is in docs/source/proximal.md.
 """
 
+import torch
 from torch import Tensor
 
 from trl_sipo.core.beta import check_beta
@@ -24,7 +33,9 @@ from trl_sipo.core.precision import widen
 from trl_sipo.errors import ConfigurationError
 
 BOUNDED_KAPPA = 0.5
-"""The smallest kappa with which the objective has an optimum whatever the pairs are."""
+"""The smallest kappa with which Diffusion-DPO has an optimum as beta goes to 0, whatever wins among its own samples.
+
+Above it, it has one also where pairs are of another model."""
 CONTINUOUS_VARIANCE = 1 / 12
 """Variance of P(win | x) over the reference where a reward without ties and without noise ranks: P is uniform."""
 
@@ -34,7 +45,7 @@ def check_kappa(kappa: float, *, name: str = "proximal_kappa") -> None:
     if not 0 <= kappa < float("inf"):
         raise ConfigurationError(
             f"{name}={kappa} must be zero or positive, and finite: 0 switches the proximal term off, from "
-            f"{BOUNDED_KAPPA} on the objective has an optimum whatever the pairs are."
+            f"{BOUNDED_KAPPA} on Diffusion-DPO has an optimum."
         )
 
 
@@ -57,7 +68,7 @@ def proximal_penalty(*distances: Tensor, beta: float, kappa: float | Tensor) -> 
     if not isinstance(kappa, Tensor):
         check_kappa(kappa)
     assert distances and all(one.ndim == 1 and one.shape == distances[0].shape for one in distances), "need (batch,)"
-    return beta * kappa / 2 * sum(widen(*distances))
+    return beta * kappa / 2 * torch.stack(widen(*distances)).sum(0)
 
 
 def optimal_win_rate(kappa: float, preference_variance: float = CONTINUOUS_VARIANCE) -> float:
@@ -66,7 +77,8 @@ def optimal_win_rate(kappa: float, preference_variance: float = CONTINUOUS_VARIA
     Args:
         kappa: at least 1/2.
         preference_variance: variance of P(win | x), the chance of x against another sample of the reference, over
-            samples of the reference; at most 1/12 where labels are those of a fixed ranking without noise.
+            samples of the reference; 1/12, the most that there can be, where labels are those of a fixed ranking
+            without noise.
 
     Raises:
         ConfigurationError: kappa below 1/2, where there may be no optimum, or a variance that is none.
