@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs of the frontier, each made once and kept; the rows that they give."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from beyond import protocol
+from beyond.bases import BASES, folder_of
+from beyond.candidates import CANDIDATES
+from beyond.protocol import Arm, Cell
+from filelock import FileLock
+from paper.runs import flipped
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        cell: Where it belongs.
+        arm: What is trained.
+        seed: Order of the pairs, noise levels, noise, flipped labels and LoRA weights.
+        measured_at: Steps after which it is measured; the last one ends it.
+    """
+
+    cell: Cell
+    arm: Arm
+    seed: int
+    measured_at: tuple[int, ...] = protocol.MEASURED_AT
+
+    @property
+    def key(self) -> str:
+        """A hash of all that it depends on, beside the place."""
+        return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where bases, data and runs are kept.
+
+    Attributes:
+        root: The folder.
+        is_quick: Whether the runs are of the quick protocol.
+    """
+
+    root: Path
+    is_quick: bool = False
+
+    @property
+    def settings(self) -> Any:
+        """What all runs share."""
+        return protocol.QUICK if self.is_quick else protocol.SETTINGS
+
+    def files(self, base: str) -> Any:
+        """Data of a base."""
+        from trl_sipo.demo.arm import DemoFiles
+
+        return DemoFiles(self.root / "data" / base, folder_of(BASES[base], self.root / "bases"))
+
+    def result(self, run: Run) -> Path:
+        """The record of a finished run."""
+        return self.root / "runs" / f"{run.key}.json"
+
+    def base_record(self, base: str) -> dict[str, Any]:
+        """The measures of a base, as `prepare` wrote them."""
+        return json.loads((self.root / "data" / base / "frontier_base.json").read_text())
+
+    def prepare(self, bases: Iterable[str], threads: int) -> None:
+        """Train bases, make pairs and measure the bases, as far as that is missing."""
+        import torch
+
+        from trl_sipo.demo.arm import write_json
+        from trl_sipo.demo.demo import prepare
+        from trl_sipo.demo.images import IMAGES
+
+        (self.root / "runs").mkdir(parents=True, exist_ok=True)
+        for base in bases:
+            torch.set_num_threads(threads)
+            with FileLock(self.root / f"{base}.lock"):
+                files = self.files(base)
+                measures = prepare(self.settings, files, IMAGES, threads)
+                path = files.root / "frontier_base.json"
+                if not path.is_file() or json.loads(path.read_text())["protocol"] != measures["protocol"]:
+                    write_json(path, {**measures, "log_prob": _log_prob_of_base(self, files)})
+
+
+def _log_prob_of_base(place: Place, files: Any) -> list[float]:
+    """Of each image, by the verifier that ranks no pairs."""
+    from safetensors.torch import load_file
+
+    from trl_sipo.demo.arm import measurement_prompts
+    from trl_sipo.demo.images import IMAGES
+    from trl_sipo.demo.verifier import load_verifiers
+
+    images = load_file(files.base_images)["images"].float() / 127.5 - 1
+    judged = IMAGES.judge(load_verifiers(files.verifiers)[1], images, measurement_prompts(place.settings, IMAGES))
+    return judged["log_prob"].tolist()
+
+
+def run_all(runs: Sequence[Run], place: Place, workers: int) -> list[dict[str, Any]]:
+    """The records of runs, in their order; those that are not there yet are trained, several at a time."""
+    todo = [run for run in {run.key: run for run in runs}.values() if not place.result(run).is_file()]
+    if todo:
+        place.prepare(dict.fromkeys(run.cell.base for run in todo), workers)
+        _train_in_parallel(todo, place, workers)
+    return [json.loads(place.result(run).read_text()) for run in runs]
+
+
+def _train_in_parallel(todo: Sequence[Run], place: Place, workers: int) -> None:
+    from trl_sipo.demo.demo import prepare_worker
+
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare_worker, max_tasks_per_child=20
+    )
+    try:
+        with tqdm(total=len(todo), unit="run", desc=f"{workers} at a time") as bar:
+            for job in as_completed([pool.submit(make, run, place) for run in todo]):
+                job.result()
+                bar.update()
+    except BaseException:
+        # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def make(run: Run, place: Place) -> None:
+    """Train one run and write its record, unless another process has done so by then."""
+    from trl_sipo.demo.arm import write_json
+
+    path = place.result(run)
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file():
+            return
+        # What a run prints goes beside its record; on the screen it would break the progress bar.
+        with open(path.with_suffix(".txt"), "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+            began = time.process_time()
+            rows = train(run, place)
+        record = {"run": asdict(run), "rows": rows, "seconds": round(time.process_time() - began, 1)}
+        write_json(path, record)
+
+
+def train(run: Run, place: Place) -> list[dict[str, Any]]:
+    """Train and measure one run: one row per measurement."""
+    from trl_sipo.demo.images import IMAGES
+
+    files = place.files(run.cell.base)
+    pipeline = IMAGES.load_pipeline(files.base_pipeline)
+    rows: list[dict[str, Any]] = []
+    pairs = _pairs(run, files)
+    steps = list(run.measured_at)
+    for number in range(run.arm.rounds):
+        if number:
+            pairs = _new_pairs(pipeline, run, place, files, number)
+        first = number * len(steps) // run.arm.rounds
+        part = steps[first : (number + 1) * len(steps) // run.arm.rounds]
+        done = rows[-1]["step"] if rows else 0
+        rows += _train_round(pipeline, run, place, files, pairs, [step - done for step in part], done)
+    return rows
+
+
+def _pairs(run: Run, files: Any) -> Any:
+    from trl_sipo.data.loading import load_preference_dataset
+
+    return flipped(load_preference_dataset(str(files.train_pairs(run.cell.source))), run.cell.flip_rate, run.seed)
+
+
+def _new_pairs(pipeline: Any, run: Run, place: Place, files: Any, number: int) -> Any:
+    """Pairs of the policy as it is, ranked as those of the base were."""
+    from trl_sipo.demo.images import IMAGES
+    from trl_sipo.demo.verifier import load_verifiers
+
+    settings = replace(place.settings, data_seed=place.settings.data_seed + 10 * number + 100 * run.seed)
+    modes = (pipeline.unet, pipeline.unet.training)
+    pipeline.unet.eval()
+    pairs = IMAGES.make_pairs(pipeline, load_verifiers(files.verifiers)[0], settings, "on_policy", held_out=False)
+    modes[0].train(modes[1])
+    return pairs
+
+
+def _train_round(
+    pipeline: Any, run: Run, place: Place, files: Any, pairs: Any, measured_at: Sequence[int], done: int
+) -> list[dict[str, Any]]:
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+
+    from trl_sipo.data.loading import load_preference_dataset
+    from trl_sipo.demo.arm import make_config
+    from trl_sipo.demo.images import IMAGES
+    from trl_sipo.demo.settings import Arm as DemoArm
+    from trl_sipo.trainer.methods import method_classes
+
+    overrides, name = dict(run.arm.overrides), run.arm.trainer
+    learning_rate = overrides.pop("learning_rate", protocol.LEARNING_RATE)
+    if run.cell.is_lora:
+        learning_rate *= protocol.LORA_LEARNING_RATE / protocol.LEARNING_RATE
+    settings = replace(place.settings, max_steps=measured_at[-1], eval_every=10**6, learning_rate=learning_rate)
+    args = make_config(DemoArm(name, name, overrides), run.seed, settings, IMAGES, place.result(run).with_suffix(""))
+    callback = _measuring(place, run, files, measured_at, done)
+    trainer_class = method_classes(name)[1]
+    if run.arm.candidate:
+        trainer_class = CANDIDATES[run.arm.candidate](trainer_class)
+    trainer = trainer_class(
+        pipeline,
+        args=args,
+        train_dataset=pairs,
+        eval_dataset=load_preference_dataset(str(files.held_out_pairs(run.cell.source))),
+        callbacks=[callback],
+        peft_config=LoraConfig(r=protocol.LORA_RANK, lora_alpha=protocol.LORA_RANK) if run.cell.is_lora else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    callback.pipeline = trainer.adapter.pipeline
+    trainer.train()
+    return callback.rows
+
+
+#: Of the trainer's evaluation, under the names of the rows.
+_HELD_OUT = {
+    "eval_loss": "held_out_loss",
+    "eval_rewards/accuracies": "held_out_accuracy",
+    "eval_rewards/margins": "held_out_margin",
+    "eval_drift/chosen_error": "held_out_chosen_drift",
+}
+
+
+def _measuring(place: Place, run: Run, files: Any, measured_at: Sequence[int], done: int) -> Any:
+    from trl_sipo.demo.arm import MeasureCallback
+    from trl_sipo.demo.images import IMAGES
+
+    base = place.base_record(run.cell.base)["log_prob"]
+
+    class Measure(MeasureCallback):
+        """The demo's measures after some steps, and the win rate over the base."""
+
+        def __init__(self) -> None:
+            super().__init__(place.settings, files, IMAGES, lambda steps: None)
+            self.rows: list[dict[str, Any]] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            """Ask for a measurement where the protocol has one."""
+            if state.global_step in measured_at:
+                control.should_evaluate = True
+            return control
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            """Sample, measure, and compare with the base image by image."""
+            super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+            judged = IMAGES.judge(self.verifiers[1], self.samples, self.prompts)
+            record = self.records[-1]
+            names = ("accuracy", "second_accuracy", "reward", "frechet_distance", "diversity", "masked_share")
+            self.rows.append(
+                {
+                    "step": done + record["step"],
+                    "win_rate": win_rate(judged["log_prob"].tolist(), base),
+                    **{name: record[name] for name in names},
+                    **{to: metrics[name] for name, to in _HELD_OUT.items() if name in metrics},
+                }
+            )
+
+    return Measure()
+
+
+def win_rate(scores: Sequence[float], base: Sequence[float]) -> float:
+    """Share of images with a higher score than the base's of the same prompt and starting noise; ties one half."""
+    return sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, base, strict=True)) / len(base)
+
+
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One flat row per measurement, with what the run was."""
+    rows = []
+    for record in records:
+        run = record["run"]
+        about = {
+            **run["cell"],
+            "method": run["arm"]["method"],
+            "setting": run["arm"]["label"],
+            "seed": run["seed"],
+        }
+        rows += [{**about, **row} for row in record["rows"]]
+    return rows
