@@ -4,6 +4,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,6 +17,8 @@ from trl_sipo.demo.fashion import ASSETS, split_prompts
 from trl_sipo.demo.model import load_pipeline_assets
 from trl_sipo.demo.pairs import off_policy_pairs
 from trl_sipo.demo.verifier import load_verifiers
+from trl_sipo.errors import DatasetError
+from trl_sipo.scripts import audit_beta, audit_kappa
 
 LEVELS = 10
 
@@ -61,6 +64,7 @@ def test_a_bad_beta_is_called_so_on_the_model_of_the_demo(pairs, tmp_path, capsy
     assert len(scales) == LEVELS and scales == sorted(scales, reverse=True) and scales[0] > 20 * scales[-1]
     assert report["conversions"]["low"]["sipo_paper"] == pytest.approx(report["range"]["low"] / 1000)
     assert report["settings"]["latent_dims"] == 4 * 8 * 8
+    assert "kappa" not in report and "roximal" not in printed, "nothing was asked of it"
     assert (tmp_path / "beta.png").read_bytes()[:4] == b"\x89PNG" and "<h1>" in (tmp_path / "beta.html").read_text()
 
 
@@ -118,6 +122,107 @@ def test_clips(tmp_path):
         assert f"{scales[place]:.2g}, at sigma {report['levels'][place]['sigma']:.4f}" in words
 
 
+# ---------------------------------------------------------------------------------------------------- proximal term
+
+
+def _with_columns(pairs, folder, **columns):
+    """The same pairs with more columns, as long as they are."""
+    rows = datasets.Dataset.from_parquet(str(pairs / "train.parquet"), cache_dir=str(folder / "cache"))
+    for name, values in columns.items():
+        rows = rows.add_column(name, [values[i % len(values)] for i in range(len(rows))])
+    rows.to_parquet(folder / "train.parquet")
+    return folder / "train.parquet"
+
+
+def test_a_kappa_is_recommended_and_another_one_judged(pairs, tmp_path, capsys):
+    """0.6 = 1/2 + 1 / (12 * 0.8333), and 1 wins 1/2 + 1/12; a small beta is no fault then."""
+    options = ("--win_rate", "0.6", "--proximal_kappa", "1", "--beta", "2")
+    report = _report(_argv(pairs, *options, num_pairs=2), tmp_path)
+    found, printed = report["kappa"], capsys.readouterr().out
+    assert found["wanted"]["kappa"] == pytest.approx({"estimate": 5 / 6, "low": 5 / 6, "high": 5 / 6})
+    assert found["given"]["win_rate"]["estimate"] == pytest.approx(7 / 12) and found["given"]["optimum"] == "always"
+    assert found["noise"] == [
+        {"estimate": 0.0, "low": 0.0, "high": 0.0, "source": "assumed", "name": "", "num_pairs": 0}
+    ]
+    sentences = [
+        "To win 60.0% against the base model: proximal_kappa = 0.833.",
+        "proximal_kappa = 1 has an optimum whatever the pairs are, which wins 58.3% against the base model.",
+    ]
+    place = report["reading"].index(sentences[0])
+    assert report["reading"][place : place + 2] == sentences and "small beta has an optimum too" in printed
+    assert "pairs of two samples that the model itself drew" in report["reading"][-1]
+    page = (tmp_path / "beta.html").read_text()
+    for text in (*sentences, "Proximal term", "0.833 (wanted)", "1 (given)"):
+        assert text in printed and text in page
+    rows = {row["kappa"]: row for row in found["rows"]}
+    assert rows[0.25]["win_rate"] is None and rows[0.25]["optimum"] == "none"
+    assert rows[0.5]["win_rate_by_rounds"] == pytest.approx({"2": 0.8, "3": 8 / 9})
+
+
+def test_a_win_rate_that_no_kappa_reaches_has_ways_out(pairs, capsys):
+    """What two rounds give at 1/2 is 0.8; with 0.25 no optimum is promised."""
+    options = ("--win_rate", "0.75", "--proximal_kappa", "0.25", "--label_noise", "0")
+    assert main(_argv(pairs, *options, num_pairs=1)) == 0
+    printed = capsys.readouterr().out
+    assert "NO KAPPA WITH AN OPTIMUM WINS 75.0%" in printed and "it is 66.7% at the most" in printed
+    assert "2 rounds with proximal_kappa = 0.6" in printed and "stop it by held-out pairs" in printed
+    assert "proximal_kappa = 0.25 is BELOW 0.5: where less than 25% of the comparisons are won" in printed
+    assert "Assumed, as given: 0.0% of the labels are turned" in printed
+
+
+def test_votes_of_the_data_tell_how_noisy_labels_are(pairs, tmp_path, capsys):
+    """A quarter of the votes is against the majority, so that half of the win is left; scores that agree wait."""
+    columns = {"label": [0.8, 0.3, 0.75], "chosen_judge": [2.0, 1.0, 2.0], "rejected_judge": [1.0, 2.0, 1.0]}
+    data = _with_columns(pairs, tmp_path, **columns)
+    report = _report(_argv(data, "--win_rate", "0.55", "--proximal_kappa", "1", num_pairs=2), tmp_path / "report")
+    found = report["kappa"]
+    votes, judge = found["noise"]
+    assert (votes["source"], judge["source"], judge["name"], judge["estimate"]) == ("labels", "scores", "judge", 0.0)
+    assert votes["estimate"] == pytest.approx(0.25, abs=0.01) and votes["low"] < votes["estimate"] < votes["high"]
+    assert votes["num_pairs"] == judge["num_pairs"] > 20
+    keep = 1 - 2 * votes["estimate"]
+    wanted, given = found["wanted"]["kappa"], found["given"]
+    assert wanted["estimate"] == pytest.approx(keep * 5 / 3) and wanted["low"] < wanted["estimate"] < wanted["high"]
+    assert given["win_rate"]["estimate"] == pytest.approx(0.5 + keep / 12)
+    assert given["win_rate_by_such_judges"] == pytest.approx(0.5 + keep**2 / 12)
+    printed = capsys.readouterr().out
+    assert "of the votes are against their pair's majority" in printed and "by such judges" in printed
+    assert "Not gone by: labels that contradict judge 0.0% [" in printed
+
+
+def test_scores_of_the_data_tell_how_noisy_labels_are(pairs, tmp_path, capsys):
+    """Every fourth label contradicts "near", every second "far": the nearer one is gone by."""
+    columns = {"near_chosen": [1.0, 1.0, 1.0, 0.0], "near_rejected": [0.0, 0.0, 0.0, 1.0]}
+    columns |= {"far_chosen": [1.0, 0.0], "far_rejected": [0.0, 1.0]}
+    report = _report(_argv(_with_columns(pairs, tmp_path, **columns), "--win_rate", "0.6", num_pairs=1), tmp_path)
+    first, second = report["kappa"]["noise"]
+    assert (first["name"], second["name"]) == ("near", "far")
+    assert first["estimate"] == pytest.approx(0.25, abs=0.01) and second["estimate"] == pytest.approx(0.5, abs=0.01)
+    assert report["kappa"]["wanted"]["optimum"] == "if_as_noisy"  # 0.42
+    printed = capsys.readouterr().out
+    assert (
+        "the labels contradict the scores 'near' in 25" in printed
+        and "That is below 0.5, and has an optimum" in printed
+    )
+
+
+def test_labels_that_are_none_are_said():
+    arguments = audit_beta.make_parser().parse_args(_argv("pairs", "--win_rate", "0.6")[2:])
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["x"], "rejected": ["y"], "label": [1.5]})
+    with pytest.raises(DatasetError, match="row 0, column 'label'"):
+        audit_kappa.label_noises(arguments, rows, [])
+
+
+def test_of_very_many_pairs_evenly_spaced_ones_are_read():
+    label = np.where(np.arange(25_000) < 12_500, 0.9, 0.7)
+    same = ["x"] * len(label)
+    prompts = [f"prompt {i // 50}" for i in range(len(label))]
+    rows = datasets.Dataset.from_dict({"prompt": prompts, "chosen": same, "rejected": same, "label": label})
+    arguments = audit_beta.make_parser().parse_args(_argv("pairs", "--win_rate", "0.6")[2:])
+    (noise,) = audit_kappa.label_noises(arguments, rows, [])
+    assert noise.num_pairs == 10_000 and noise.share.estimate == pytest.approx(0.2)
+
+
 MISTAKES = {
     "zero": (("--beta", "0"), "beta=0.0 must be positive"),
     "infinite": (("--betas", "1", "inf"), "must be positive and finite"),
@@ -133,3 +238,24 @@ def test_mistakes_exit_with_2_in_one_line(case, pairs, capsys):
     errors = capsys.readouterr().err
     (line,) = [line for line in errors.splitlines() if line.startswith("trl-sipo audit: ")]
     assert message in line and "Forward passes" not in errors
+
+
+KAPPA_MISTAKES = {
+    "one half": (("--win_rate", "0.5"), "win_rate=0.5 must lie between 0.5"),
+    "percent": (("--win_rate", "60"), "win_rate=60.0 must lie between 0.5"),
+    "win rate nan": (("--win_rate", "nan"), "win_rate=nan must lie"),
+    "negative": (("--proximal_kappa", "-0.5"), "proximal_kappa=-0.5 must be zero or positive"),
+    "kappa nan": (("--proximal_kappa", "nan"), "proximal_kappa=nan must be zero or positive"),
+    "infinite": (("--proximal_kappa", "inf"), "proximal_kappa=inf must be zero or positive, and finite"),
+    "noise": (("--win_rate", "0.6", "--label_noise", "0.5"), "label_noise=0.5 is the share of labels"),
+    "lonely noise": (("--label_noise", "0.1"), "give `--win_rate` or `--proximal_kappa`"),
+}
+
+
+@pytest.mark.parametrize("case", KAPPA_MISTAKES)
+def test_mistakes_about_the_proximal_term_are_told_before_anything_is_loaded(case, capsys):
+    """Neither model nor data are there."""
+    options, message = KAPPA_MISTAKES[case]
+    assert main(_argv("no/data", *options, model="no/model")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-sipo audit: ")]
+    assert message in line and "no/" not in line

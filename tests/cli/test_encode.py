@@ -216,6 +216,23 @@ def test_soft_labels_come_along(material, tmp_path):
     torch.testing.assert_close(hard[1]["chosen_latents"], pairs[2]["chosen_latents"], rtol=0, atol=0)
 
 
+def test_the_noise_of_stored_soft_labels_is_told(material, tmp_path, capsys):
+    """And of a cache whose labels only say which arm is preferred, none can be."""
+    rows = load_preference_dataset(material.pairs).select(range(3)).add_column("label", [1.0, 0.2, 0.75])
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    encoded = Encoded(material.model, tmp_path / "pairs.parquet", tmp_path / "cache", SIZE)
+    encoded.encode("--soft_labels")
+    encoded.encode(cache=tmp_path / "hard")
+    for cache, words in (
+        ("cache", "Estimated from the labels of 3 pairs: 15.0% ["),
+        ("hard", "Assumed: labels without"),
+    ):
+        data = ["--dataset_name", str(tmp_path / cache), "--num_pairs", "3", "--num_levels", "2"]
+        argv = ["audit", "beta", "--model_name_or_path", str(material.model), *data, "--win_rate", "0.55"]
+        assert main(argv) == 0
+        assert words in capsys.readouterr().out
+
+
 def test_export_to_webdataset(material, tmp_path):
     argv = ["encode", "--export", "webdataset", "--cache", str(material.cache), "--output", str(tmp_path / "tar")]
     assert main(argv) == 0

@@ -26,6 +26,15 @@ from trl_sipo.scripts.audit_inputs import (
     training_settings,
     with_adapter,
 )
+from trl_sipo.scripts.audit_kappa import (
+    add_kappa_options,
+    check_kappa_options,
+    is_asked,
+    kappa_reading,
+    kappa_section,
+    kappa_table,
+    label_noises,
+)
 from trl_sipo.scripts.audit_report import (
     prepare_output,
     print_sentences,
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
 
     from trl_sipo.evaluation.beta_range import BetaRange, MarginScale, RealMargins
     from trl_sipo.evaluation.importance_curve import PairWeights
+    from trl_sipo.evaluation.kappa_choice import LabelNoise
     from trl_sipo.reporting.evaluation_tables import Table
 
 _SHOWN_LEVELS = 10
@@ -49,7 +59,7 @@ def make_parser(prog: str = "trl-sipo audit beta") -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Print how far a policy goes before each beta lets go of its pairs, a range, and what to think of "
-        "the beta that is given.",
+        "the beta that is given; and which weight of the proximal term wins how often.",
         allow_abbrev=False,
     )
     add_model_options(parser)
@@ -65,18 +75,20 @@ def make_parser(prog: str = "trl-sipo audit beta") -> argparse.ArgumentParser:
         help="in which --beta is given, as in training (default: %(default)s)",
     )
     add("--betas", type=float, nargs="+", metavar="BETA", help="of the table (default: three decades)")
+    add_kappa_options(parser)
     add("--output", type=Path, metavar="DIR", help="folder for beta.json, beta.html and beta.png")
     return parser
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise [`ConfigurationError`] on betas that are none."""
+    """Raise [`ConfigurationError`] on betas that are none, and on what is asked of the proximal term."""
     from trl_sipo.core.beta import check_beta
 
     for beta in [*([] if arguments.beta is None else [arguments.beta]), *(arguments.betas or [])]:
         check_beta(beta)
     if arguments.beta is None and arguments.beta_convention != "diffusion_dpo":
         raise ConfigurationError(f"`--beta_convention {arguments.beta_convention}` converts a `--beta`: give one.")
+    check_kappa_options(arguments)
 
 
 def run(command: str, argv: list[str]) -> None:
@@ -97,7 +109,8 @@ def run(command: str, argv: list[str]) -> None:
     if arguments.adapter is not None:
         tuned = measure(with_adapter(arguments, adapter), pairs, audited, settings, what="With the adapter")
     latent_dims = math.prod(pairs[0].encoded.chosen_latents.shape[1:])
-    found = numbers(arguments, audited, [pair.prompt for pair in pairs], weights, tuned, latent_dims)
+    noises = label_noises(arguments, rows, pairs) if is_asked(arguments) else []
+    found = numbers(arguments, audited, [pair.prompt for pair in pairs], weights, tuned, latent_dims, noises)
     shared = settings_of(arguments, adapter, settings, audited, size, len(pairs)) | {"latent_dims": latent_dims}
     report = {"command": recorded_command(command, argv), "settings": shared, **found}
     tables = tables_of(report)
@@ -119,8 +132,9 @@ def numbers(
     weights: "PairWeights",
     tuned: "PairWeights | None",
     latent_dims: int,
+    noises: Sequence["LabelNoise"] = (),
 ) -> dict[str, Any]:
-    """The report without command and settings."""
+    """The report without command and settings; of the proximal term where noises of the labels are given."""
     from trl_sipo.evaluation.beta_range import beta_grid, beta_range, conversions, margin_scale, opposed_scale
     from trl_sipo.evaluation.policy_distance import as_numbers
 
@@ -151,6 +165,9 @@ def numbers(
         from trl_sipo.evaluation.beta_range import verdict
 
         report["given"] = {"beta": given, "verdict": verdict(given, found)[0]}
+    if noises:
+        report["kappa"] = kappa_section(arguments, noises)
+        report["reading"] += kappa_reading(report["kappa"], noises, given, found)
     return report
 
 
@@ -268,7 +285,8 @@ def adapter_words(real: "RealMargins") -> str:
 
 def tables_of(report: dict[str, Any]) -> list["Table"]:
     """The report as tables of text."""
-    return [beta_table(report["betas"]), level_table(report["levels"]), conversion_table(report["conversions"])]
+    tables = [beta_table(report["betas"]), level_table(report["levels"]), conversion_table(report["conversions"])]
+    return [kappa_table(report["kappa"]), *tables] if "kappa" in report else tables
 
 
 def beta_table(rows: Sequence[dict[str, Any]]) -> "Table":
