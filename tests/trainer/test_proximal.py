@@ -2,6 +2,7 @@
 """`proximal_kappa` in real training steps: what it adds to every loss, what leaves it alone, and who refuses it."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -316,6 +317,32 @@ def test_a_step_that_was_not_finite_is_computed_again_with_its_term(tmp_path):
     ((errors, (_, statistics)),) = seen
     torch.testing.assert_close(errors.chosen_distance, stored.chosen_distance, rtol=1e-4, atol=0)
     assert statistics["proximal/loss"].min() > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "kappa", "expected"),
+    [
+        (DPO, 0.5, "at least 0.5: .* drawn from the reference, which wins up to 66.7% against it"),
+        (DPO, 0.4, "below 0.5, from which on this loss has an optimum"),
+        (replace(SMOOTHED, options={"label_smoothing": 0.2}), 0.6, "at least 0.3: .* wins up to 58.3%"),
+        (SMOOTHED, 0.5, r"at least 0.3: .* from the reference\)"),
+        (POLY_DPO, 0.5, "below 2.5, "),
+        (POLY_DPO, 2.5, "at least 2.5: .* 66.7%"),
+        (LOSS_TYPES[0], 0.5, "below 1, "),
+        (LOSS_TYPES[2], 0.625, "at least 0.625: .* 66.7%"),
+        (SIPO, 0.5, "below 0.55, "),
+        (SIPO, 0.55, r"at least 0.55: .* from the reference\)"),
+        (DPO_CM, 0.5, r"at least 0.5: .* from the reference\)"),
+        (KTO, 0.5, r"kappa = 0.5\n"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_run_says_at_its_start_what_its_kappa_promises(method, kappa, expected, tmp_path):
+    """The threshold is the slope of the loss: of the log-sigmoid 1/2, whatever else differs."""
+    description = make_trainer(method, tmp_path, proximal_kappa=kappa).describe_run()
+    assert re.search(
+        f"proximal term: kappa = {kappa:g}.*{expected}" if "kappa" not in expected else expected, description
+    )
 
 
 # ---------------------------------------------------------------------------------------------- where it cannot be

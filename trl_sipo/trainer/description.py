@@ -3,9 +3,11 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from trl_sipo.core.objectives.proximal import BOUNDED_KAPPA, optimal_win_rate
+from trl_sipo.core.objectives.proximal import optimal_win_rate
+from trl_sipo.trainer.statistics import PairErrors
 from trl_sipo.trainer.strategy import strategy_in_force
 
 
@@ -21,22 +23,41 @@ def describe_run(trainer: Any) -> str:
             f"  {strategy_in_force(trainer.accelerator)}; {_describe_batch(trainer.args)}",
             *([f"  {trainer.beta_description}"] if trainer.beta_description else []),
             f"  reference: {trainer.reference.description}",
-            *([f"  {describe_kappa(trainer.args.proximal_kappa)}"] if trainer.args.proximal_kappa else []),
+            *([f"  {describe_kappa(trainer)}"] if trainer.args.proximal_kappa else []),
             f"  noise levels: {_describe_levels(trainer)}{within}",
         ]
     )
 
 
-def describe_kappa(kappa: float) -> str:
-    """What kappa means, in one line."""
-    if kappa < BOUNDED_KAPPA:
-        meaning = f"below {BOUNDED_KAPPA:g}: samples that rarely win are pushed away without an end"
-    else:
-        meaning = (
-            f"an optimum whatever the pairs are; for pairs drawn from the reference it wins up to "
-            f"{optimal_win_rate(kappa):.0%} against it"
-        )
-    return f"proximal term: kappa = {kappa:g} ({meaning})"
+def describe_kappa(trainer: Any) -> str:
+    """Kappa and what it promises with the loss of this run, in one line."""
+    kappa = trainer.args.proximal_kappa
+    line = f"proximal term: kappa = {kappa:g}"
+    if trainer.args.arms != "pair":
+        return line
+    pushes = pushes_at_start(trainer)
+    needed = round(pushes.max().item(), 3)
+    if kappa < needed:
+        return f"{line} (below {needed:g}, from which on this loss has an optimum however small beta is)"
+    line = f"{line} (at least {needed:g}: this loss has an optimum for pairs drawn from the reference"
+    is_even = bool((pushes - needed).abs().max() < 1e-3)
+    if not is_even or trainer.args.sft_weight:
+        return f"{line})"
+    return f"{line}, which wins up to {optimal_win_rate(max(kappa / (2 * needed), 0.5)):.1%} against it)"
+
+
+def pushes_at_start(trainer: Any) -> torch.Tensor:
+    """How hard a loss on pairs pushes rejected samples away at the start, in units of beta / 2: (4096,).
+
+    That is how steeply it falls with the logit: 1/2 where it is the log-sigmoid. Of samples of all errors, since the
+    importance weights depend on them, at a middle noise level. Kappa has to be as large as the largest of them.
+    """
+    ref_error = torch.logspace(-6, 1, 4096, device=trainer.accelerator.device)
+    error = ref_error.clone().requires_grad_()
+    level = trainer.noise_schedule.level_at(torch.full((4096,), 0.5)).to(ref_error.device)
+    loss, _ = trainer.pair_loss(PairErrors.of_arms((ref_error, error), (ref_error, ref_error)), level)
+    (slope,) = torch.autograd.grad(loss.sum(), error)
+    return -2 * slope / trainer.beta
 
 
 def num_trained_parameters(model: nn.Module) -> int:
