@@ -185,6 +185,16 @@ def test_a_precomputed_reference_works_from_a_cache(stable_diffusion, tmp_path, 
     assert logged(trainers[0], "loss") == pytest.approx(logged(trainers[1], "loss"), abs=1e-3)
 
 
+def test_predictions_of_a_reference_are_stored_for_a_cache(stable_diffusion, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_sipo.trainer.reference_bank.reference_folder", lambda: tmp_path / "banks")
+    options = {"proximal_kappa": 0.5, "precompute_ref_log_probs": True, "precompute_ref_predictions": True}
+    trainer = stable_diffusion.trainer(tmp_path / "run", stable_diffusion.cache, num_ref_draws=1, **options)
+    trainer.train()
+    assert trainer.reference.train.predictions.shape == (4, 8, 8)
+    terms = logged(trainer, "proximal/loss")
+    assert terms[0] == pytest.approx(0, abs=1e-6) and terms[-1] > 1e-6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,6 +310,8 @@ def test_evaluation_and_a_precomputed_reference_have_batch_sizes_of_their_own(sh
     trainer = shapes.trainer(tmp_path / "run", shapes.cache, per_device_eval_batch_size=1, precompute_ref_batch_size=4)
     assert math.isfinite(trainer.evaluate(CachedPairs(shapes.cache))["eval_loss"])
     options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1, "num_ref_draws": 1}
+    with pytest.raises(ConfigurationError, match="the train cache has arms of .* Encode it without `--buckets`"):
+        shapes.trainer(tmp_path, shapes.cache, proximal_kappa=0.5, precompute_ref_predictions=True, **options)
     trainer = shapes.trainer(tmp_path / "run", shapes.cache, **options)
     with pytest.raises(ConfigurationError, match="The eval cache .* set `per_device_eval_batch_size=1`."):
         trainer.evaluate(CachedPairs(shapes.cache))

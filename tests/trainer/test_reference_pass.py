@@ -30,7 +30,9 @@ from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.data.transforms import PairedTransform
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError
 from trl_sipo.trainer import reference_bank, reference_errors, reference_pass
+from trl_sipo.trainer.arms import arm_error
 from trl_sipo.trainer.encoding import draw_pair_noise
+from trl_sipo.trainer.passes import of_reference
 from trl_sipo.trainer.reference_bank import BankDraws, precompute_reference
 from trl_sipo.trainer.reference_errors import read_errors
 
@@ -115,7 +117,7 @@ def test_the_errors_are_those_of_one_draw_after_the_other(options, folder, tmp_p
         pairs = live._encoder(inputs, torch.device("cpu"), generators, training=True)
         noise = draw_pair_noise(pairs, generators, share=trainer.args.share_noise)
         arms = live.noised_arms(pairs, level, noise)
-        expected[start : start + 2, draw] = torch.stack(live._reference_errors(arms), dim=1)
+        expected[start : start + 2, draw] = torch.stack(of_reference(live, arms, arm_error), dim=1)
     assert torch.equal(trainer.reference.train.errors, expected)
     assert torch.equal(read_errors(next(folder.iterdir())).errors, expected)
 
@@ -274,10 +276,9 @@ def test_a_stream_is_evaluated_without_a_reference_too(is_lora, tmp_path):
     live = make_trainer(DPO, tmp_path / "live", is_lora=is_lora)
     stored.train()
     passes = []
-    stored._reference_errors = lambda arms: passes.append(arms)
+    stored.reference.active = lambda *_: passes.append(1)
     metrics = stored.evaluate()
     assert not passes
-    del stored._reference_errors
     stored.reference.evaluation.clear()
     stored.reference.active = live.reference.active
     expected = stored.evaluate()

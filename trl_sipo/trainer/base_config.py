@@ -49,7 +49,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         proximal_kappa: Weight kappa of an added pull to the reference, `(beta * kappa / 2) * (d_chosen + d_rejected)`
             with d the mean squared distance of the policy's prediction from the reference's. From 0.5 on the objective
             has an optimum whatever the pairs are; 0, the default, switches the term off. Needs no forward pass more,
-            but the reference's predictions, and so a live reference.
+            but the reference's predictions: of a live reference, or stored (`precompute_ref_predictions`).
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`. With
             "stratified", and with it alone, the level of a pair depends on its batch.
         timestep_range: Part of the schedule that is trained, as two fractions: 0 is the clean end, 1 pure noise.
@@ -64,6 +64,9 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             reference model. They are kept on disk for other runs with the same reference, data and noise. Of a stream,
             what training will read is read before.
         num_ref_draws: Draws per pair of `precompute_ref_log_probs`. Each is seen once in as many epochs.
+        precompute_ref_predictions: With `precompute_ref_log_probs` and a `proximal_kappa`, store the reference's
+            predictions on disk as well. What they take is said, and refused where there is no room for it, before
+            anything is computed: for Stable Diffusion 1.5 at 512 px in bfloat16, 65 KB a draw of a pair.
         lora_reference: What a LoRA that came with the model, and is trained further, is compared with: "copy", a
             frozen copy of it, or "base", the model with its adapter switched off, as for a new LoRA.
         attention_backend: The kernel that computes attention, by diffusers' names ("native", "flash",
@@ -165,6 +168,10 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
     num_ref_draws: int = field(
         default=8,
         metadata={"help": "Draws of noise level and noise per pair for which the reference is precomputed."},
+    )
+    precompute_ref_predictions: bool = field(
+        default=False,
+        metadata={"help": "Store the predictions of a precomputed reference on disk, for the proximal term."},
     )
     lora_reference: str = field(
         default="copy",

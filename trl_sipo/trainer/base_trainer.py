@@ -70,11 +70,11 @@ from trl_sipo.trainer.preference_data import as_tensors, check_dataset, for_each
 from trl_sipo.trainer.process_group import end_at_once_on_errors
 from trl_sipo.trainer.reference import make_reference
 from trl_sipo.trainer.reference_bank import (
-    BankDraws,
     BankedReference,
     check_precomputing,
     lookup,
     precompute_reference,
+    training_draw,
 )
 from trl_sipo.trainer.reproduction import StepBatch, without_gradient
 from trl_sipo.trainer.resumable import ResumableTrainer
@@ -295,6 +295,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         level: NoiseLevel,
         noise: PairNoise,
         ref_errors: tuple[torch.Tensor, ...] | None = None,
+        ref_predictions: tuple[torch.Tensor, ...] | None = None,
     ) -> PairErrors:
         """The errors of reference, if there is one, and policy on all arms, reference first; and their distances.
 
@@ -303,11 +304,11 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
             pairs: The batch, on the training device.
             level: One noise level per pair, (batch,).
             noise: Of the arms, float32 of the shape of their latents.
-            ref_errors: Of the reference, (batch,) each, where they are known.
+            ref_errors, ref_predictions: Of the reference, (batch,) and (batch, ...) each, where they are known.
         """
         arms = self.noised_arms(pairs, level, noise)
         if self.args.proximal_kappa:
-            return errors_and_distances_of(self, model, arms, None)
+            return errors_and_distances_of(self, model, arms, ref_errors, ref_predictions)
         return errors_of(self, model, arms, ref_errors)
 
     def _extra(self, pairs: EncodedPairs) -> dict[str, Any]:
@@ -361,7 +362,7 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         errors = self.pair_errors(model, pairs, level, noise, **known)
         loss, statistics = self.objective(errors, level, inputs.get("label"))
         kept = (pairs, level, noise, without_gradient(errors), inputs["pair_index"], inputs.get("label"))
-        batch = StepBatch(*kept, epoch=self._epoch)
+        batch = StepBatch(*kept, epoch=self._epoch, ref_predictions=known.get("ref_predictions"))
         broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
         if self.mask_redraws:  # what is not finite says nothing about its level
             weight = torch.where(broken > 0, torch.nan, statistics["sipo/importance_weight"])
@@ -384,15 +385,11 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         return norm
 
     def _draw(self, pair_index: torch.Tensor) -> tuple[NoiseLevel, list[torch.Generator], dict[str, Any]]:
-        """Noise level and generator of each pair; with a precomputed reference its draw, and the errors on it."""
+        """Noise level and generator of each pair; with a precomputed reference its draw, and what is known of it."""
         if not isinstance(self.reference, BankedReference):
             generators = pair_generators(pair_index, TRAIN_STREAM, self.args.seed, self._epoch)
             return self.level_memory.draw(self.sample_noise_levels, generators), generators, {}
-        draws = BankDraws(self.args, self.noise_schedule)
-        draw = draws.choose(pair_index, self._epoch)
-        level, generators = draws(pair_index, draw)
-        known = {"ref_errors": lookup(self.reference.train, pair_index, draw)}
-        return level.to(self.accelerator.device), generators, known
+        return training_draw(self, pair_index, self._epoch)
 
     def _evaluation_loss(self, model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over a fixed grid of noise levels, with noise keyed by (seed, level, pair), so that calls compare."""
@@ -403,12 +400,13 @@ class DiffusionPreferenceTrainer(ResumableTrainer):
         for position, (time, level) in enumerate(levels.items()):
             generators = pair_generators(pair_index, EVAL_STREAM, self.args.eval_noise_seed, position)
             level = level.expand(len(generators)).to(self.accelerator.device)
-            known = {} if bank is None else {"ref_errors": lookup(bank, pair_index, position)}
+            known = {} if bank is None else lookup(bank, pair_index, position)
             noise = self.draw_noise(pairs, generators, share=True)
             errors = self.pair_errors(model, pairs, level, noise, **known)
             loss, statistics = self.objective(errors, level, inputs.get("label"))
             per_level.append({"loss": loss.detach(), **statistics})
-            batch = StepBatch(pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
+            kept = (pairs, level, noise, errors, inputs["pair_index"], inputs.get("label"))
+            batch = StepBatch(*kept, ref_predictions=known.get("ref_predictions"))
             broken = first_broken(pairs, errors, loss, statistics.get("rewards/margins", loss))
             self.recorder.check_evaluation(broken, batch)
             by_level |= {f"{name}/time_{time:.2f}": statistics[name] for name in self.metrics_by_level}

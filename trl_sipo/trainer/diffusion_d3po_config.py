@@ -46,6 +46,7 @@ class DiffusionD3POConfig(DiffusionPreferenceConfig):
         "precompute_ref_log_probs": "stored errors are those of images with noise of their own",
         "precompute_ref_batch_size": "stored errors are those of images with noise of their own",
         "num_ref_draws": "stored errors are those of images with noise of their own",
+        "precompute_ref_predictions": "stored predictions are those of images with noise of their own",
         "precompute_latents": "trajectories are latents",
         "soft_labels": "D3PO has none",
         "sft_weight": "the steps are those of a sampler, and the chosen ones no image to imitate",

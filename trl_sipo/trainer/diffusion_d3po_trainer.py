@@ -74,9 +74,10 @@ class DiffusionD3POTrainer(DiffusionPreferenceTrainer):
         level: NoiseLevel,
         noise: PairNoise,
         ref_errors: tuple[torch.Tensor, ...] | None = None,
+        ref_predictions: tuple[torch.Tensor, ...] | None = None,
     ) -> PairErrors:
         """Squared distances of the steps from the means of policy and reference, over their variance."""
-        errors = super().pair_errors(model, pairs, level, noise, ref_errors)
+        errors = super().pair_errors(model, pairs, level, noise, ref_errors, ref_predictions)
         next_level = self.noise_schedule.previous_level(level, self.args.trajectory_steps)
         scale = rho_squared(level, next_level, self.adapter.prediction_type)
         return replace(errors, **{name: scale * error for name, error in errors.named().items()})

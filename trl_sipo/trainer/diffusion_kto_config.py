@@ -33,6 +33,7 @@ class DiffusionKTOConfig(DiffusionPreferenceConfig):
         "precompute_ref_log_probs": _NOT_PRECOMPUTED,
         "precompute_ref_batch_size": _NOT_PRECOMPUTED,
         "num_ref_draws": _NOT_PRECOMPUTED,
+        "precompute_ref_predictions": _NOT_PRECOMPUTED,
     }
 
     desirable_weight: float = field(default=1.0, metadata={"help": "Weight of the losses of images that are liked."})

@@ -32,23 +32,30 @@ def errors_of(
 
 
 def errors_and_distances_of(
-    trainer: Any, model: torch.nn.Module, arms: Sequence[NoisedArm], ref_predictions: Sequence[torch.Tensor] | None
+    trainer: Any,
+    model: torch.nn.Module,
+    arms: Sequence[NoisedArm],
+    ref_errors: Sequence[torch.Tensor] | None,
+    ref_predictions: Sequence[torch.Tensor] | None,
 ) -> PairErrors:
     """The same, with the distances of the policy's predictions from the reference's.
 
     Args:
         trainer, model, arms: As of [`errors_of`].
+        ref_errors: (batch,) each, where they are known, and with them the predictions.
         ref_predictions: Of the shape of the arms' targets, where they are known; `None`: the reference is asked.
     """
     if ref_predictions is None:
-        ref_predictions = of_reference(trainer, arms, arm_prediction)
+        ref_errors, ref_predictions = None, of_reference(trainer, arms, arm_prediction)
     anchors = [to_device(prediction, arms[0].target.device) for prediction in ref_predictions]
     anchored = [replace(arm, anchor=anchor) for arm, anchor in zip(arms, anchors, strict=True)]
     options = {"split": trainer.args.split_pair_backward, "measure": arm_error_and_distance}
     with trainer.accelerator.autocast():
         found = arm_errors(trainer.predictor, model, *anchored, **options)
     errors, distances = zip(*(arm.unbind(dim=1) for arm in found), strict=True)
-    return PairErrors.of_arms(errors, [prediction_error(arm.anchor, arm.target) for arm in anchored], distances)
+    if ref_errors is None:
+        ref_errors = [prediction_error(arm.anchor, arm.target) for arm in anchored]
+    return PairErrors.of_arms(errors, [to_device(error, errors[0].device) for error in ref_errors], distances)
 
 
 def of_reference(

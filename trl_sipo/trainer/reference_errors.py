@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trl_sipo.errors import ConfigurationError, DatasetError
+from trl_sipo.trainer.reference_predictions import PredictionStore
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ class ReferenceErrors:
         ids: (pairs,) int64, ascending: what a dataset calls `pair_index`.
         errors: (pairs, draws, 2) float32, of the chosen and the rejected arm. A pair of which fewer draws are known
             has NaN in the others.
+        predictions: Those that the errors were computed from, where they are stored.
     """
 
-    def __init__(self, ids: torch.Tensor, errors: torch.Tensor):
+    def __init__(self, ids: torch.Tensor, errors: torch.Tensor, predictions: PredictionStore | None = None):
         self.ids = ids
         self.errors = errors
+        self.predictions = predictions
         self._num_known = (~errors[..., 0].isnan()).sum(dim=1)
 
     @classmethod
@@ -65,9 +68,9 @@ class ReferenceErrors:
             errors[place, draws] = torch.where(part.errors.isnan(), errors[place, draws], part.errors)
         return ReferenceErrors(ids, errors)
 
-    def first(self, num_draws: int) -> "ReferenceErrors":
-        """No more than the first draws of each pair."""
-        return ReferenceErrors(self.ids, self.errors[:, :num_draws].contiguous())
+    def first(self, num_draws: int, predictions: PredictionStore | None = None) -> "ReferenceErrors":
+        """No more than the first draws of each pair, with their predictions, if they are stored."""
+        return ReferenceErrors(self.ids, self.errors[:, :num_draws].contiguous(), predictions)
 
     def look_up(self, pair_index: torch.Tensor, draw: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
         """Errors (chosen, rejected), (batch,) each, of one draw per pair.
@@ -94,17 +97,26 @@ class Bank:
         path: The file; it need not be there.
         key: What the errors depend on, written into the file for people.
         is_written: Whether this process writes the file, and not another one.
+        predictions: Where the predictions of the same pairs and draws are kept, if they are. Whoever adds errors has
+            written those before.
 
     Attributes:
         errors: What was read, and what was added up to the last `save`.
         num_added: Pairs of which errors were added.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any], *, is_written: bool):
+    def __init__(
+        self, path: Path, key: dict[str, Any], *, is_written: bool, predictions: PredictionStore | None = None
+    ):
         self.path = path
         self.key = key
         self.is_written = is_written
+        self.predictions = predictions
         self.errors = read_errors(path)
+        if predictions is not None and is_written and not predictions.is_whole(self.errors.num_draws):
+            logger.warning("%s is not whole: the reference is computed anew.", predictions.folder)
+            path.unlink(missing_ok=True)  # else what it holds would be merged again
+            self.errors = ReferenceErrors.none()
         self.num_added = 0
         self._added: list[ReferenceErrors] = []
         self._added_ids: set[int] = set()

@@ -7,16 +7,19 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from trl_sipo.core.noise_schedule import NoiseLevel
+from trl_sipo.core.parameterization import prediction_error
 from trl_sipo.data.preference_dataset import StreamingPreferenceDataset
 from trl_sipo.errors import NumericalError
-from trl_sipo.trainer.arms import arm_errors
+from trl_sipo.trainer.arms import NoisedArm, arm_errors, arm_prediction
 from trl_sipo.trainer.encoding import EncodedPairs, draw_pair_noise, pair_numbers
 from trl_sipo.trainer.reference_errors import Bank
+from trl_sipo.trainer.reference_predictions import PredictionStore
 
 _MAX_NAMED = 8
 
@@ -116,20 +119,35 @@ def batch_size_of(args: Any) -> int:
 def _batch_errors(trainer: Any, inputs: dict, bank: Bank, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Of the pairs of a batch: indices (n,), errors (n, draws, 2) with NaN where they are known, and `num_known`.
 
-    Errors that are no finite numbers are infinite.
+    Errors that are no finite numbers are infinite. Where predictions are kept too, they are written by then.
     """
     num_known = inputs.pop("num_known", 0)
     if not inputs:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, draws.num_draws, 2), num_known
     pair_index = pair_numbers(inputs)
     errors = torch.full((len(pair_index), draws.num_draws, 2), float("nan"))
-    for rows, missing in _parts(bank.num_missing(pair_index, draws.num_draws), batch_size_of(trainer.args)):
+    num_missing = bank.num_missing(pair_index, draws.num_draws)
+    if bank.predictions is not None:
+        num_missing = num_missing.masked_fill(_are_of_others(pair_index), 0)
+    for rows, missing in _parts(num_missing, batch_size_of(trainer.args)):
         part = _rows_of(inputs, rows)
         part = trainer._encoder.encoded_once(part, trainer.accelerator.device)
         for draw in range(draws.num_draws - missing, draws.num_draws):
-            found = _draw_errors(trainer, part, draw, draws).float().cpu()
+            if bank.predictions is None:
+                found = _draw_errors(trainer, part, draw, draws).float().cpu()
+            else:
+                found = _keep_draw(trainer, part, draw, draws, bank.predictions).float().cpu()
             errors[rows, draw] = found.where(found.isfinite(), torch.inf)
     return pair_index, errors, num_known
+
+
+def _are_of_others(pair_index: torch.Tensor) -> torch.Tensor:
+    """Which pairs an earlier process has in its batch too, (batch,) bool: of two that write a row, one could tear it.
+
+    So a loader fills the last batch up, where the pairs do not divide among the processes.
+    """
+    earlier = gather_object([pair_index])[: PartialState().process_index]
+    return torch.isin(pair_index, torch.cat(earlier)) if earlier else torch.zeros_like(pair_index, dtype=torch.bool)
 
 
 def _parts(num_missing: torch.Tensor, size: int) -> Iterator[tuple[list[int], int]]:
@@ -155,13 +173,28 @@ def _rows_of(inputs: dict, rows: list[int]) -> dict:
 
 def _draw_errors(trainer: Any, inputs: dict, draw: int, draws: Draws) -> torch.Tensor:
     """Errors (batch, 2) of one draw of pairs that are encoded."""
+    arms = _arms_of_draw(trainer, inputs, draw, draws)
+    with trainer.accelerator.autocast(), trainer.reference.active(trainer.model, trainer.unwrapped_model) as ref_model:
+        return torch.stack(arm_errors(trainer.adapter, ref_model, *arms), dim=1)
+
+
+def _keep_draw(trainer: Any, inputs: dict, draw: int, draws: Draws, store: PredictionStore) -> torch.Tensor:
+    """The same; the predictions that the errors are computed from are written."""
+    arms = _arms_of_draw(trainer, inputs, draw, draws)
+    with trainer.accelerator.autocast(), trainer.reference.active(trainer.model, trainer.unwrapped_model) as ref_model:
+        predictions = arm_errors(trainer.adapter, ref_model, *arms, measure=arm_prediction)
+    store.write(pair_numbers(inputs), draw, predictions)
+    errors = [prediction_error(one, arm.target) for one, arm in zip(predictions, arms, strict=True)]
+    return torch.stack(errors, dim=1)
+
+
+def _arms_of_draw(trainer: Any, inputs: dict, draw: int, draws: Draws) -> list[NoisedArm]:
+    """The arms at the noise levels of one draw."""
     pair_index, accelerator = pair_numbers(inputs), trainer.accelerator
     level, generators = draws(pair_index, torch.full((len(pair_index),), draw))
     pairs: EncodedPairs = trainer._encoder(inputs, accelerator.device, generators, training=draws.is_training)
     noise = draw_pair_noise(pairs, generators, share=trainer.args.share_noise or not draws.is_training)
-    arms = trainer.noised_arms(pairs, level.to(accelerator.device), noise)
-    with accelerator.autocast(), trainer.reference.active(trainer.model, trainer.unwrapped_model) as ref_model:
-        return torch.stack(arm_errors(trainer.adapter, ref_model, *arms), dim=1)
+    return trainer.noised_arms(pairs, level.to(accelerator.device), noise)
 
 
 def _check_finite(ids: torch.Tensor, errors: torch.Tensor) -> None:

@@ -60,6 +60,7 @@ OF_A_REFERENCE = {
         "precompute_ref_log_probs",
         "precompute_ref_batch_size",
         "num_ref_draws",
+        "precompute_ref_predictions",
         "sync_ref_model",
         "ref_model_sync_steps",
         "ref_model_mixup_alpha",

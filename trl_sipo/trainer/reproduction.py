@@ -39,6 +39,7 @@ MAX_BYTES = 2**27
 _MAX_NAMES = 100
 _FORMAT = 1
 _CONDITIONING = "conditioning."
+_PREDICTION = "ref_prediction."
 # Settings of transformers and TRL on which the numbers of a step depend, beside all of ours.
 _INHERITED_SETTINGS = (
     "beta", "label_smoothing", "loss_type", "seed", "bf16", "fp16", "disable_dropout", "learning_rate", "optim",
@@ -59,6 +60,7 @@ class StepBatch:
         pair_index: (batch,) int64.
         label: (batch,) float32 with soft labels.
         epoch: From which noise and noise levels are drawn.
+        ref_predictions: Of the reference, for each arm, where they were stored and the proximal term read them.
     """
 
     pairs: EncodedPairs
@@ -68,12 +70,14 @@ class StepBatch:
     pair_index: torch.Tensor
     label: torch.Tensor | None = None
     epoch: int = 0
+    ref_predictions: tuple[torch.Tensor, ...] | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, (batch, ...) each."""
         pairs, level, errors = self.pairs, self.level, self.errors
         tensors = {
             **{f"{arm}_latents": latents for arm, latents in zip(ARMS, pairs.arms, strict=False)},
+            **{f"{_PREDICTION}{arm}": one for arm, one in zip(ARMS, self.ref_predictions or (), strict=False)},
             "chosen_noise": self.noise[0],
             "alpha_t": level.alpha_t,
             "sigma_t": level.sigma_t,
@@ -101,6 +105,7 @@ class StepBatch:
         pairs = EncodedPairs(
             tensors["chosen_latents"], tensors.get("rejected_latents"), conditioning, tensors.get("frame_rate")
         )
+        predictions = tuple(tensors[_PREDICTION + arm] for arm in ARMS if _PREDICTION + arm in tensors)
         noise = [tensors["chosen_noise"], tensors.get("rejected_noise", tensors["chosen_noise"])]
         return cls(
             pairs,
@@ -109,6 +114,7 @@ class StepBatch:
             PairErrors(*(tensors.get(f"errors.{field.name}") for field in fields(PairErrors))),
             tensors["pair_index"],
             tensors.get("label"),
+            ref_predictions=predictions or None,
         )
 
     @cached_property
@@ -288,9 +294,9 @@ def replay(path: str | Path, trainer: Any, checkpoint: str | Path | None = None)
         load_weights(trainer.adapter, trainer.unwrapped_model, str(checkpoint or weights))
     device = trainer.accelerator.device
     batch = StepBatch.of_tensors({name: value.to(device) for name, value in batch.tensors().items()})
-    known = {}
+    known: dict[str, Any] = {}
     if isinstance(trainer.reference, BankedReference):
-        known["ref_errors"] = batch.errors.reference
+        known = {"ref_errors": batch.errors.reference, "ref_predictions": batch.ref_predictions}
     model = trainer.model.train(description["step"] > 0)  # in evaluation nothing is random
     errors = trainer.pair_errors(model, batch.pairs, batch.level, batch.noise, **known)
     loss, statistics = trainer.objective(errors, batch.level, batch.label)
