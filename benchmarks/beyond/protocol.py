@@ -21,8 +21,8 @@ FEW_SEEDS = TEST_SEEDS[:2]
 
 #: Optimiser steps of 12 pairs, and those after which 256 images are measured.
 MEASURED_AT = (15, 30, 60, 120)
-LORA_RANK, LORA_LEARNING_RATE = 8, 1e-3
-LEARNING_RATE = 1e-4
+LEARNING_RATE, FAST = 3e-5, 1e-4
+LORA_RANK, LORA_LEARNING_RATE = 8, 3e-4
 NOISY = 0.3
 
 SETTINGS = replace(
@@ -37,7 +37,7 @@ SETTINGS = replace(
     measures_weights=False,
 )
 #: Does it run? The numbers mean nothing.
-QUICK = replace(SETTINGS, num_pairs=40, num_held_out=8, batch_size=4, samples_per_prompt=1, num_inference_steps=3)
+QUICK = replace(SETTINGS, num_pairs=40, num_held_out=8, batch_size=4, samples_per_prompt=2, num_inference_steps=3)
 QUICK_STEPS = (1, 2)
 
 
@@ -95,8 +95,6 @@ MORE_CELLS = tuple(
 )
 TUNING_CELLS = (Cell("shipped", "on_policy"), Cell("shipped", "off_policy"))
 
-SLOW = 3e-5  # a learning rate
-
 
 def _dpo(method: str, beta: float, kappa: float = 0.0, candidate: str = "", **fields: Any) -> Arm:
     overrides = {"beta": beta, **({"proximal_kappa": kappa} if kappa else {}), **fields}
@@ -114,12 +112,12 @@ def _sipo(method: str, beta: float, clip_range: float, kappa: float = 0.0, candi
 #: What tuning tries.
 ARMS: Sequence[Arm] = (
     *(_dpo("DPO", beta) for beta in (2.0, 20.0, 200.0, 2000.0)),
-    *(_dpo("DPO", beta, learning_rate=SLOW) for beta in (20.0, 200.0)),
+    *(_dpo("DPO", beta, learning_rate=FAST) for beta in (200.0, 2000.0)),
     *(_sipo("SIPO", beta, clip) for beta, clip in ((2.0, 0.1), (20.0, 0.1), (200.0, 0.1), (20.0, 0.3))),
     *(_dpo("proximal", 20.0, kappa) for kappa in (0.1, 0.25, 0.5, 1.0)),
     *(_dpo("proximal", 200.0, kappa) for kappa in (0.1, 0.25, 0.5)),
     _sipo("SIPO + proximal", 20.0, 0.1, 0.25),
-    Arm("SFT", "lr 0.0001", "sft"),
+    *(Arm("SFT", f"lr {rate:g}", "sft", {"learning_rate": rate}) for rate in (LEARNING_RATE, FAST)),
     *(Arm("KTO", f"beta {beta:g}", "kto", {"beta": beta}) for beta in (20.0, 200.0)),
     _dpo("kappa schedule", 20.0, 0.5, "kappa_schedule"),
     _dpo("kappa by level", 20.0, 0.5, "kappa_by_level"),

@@ -256,24 +256,40 @@ def _measuring(place: Place, run: Run, files: Any, measured_at: Sequence[int], d
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             """Sample, measure, and compare with the base image by image."""
             super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
-            judged = IMAGES.judge(self.verifiers[1], self.samples, self.prompts)
+            scores = IMAGES.judge(self.verifiers[1], self.samples, self.prompts)["log_prob"].tolist()
             record = self.records[-1]
             names = ("accuracy", "second_accuracy", "reward", "frechet_distance", "diversity", "masked_share")
             self.rows.append(
                 {
                     "step": done + record["step"],
-                    "win_rate": win_rate(judged["log_prob"].tolist(), base),
+                    "win_rate": win_rate(scores, base, place.settings.samples_per_prompt),
                     **{name: record[name] for name in names},
                     **{to: metrics[name] for name, to in _HELD_OUT.items() if name in metrics},
+                    "log_prob": [round(score, 4) for score in scores],
                 }
             )
 
     return Measure()
 
 
-def win_rate(scores: Sequence[float], base: Sequence[float]) -> float:
-    """Share of images with a higher score than the base's of the same prompt and starting noise; ties one half."""
-    return sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, base, strict=True)) / len(base)
+def win_rate(scores: Sequence[float], base: Sequence[float], per_prompt: int) -> float:
+    """Chance that an image of the policy has a higher score than one of the base for the same prompt; ties one half.
+
+    Images of the same starting noise are not compared: there, any change for the better would count as a full win,
+    however small. The others are independent draws, as the closed form of the win rate has them.
+
+    Args:
+        scores, base: Of the images, prompt by prompt, each prompt's in the same order.
+        per_prompt: Images of a prompt, at least 2.
+    """
+    wins = [
+        (scores[first + i] > base[first + j]) + 0.5 * (scores[first + i] == base[first + j])
+        for first in range(0, len(base), per_prompt)
+        for i in range(per_prompt)
+        for j in range(per_prompt)
+        if i != j
+    ]
+    return sum(wins) / len(wins)
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -287,5 +303,5 @@ def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "setting": run["arm"]["label"],
             "seed": run["seed"],
         }
-        rows += [{**about, **row} for row in record["rows"]]
+        rows += [{**about, **{name: row[name] for name in row if name != "log_prob"}} for row in record["rows"]]
     return rows
