@@ -127,6 +127,15 @@ ARMS: Sequence[Arm] = (
     _sipo("soft trust region", 20.0, 0.1, candidate="soft_trust_region"),
     replace(_dpo("rounds", 20.0, 0.5), rounds=3),
 )
+#: Does it rest, or only fall slowly? The same beta for all, and the large one that is said to be safe.
+LONG_MEASURED_AT, LONG_SEEDS = (120, 250, 500, 1000), TEST_SEEDS[:3]
+LONG_CELLS = MAIN_CELLS[:2]
+LONG_ARMS: Sequence[Arm] = (
+    _dpo("DPO", 20.0),
+    _dpo("DPO", 2000.0),
+    _sipo("SIPO", 20.0, 0.1),
+    _dpo("proximal", 20.0, 0.5),
+)
 #: Not made for a LoRA (its reference is the base itself), or for pairs that are not the policy's.
 ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds",)
 
