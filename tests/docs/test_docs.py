@@ -38,7 +38,7 @@ from trl_sipo.scripts.study import STUDY_COMMANDS
 from trl_sipo.scripts.train import parse
 from trl_sipo.trainer.base_config import REJECTED_FIELDS
 from trl_sipo.trainer.methods import METHODS
-from trl_sipo.trainer.statistics import PairErrors, pair_statistics
+from trl_sipo.trainer.statistics import PairErrors, pair_statistics, proximal_statistics
 
 CONFIGS = (
     DiffusionDPOConfig, DiffusionSIPOConfig, DiffusionPolyDPOConfig, DiffusionKTOConfig, DiffusionMaPOConfig,
@@ -242,12 +242,13 @@ def test_every_logged_key_is_explained():
     one = torch.ones(1)
     keep = one.bool()
     keys = set(pair_statistics(PairErrors(one, one, one, one), one, one, one, keep, beta=1.0, clip_range=0.1))
+    keys |= set(proximal_statistics(PairErrors(one, chosen_distance=one), one))
     page = read(SOURCE / "metrics.md")
     explained = set(re.findall(r"^\| `([\w/]+)`", page, re.M))
     of_text = {"sipo/chosen_importance_weight", "sipo/rejected_importance_weight"}
     of_runs = {"sipo/empty_batches", "sipo/masked_levels", "sipo/skipped_steps"}
     assert explained >= keys | of_runs | {"loss", "grad_norm", "kl"}
-    prefixes = "rewards|logps|sipo|drift"
+    prefixes = "rewards|logps|sipo|drift|proximal"
     mentioned = set(re.findall(rf"(?<![\w/])(?:eval_)?((?:{prefixes})/\w+)", " ".join(CODE)))
     assert len(mentioned) > 8 and mentioned <= keys | of_runs | of_text
 
