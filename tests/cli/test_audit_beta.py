@@ -145,7 +145,7 @@ def test_a_kappa_is_recommended_and_another_one_judged(pairs, tmp_path, capsys):
         {"estimate": 0.0, "low": 0.0, "high": 0.0, "source": "assumed", "name": "", "num_pairs": 0}
     ]
     sentences = [
-        "To win 60.0% against the base model: proximal_kappa = 0.833.",
+        "To win 60% against the base model: proximal_kappa = 0.833.",
         "proximal_kappa = 1 has an optimum whatever the pairs are, which wins 58.3% against the base model.",
     ]
     place = report["reading"].index(sentences[0])
@@ -164,7 +164,7 @@ def test_a_win_rate_that_no_kappa_reaches_has_ways_out(pairs, capsys):
     options = ("--win_rate", "0.75", "--proximal_kappa", "0.25", "--label_noise", "0")
     assert main(_argv(pairs, *options, num_pairs=1)) == 0
     printed = capsys.readouterr().out
-    assert "NO KAPPA WITH AN OPTIMUM WINS 75.0%" in printed and "it is 66.7% at the most" in printed
+    assert "NO KAPPA WITH AN OPTIMUM WINS 75%" in printed and "it is 66.7% at the most" in printed
     assert "2 rounds with proximal_kappa = 0.6" in printed and "stop it by held-out pairs" in printed
     assert "proximal_kappa = 0.25 is BELOW 0.5: where less than 25% of the comparisons are won" in printed
     assert "Assumed, as given: 0.0% of the labels are turned" in printed
@@ -198,7 +198,10 @@ def test_scores_of_the_data_tell_how_noisy_labels_are(pairs, tmp_path, capsys):
     first, second = report["kappa"]["noise"]
     assert (first["name"], second["name"]) == ("near", "far")
     assert first["estimate"] == pytest.approx(0.25, abs=0.01) and second["estimate"] == pytest.approx(0.5, abs=0.01)
-    assert report["kappa"]["wanted"]["optimum"] == "if_as_noisy"  # 0.42
+    assert report["kappa"]["wanted"]["kappa"]["estimate"] == pytest.approx(5 / 6 * (1 - 2 * first["estimate"]))
+    assert report["kappa"]["wanted"]["optimum"] == "none", (
+        "0.42, and with the least noise that is likely there is none"
+    )
     printed = capsys.readouterr().out
     assert (
         "the labels contradict the scores 'near' in 25" in printed

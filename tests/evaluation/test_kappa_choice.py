@@ -20,6 +20,7 @@ from trl_sipo.evaluation.kappa_choice import (
     known_noise,
     noise_by_scores,
     noise_of_votes,
+    surest_guarantee,
     win_rate,
     win_rate_by_such_judges,
     win_rate_interval,
@@ -167,6 +168,9 @@ def test_doubt_of_the_noise_is_doubt_of_the_kappa():
     assert kappa_interval(0.55, useless) is win_rate_interval(1.0, useless) is None
     doubtful = LabelNoise(Interval(0.4, 0.3, 0.6), "scores", "x", 50)
     assert win_rate_interval(1.0, doubtful).low == 0.5 and kappa_interval(0.55, doubtful).low == 0
+    assert surest_guarantee(0.3, noise) == NEVER and guarantee(0.3, 0.2) == AS_NOISY  # 0.3 / 0.8 and 0.3 / 0.6
+    assert surest_guarantee(0.45, noise) == AS_NOISY and surest_guarantee(0.45, useless) == NEVER
+    assert win_rate_interval(0.3, noise) is None and win_rate_interval(0.45, noise).high < 2 / 3
     assert kappa_interval(0.7, noise) is win_rate_interval(0.1, noise) is win_rate_interval(0.0, noise) is None
 
 

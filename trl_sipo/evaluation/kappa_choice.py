@@ -176,13 +176,19 @@ def noise_by_scores(differences: Mapping[str, np.ndarray], prompts: Sequence[obj
 # -------------------------------------------------------------------------------------------------------- prediction
 
 
+def surest_guarantee(kappa: float, noise: LabelNoise) -> str:
+    """As [`guarantee`], of the least noise that is likely; labels that are no better than chance promise nothing."""
+    share = noise.share
+    return guarantee(kappa, share.low if share.estimate < 0.5 else 0.0)
+
+
 def win_rate_interval(kappa: float, noise: LabelNoise) -> Interval | None:
-    """The win rate of the optimum with the doubt that the noise leaves; None: there may be no optimum.
+    """The win rate of the optimum with the doubt that the noise leaves; None: there may be no optimum, or no gain.
 
     An end at which labels say nothing wins one half.
     """
     share = noise.share
-    if share.estimate >= 0.5 or guarantee(kappa, share.estimate) in (NEVER, OFF):
+    if share.estimate >= 0.5 or surest_guarantee(kappa, noise) in (NEVER, OFF):
         return None
     # The win rate by the true order is linear in the noise.
     gain = win_rate(kappa, share.estimate) - 0.5

@@ -2,7 +2,6 @@
 """What `trl-sipo audit beta` says of the proximal term: the kappa for a wanted win rate, and what a given one wins."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +151,7 @@ def _noise_numbers(noise: "LabelNoise") -> dict[str, Any]:
 
 def wanted_numbers(wanted: float, noise: "LabelNoise") -> dict[str, Any]:
     """The kappa for a win rate, and where none has an optimum, those for it in more rounds."""
-    from trl_sipo.evaluation.kappa_choice import MOST_ROUNDS, guarantee, kappa_for, kappa_interval
+    from trl_sipo.evaluation.kappa_choice import MOST_ROUNDS, kappa_for, kappa_interval, surest_guarantee
     from trl_sipo.evaluation.policy_distance import as_numbers
 
     kappa = kappa_interval(wanted, noise)
@@ -161,7 +160,7 @@ def wanted_numbers(wanted: float, noise: "LabelNoise") -> dict[str, Any]:
     return {
         "win_rate": wanted,
         "kappa": None if kappa is None else as_numbers(kappa),
-        "optimum": None if kappa is None else guarantee(kappa.estimate, noise.share.estimate),
+        "optimum": None if kappa is None else surest_guarantee(kappa.estimate, noise),
         "kappa_by_rounds": by_rounds,
     }
 
@@ -170,7 +169,7 @@ def kappa_row(kappa: float, noise: "LabelNoise") -> dict[str, Any]:
     """One row of the table of kappas; what is not known beforehand is None."""
     from trl_sipo.evaluation.kappa_choice import (
         MOST_ROUNDS,
-        guarantee,
+        surest_guarantee,
         win_rate,
         win_rate_by_such_judges,
         win_rate_interval,
@@ -181,7 +180,7 @@ def kappa_row(kappa: float, noise: "LabelNoise") -> dict[str, Any]:
     rounds = range(2, MOST_ROUNDS + 1)
     return {
         "kappa": kappa,
-        "optimum": guarantee(kappa, min(share, math.nextafter(0.5, 0))),
+        "optimum": surest_guarantee(kappa, noise),
         "win_rate": None if wins is None else as_numbers(wins),
         "win_rate_by_such_judges": None if wins is None else win_rate_by_such_judges(kappa, share),
         "win_rate_by_rounds": {n: None if wins is None else win_rate(kappa, share, rounds=n) for n in rounds},
@@ -221,15 +220,15 @@ def kappa_reading(
 def wanted_words(wanted: dict[str, Any], noise: "LabelNoise") -> str:
     """Which kappa wins so often, or that none does."""
     from trl_sipo.core.objectives.proximal import BOUNDED_KAPPA
-    from trl_sipo.evaluation.kappa_choice import AS_NOISY, win_rate
+    from trl_sipo.evaluation.kappa_choice import ALWAYS, win_rate
 
-    rate, share = f"{wanted['win_rate']:.1%}", noise.share.estimate
+    rate, share = f"{100 * wanted['win_rate']:.6g}%", noise.share.estimate
     if share >= 0.5:
         return f"No kappa wins {rate} with labels that are no better than chance."
     if wanted["kappa"] is None:
         return unreachable_words(wanted, rate)
     sentence = f"To win {rate} against the base model: proximal_kappa = {_with_ends(wanted['kappa'])}."
-    if wanted["optimum"] != AS_NOISY:
+    if wanted["optimum"] == ALWAYS:
         return sentence
     most = win_rate(BOUNDED_KAPPA, share)
     return (
