@@ -20,6 +20,7 @@ IMAGE_PAGES = {
     "migrate_from_diffusers.md": (0,),
     "migrate_from_trl.md": (1,),
     "add_an_objective.md": (0, 1),
+    "proximal.md": (0,),
 }
 TEXT_PAGES = {"sipo_text.md": (0,), "migrate_from_trl.md": (0,)}
 # What is made small: pattern -> replacement.

@@ -47,8 +47,9 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             of 0.5 counts, and ties are dropped.
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
         proximal_kappa: Weight kappa of an added pull to the reference, `(beta * kappa / 2) * (d_chosen + d_rejected)`
-            with d the mean squared distance of the policy's prediction from the reference's. From 0.5 on the objective
-            has an optimum whatever the pairs are; 0, the default, switches the term off. Needs no forward pass more,
+            with d the mean squared distance of the policy's prediction from the reference's. From 0.5 on Diffusion-DPO
+            has an optimum at any beta, from another value on another loss, as the run says at its start; 0, the
+            default, switches the term off. Needs no forward pass more,
             but the reference's predictions: of a live reference, or stored (`precompute_ref_predictions`).
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`. With
             "stratified", and with it alone, the level of a pair depends on its batch.
@@ -149,7 +150,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
     )
     proximal_kappa: float = field(
         default=0.0,
-        metadata={"help": "Weight, in units of beta, of a pull to the reference's predictions; from 0.5 on bounded."},
+        metadata={"help": "Weight, in units of beta, of a pull to the reference's predictions; 0: none."},
     )
     timestep_sampling: str = field(
         default="uniform", metadata={"help": f"Sampling of noise levels: one of {', '.join(TIME_SAMPLERS)}."}
