@@ -139,6 +139,16 @@ LONG_ARMS: Sequence[Arm] = (
 #: Not made for a LoRA (its reference is the base itself), or for pairs that are not the policy's.
 ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds",)
 
+#: What the headline rests on, as (method, label) of `ARMS`: it is trained anew within ten minutes on two cores.
+HEADLINE_CELL, HEADLINE_SEEDS = Cell("shipped", "on_policy"), (0, 1)
+HEADLINE_ARMS = (
+    ("DPO", "beta 20"),
+    ("DPO", "beta 2000"),
+    ("SIPO", "beta 20, clip 0.1"),
+    ("proximal", "beta 20, kappa 0.25"),
+    ("proximal", "beta 20, kappa 0.5"),
+)
+
 
 def measured_at(arm: Arm, *, quick: bool = False) -> tuple[int, ...]:
     """Steps after which a run is measured; of one in rounds, at the end of each."""
@@ -170,4 +180,10 @@ def as_record(arms: Sequence[Arm]) -> dict[str, Any]:
         "main_cells": [asdict(cell) for cell in MAIN_CELLS],
         "more_cells": [asdict(cell) for cell in MORE_CELLS],
         "arms": [asdict(arm) for arm in arms],
+        "long": {
+            "measured_at": list(LONG_MEASURED_AT),
+            "seeds": list(LONG_SEEDS),
+            "cells": [asdict(cell) for cell in LONG_CELLS],
+            "arms": [asdict(arm) for arm in LONG_ARMS],
+        },
     }

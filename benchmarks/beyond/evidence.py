@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence: what all runs measured, in one file from which the report is computed anew without training."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beyond import protocol
+from beyond.plan import QUICK_LONG_MEASURED_AT
+from beyond.protocol import Cell
+from beyond.runs import Place, Run, rows_of
+
+from trl_sipo.errors import ConfigurationError
+
+#: The base's measures that are kept.
+BASE_MEASURES = ("accuracy", "second_accuracy", "reward", "frechet_distance", "diversity")
+#: Digits that are kept; the next are beyond what a run tells.
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Records of runs, and the measures of their bases.
+
+    Attributes:
+        bases: Name -> measure -> value.
+        records: As `runs.make` writes them, with "is_long" in place of the steps.
+        missing: Names of the runs that were asked for and are not there.
+    """
+
+    bases: Mapping[str, Mapping[str, float]]
+    records: Sequence[Mapping[str, Any]]
+    missing: Sequence[str] = ()
+
+    def by_cell(self, seeds: Iterable[int], *, is_long: bool = False) -> dict[Cell, dict[str, list[dict[str, Any]]]]:
+        """Cell -> method -> rows, of some seeds, in the order of the records; of the long runs alone, or without."""
+        wanted, found = set(seeds), {}
+        for record in self.records:
+            run = record["run"]
+            if run["seed"] in wanted and run["is_long"] == is_long:
+                methods = found.setdefault(Cell(**run["cell"]), {})
+                methods.setdefault(run["arm"]["method"], []).extend(rows_of([record]))
+        return found
+
+
+def collect(runs: Iterable[Run], place: Place) -> Evidence:
+    """What is there of some runs, and what is missing, as `cell, method, setting, seed, steps`.
+
+    Raises:
+        ConfigurationError: A record is no whole JSON.
+    """
+    records, missing = [], []
+    for run in runs:
+        if place.result(run).is_file():
+            records.append(_kept(_read(place.result(run)), run))
+        else:
+            steps = f"{run.measured_at[-1]} steps"
+            missing.append(f"{run.cell.name}: {run.arm.method}, {run.arm.label}, seed {run.seed}, {steps}")
+    names = dict.fromkeys(record["run"]["cell"]["base"] for record in records)
+    bases = {}
+    for name in names:
+        measures = place.base_record(name)
+        bases[name] = {measure: _short(measures[measure]) for measure in BASE_MEASURES}
+    return Evidence(bases, records, missing)
+
+
+def write(evidence: Evidence, path: Path) -> None:
+    """One line per run, complete or not at all. What is no number is written as null."""
+    columns = list(dict.fromkeys(name for record in evidence.records for row in record["rows"] for name in row))
+    arms, cells = [], []
+    lines = []
+    for record in evidence.records:
+        run = record["run"]
+        for known, one in ((arms, run["arm"]), (cells, run["cell"])):
+            if one not in known:
+                known.append(one)
+        about = [cells.index(run["cell"]), arms.index(run["arm"]), run["seed"], run["is_long"], record["seconds"]]
+        rows = [[_or_null(row.get(name)) for name in columns] for row in record["rows"]]
+        lines.append(json.dumps([*about, rows], separators=(",", ":")))
+    parts = {"bases": evidence.bases, "cells": cells, "arms": arms, "columns": columns, "missing": evidence.missing}
+    head = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in parts.items())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{" + head + ',\n"runs": [\n' + ",\n".join(lines) + "\n]}\n")
+    temporary.replace(path)
+
+
+def read(path: Path) -> Evidence:
+    """The evidence as it was written.
+
+    Raises:
+        ConfigurationError: No such file, or it is none of `write`'s.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"--evidence {path}: no such file.")
+    content = _read(path)
+    try:
+        records = [
+            {
+                "run": {"cell": content["cells"][cell], "arm": content["arms"][arm], "seed": seed, "is_long": is_long},
+                "rows": [_row(content["columns"], values) for values in rows],
+                "seconds": seconds,
+            }
+            for cell, arm, seed, is_long, seconds, rows in content["runs"]
+        ]
+        return Evidence(content["bases"], records, content["missing"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        message = (
+            f"{path} is no evidence of this command ({error!r}): `python benchmarks/frontier.py report` writes it."
+        )
+        raise ConfigurationError(message) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        message = f"{path} is no whole JSON ({error}): delete it, and the command that wrote it makes it again."
+        raise ConfigurationError(message) from error
+
+
+def _row(columns: Sequence[str], values: Sequence[float | None]) -> dict[str, float]:
+    """A measurement; what its method does not have is left out, what was no number is one that is none."""
+    row = {}
+    for name, value in zip(columns, values, strict=True):
+        if value != ABSENT:
+            row[name] = math.nan if value is None else value
+    return row
+
+
+#: In place of a measure that a method does not have, such as the masked share of one without a mask.
+ABSENT = ""
+
+
+def _or_null(value: float | None) -> float | str | None:
+    if value is None:
+        return ABSENT
+    return value if math.isfinite(value) else None
+
+
+def _kept(record: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """A record without its values per image, rounded."""
+    rows = [{name: _short(row[name]) for name in row if not isinstance(row[name], list)} for row in record["rows"]]
+    about = {name: record["run"][name] for name in ("cell", "arm", "seed")}
+    about["is_long"] = run.measured_at in (protocol.LONG_MEASURED_AT, QUICK_LONG_MEASURED_AT)
+    return {"run": about, "rows": rows, "seconds": record["seconds"]}
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sure areas are: cross-fitting against the choice of the frontier, and a bootstrap over training seeds.
+
+The frontier is chosen among many measured policies, so that on the same seeds it is the luckier the more policies a
+method has. A cross-fitted area takes the policies that are on the frontier of one half of the seeds, and measures
+their area on the other half; it is the mean over all halves, each once for choosing and once for measuring. Which
+policy lies above another within the half that measures is still decided by that half: a small part of the luck stays.
+
+Seeds are few, and the percentiles of a bootstrap are then too narrow. The bootstrap gives the standard error, times
+sqrt(n / (n - 1)), and Student's t the interval: of a mean this is the usual interval. Cells are independent of each
+other, so that the squares of their errors add up, with Satterthwaite's (1946) degrees of freedom.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from beyond.area import PRIMARY, dominated_area, on_frontier, on_plane
+from beyond.points import Points
+from scipy.stats import t as student
+
+NUM_DRAWS, DRAWING_SEED, LEVEL = 2000, 0, 0.95
+#: Of fewer seeds no spread is told.
+MIN_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error over seeds.
+
+    Attributes:
+        value: The estimate.
+        error: Standard error; None of too few seeds.
+        degrees: Of freedom of the error.
+    """
+
+    value: float
+    error: float | None = None
+    degrees: float = 0.0
+
+    def as_record(self, low: float = 0.0, high: float = 1.0) -> dict[str, Any]:
+        """Value and interval, cut at what is possible; None for its ends where the seeds do not differ or are few."""
+        if not self.error:
+            return {"value": self.value, "low": None, "high": None}
+        half = float(student.ppf((1 + LEVEL) / 2, self.degrees)) * self.error
+        return {"value": self.value, "low": max(low, self.value - half), "high": min(high, self.value + half)}
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p-value of "it is 0"; None without an error."""
+        return float(2 * student.sf(abs(self.value) / self.error, self.degrees)) if self.error else None
+
+
+def draws_of(num_seeds: int) -> np.ndarray:
+    """How often each seed comes in each resample, (draws, seeds); the same for all that have as many seeds.
+
+    A resample of one seed alone is not counted: it has no two halves.
+    """
+    generator = np.random.default_rng(DRAWING_SEED)
+    counts = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=NUM_DRAWS)
+    return counts[(counts > 0).sum(axis=1) > 1]
+
+
+def plain_area(points: Points, base: Mapping[str, float], counts: np.ndarray, quality: str = PRIMARY) -> np.ndarray:
+    """Area of the policies' means over seeds, chosen and measured on the same; (draws,).
+
+    Args:
+        points: Policies.
+        base: The base's measures.
+        counts: (draws, seeds): how often each seed counts.
+        quality: Key of `area.QUALITIES`.
+    """
+    return dominated_area(on_plane(_means(points.values, counts), base, quality))
+
+
+def crossfit_area(points: Points, base: Mapping[str, float], counts: np.ndarray, quality: str = PRIMARY) -> np.ndarray:
+    """Area of the policies that the other half of the seeds puts on the frontier; (draws,).
+
+    The halves are of the seeds as they are, so that no resample has one seed in both; halves that a resample leaves
+    empty are passed over. The arguments are those of `plain_area`, with two seeds or more that count in each draw.
+    """
+    num_seeds = len(points.seeds)
+    total, number = np.zeros(len(counts)), np.zeros(len(counts))
+    for half in combinations(range(num_seeds), num_seeds // 2):
+        first = np.isin(np.arange(num_seeds), half)
+        is_whole = counts[:, first].any(axis=1) & counts[:, ~first].any(axis=1)
+        planes = [
+            on_plane(_means(points.values[:, part], counts[is_whole][:, part]), base, quality)
+            for part in (first, ~first)
+        ]
+        for chosen_on, measured_on in (planes, planes[::-1]):
+            kept = measured_on * on_frontier(chosen_on)[..., None]
+            total[is_whole] += dominated_area(kept)
+            number[is_whole] += 1
+    return total / number
+
+
+def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Weighted means over seeds; (draws, policies, measures)."""
+    return np.einsum("psm,ds->dpm", values, counts / counts.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """An area, or a difference of two, with its resamples.
+
+    Attributes:
+        value: Of all seeds.
+        draws: (draws,): of the resamples, none of fewer than `MIN_SEEDS` seeds.
+        num_seeds: Seeds.
+    """
+
+    value: float
+    draws: np.ndarray
+    num_seeds: int
+
+    def minus(self, other: "Resampled") -> "Resampled":
+        """The paired difference: both are of the same seeds, which every draw resamples for both alike."""
+        return Resampled(self.value - other.value, self.draws - other.draws, self.num_seeds)
+
+    @property
+    def estimate(self) -> Estimate:
+        """With the standard error; below rounding there is none."""
+        if self.num_seeds < MIN_SEEDS:
+            return Estimate(self.value)
+        error = float(self.draws.std()) * math.sqrt(self.num_seeds / (self.num_seeds - 1))
+        return Estimate(self.value, error if error > 1e-12 else 0.0, self.num_seeds - 1)
+
+
+def resampled_area(points: Points, base: Mapping[str, float], quality: str = PRIMARY) -> Resampled:
+    """A method's cross-fitted area in a cell, of all seeds and of each resample; of one seed the plain area."""
+    num_seeds = len(points.seeds)
+    area = crossfit_area if num_seeds > 1 else plain_area
+    draws = draws_of(num_seeds) if num_seeds >= MIN_SEEDS else np.empty((0, num_seeds), dtype=int)
+    # Few seeds have few different resamples: each is computed once.
+    different, times = np.unique(draws, axis=0, return_counts=True)
+    values = area(points, base, np.concatenate([np.ones((1, num_seeds)), different]), quality)
+    return Resampled(float(values[0]), np.repeat(values[1:], times), num_seeds)
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean over cells, whose seeds are independent; without an error where a cell has none."""
+    value = float(np.mean([one.value for one in estimates]))
+    if any(one.error is None for one in estimates):
+        return Estimate(value)
+    squares = [one.error**2 for one in estimates]
+    total = sum(squares)
+    if not total:
+        return Estimate(value, 0.0)
+    degrees = total**2 / sum(square**2 / one.degrees for square, one in zip(squares, estimates, strict=True) if square)
+    return Estimate(value, math.sqrt(total) / len(estimates), degrees)
+
+
+def as_record() -> dict[str, Any]:
+    """The definitions that are numbers, as they are frozen."""
+    return {"num_draws": NUM_DRAWS, "drawing_seed": DRAWING_SEED, "level": LEVEL, "min_seeds": MIN_SEEDS}

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frontier of quality against preference strength: which method gives more of one without losing the other.
+
+    python benchmarks/frontier.py headline     # the headline, anew: some minutes on two cores
+    python benchmarks/frontier.py tune         # tuning runs, and what they gave
+    python benchmarks/frontier.py freeze       # the protocol of the test, before the test
+    python benchmarks/frontier.py test         # the test: many hours; a stopped one goes on where it was
+    python benchmarks/frontier.py report       # results, tables and figures from the runs that are there
+    python benchmarks/frontier.py report --evidence reports/beyond/runs.json    # the same without a run
+
+A method's points in a cell (`beyond/protocol.py`) are its settings after some steps: the win rate over the base by a
+verifier that ranked no pairs, and the quality. Areas are defined in `beyond/area.py`, how sure they are in
+`beyond/inference.py`, how settings are chosen for the test in `beyond/selection.py`.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from beyond import evidence as evidence_file
+from beyond import freezing, plan, protocol, selection, tables
+from beyond import report as report_files
+from beyond.analysis import Areas, analysed
+from beyond.evidence import Evidence
+from beyond.protocol import Arm
+from beyond.runs import Place, run_all
+
+from trl_sipo.errors import ConfigurationError, StorageError
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORTS = ROOT / "reports" / "beyond"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=list(ACTIONS), help="what to do")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; numbers mean nothing")
+    parser.add_argument("--workers", type=int, default=2, help="training processes at a time, of one thread each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "frontier", help="where runs are kept")
+    parser.add_argument("--output", type=Path, help="where files go; default: reports/beyond, quick: --runs")
+    parser.add_argument(
+        "--cells", nargs="+", metavar="NAME", help='of the test: "main", "more", "long", or "weak, on_policy"'
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the test; default: all of the protocol")
+    parser.add_argument("--evidence", type=Path, metavar="FILE", help="report from this file instead of runs")
+    return parser
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with their defaults filled in.
+
+    Raises:
+        ConfigurationError: Options that do not go together, or that nothing can be made with.
+    """
+    if options.workers < 1:
+        raise ConfigurationError(f"--workers {options.workers}: at least one process is needed.")
+    for name, action in (("cells", "test"), ("seeds", "test"), ("evidence", "report")):
+        if getattr(options, name) is not None and options.action != action:
+            raise ConfigurationError(f"--{name} is of `{action}`: `{options.action}` takes all of the protocol.")
+    unknown = sorted(set(options.seeds or ()) - set(protocol.TEST_SEEDS))
+    if unknown:
+        raise ConfigurationError(f"--seeds {unknown}: the test has {list(protocol.TEST_SEEDS)}.")
+    for name in ("runs", "output"):
+        folder = getattr(options, name)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ConfigurationError(f"--{name} {folder} is a file: name a folder.")
+    if options.quick:
+        options.runs = options.runs / "quick"
+    options.output = options.output or (options.runs if options.quick else REPORTS)
+    if options.quick and options.output.resolve().is_relative_to(ROOT / "reports"):
+        raise ConfigurationError(f"--output {options.output}: quick runs mean nothing and do not belong into reports.")
+    return options
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Make the tuning runs and print every policy of every method."""
+    run_all(plan.tuning_runs(quick=options.quick), place_of(options), options.workers)
+    tuning = _tuned(options)
+    print(tables.policies_table(selection.tuning_table(tuning, _chosen(tuning))))
+
+
+def freeze(options: argparse.Namespace) -> None:
+    """Fix the arms of the test by what tuning measured."""
+    tuning = _tuned(options)
+    arms = _chosen(tuning)
+    settings = {method: [arm.label for arm in arms if arm.method == method] for method in tuning}
+    single = {
+        method: {
+            "at the end": selection.one_policy(list(cells.values()), settings[method], at_the_end=True),
+            "at any step": selection.one_policy(list(cells.values()), settings[method], at_the_end=False),
+        }
+        for method, cells in tuning.items()
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = freezing.record_of(arms, single, quick=options.quick)
+    every = plan.test_runs(protocol.ARMS, quick=options.quick)
+    num_made = sum(place_of(options).result(run).is_file() for run in every)
+    path = freezing.write(options.output, record, selection.tuning_table(tuning, arms), num_made)
+    for method, labels in settings.items():
+        print(f"{method}: {'; '.join(labels)}")
+    print(f"Wrote {path}: {len(arms)} arms, {len(plan.test_runs(arms, quick=options.quick))} runs.", file=sys.stderr)
+
+
+def test(options: argparse.Namespace) -> None:
+    """Make the test runs, all or some, by the frozen protocol alone."""
+    arms, _ = freezing.read(options.output, quick=options.quick)
+    cells = plan.named_cells(options.cells or list(plan.GROUPS), quick=options.quick)
+    wanted = set(options.seeds or protocol.TEST_SEEDS)
+    runs = plan.test_runs(arms, quick=options.quick)
+    some = [run for run in runs if run.cell in cells and run.seed in wanted]
+    if not some:
+        raise ConfigurationError(
+            "No run of the protocol has these cells and these seeds: cells of few seeds have 0, 1."
+        )
+    run_all(some, place_of(options), options.workers)
+    print(f"{len(some)} of the {len(runs)} test runs are there: now `python benchmarks/frontier.py report`.")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write evidence, results, tables and figures, of what is there."""
+    from trl_sipo.reporting.figures import check_plotting
+
+    check_plotting()
+    arms, frozen = freezing.read(options.output, quick=options.quick)
+    folder = options.output
+    if options.evidence:
+        found = evidence_file.read(options.evidence)
+    else:
+        runs = [*plan.tuning_runs(quick=options.quick), *plan.test_runs(arms, quick=options.quick)]
+        runs += plan.long_runs(quick=options.quick)
+        found = evidence_file.collect(runs, place_of(options))
+        if not any(record["run"]["seed"] in protocol.TEST_SEEDS for record in found.records):
+            raise ConfigurationError(
+                f"{options.runs} has no test run: run `python benchmarks/frontier.py test` first."
+            )
+        evidence_file.write(found, folder / "runs.json")
+    result = {
+        "protocol": frozen["digest"],
+        "is_quick": options.quick,
+        **analysed(found, protocol.TEST_SEEDS, frozen["protocol"]["single"]),
+    }
+    report_files.write_json(result, folder / "frontier.json")
+    text = tables.tables(result)
+    (folder / "table.md").write_text(f"{text}\n## Tuning runs\n\n{tables.policies_table(frozen['tuning'])}\n")
+    report_files.draw_all(Areas(found, protocol.TEST_SEEDS), arms, result, folder)
+    print(text)
+    for name in found.missing:
+        print(f"missing: {name}", file=sys.stderr)
+
+
+def headline(options: argparse.Namespace) -> None:
+    """Train what the headline rests on, and print it beside what the report has."""
+    runs = plan.headline_runs(quick=options.quick)
+    run_all(runs, place_of(options), options.workers)
+    kept = REPORTS / "runs.json"
+    reported = evidence_file.read(kept) if kept.is_file() and not options.quick else None
+    print(tables.headline_table(evidence_file.collect(runs, place_of(options)), reported))
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "tune": tune,
+    "freeze": freeze,
+    "test": test,
+    "report": report,
+    "headline": headline,
+}
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """Where the runs are."""
+    return Place(options.runs, options.quick)
+
+
+def _tuned(options: argparse.Namespace) -> dict[str, dict[str, selection.Measured]]:
+    """Method -> tuning cell -> what it measured there.
+
+    Raises:
+        ConfigurationError: A tuning run is missing.
+    """
+    found = evidence_file.collect(plan.tuning_runs(quick=options.quick), place_of(options))
+    if found.missing:
+        raise ConfigurationError(
+            f"{len(found.missing)} tuning runs are missing in {options.runs}, the first: {found.missing[0]}. Run "
+            "`python benchmarks/frontier.py tune`."
+        )
+    return measured_by_method(found)
+
+
+def measured_by_method(found: Evidence) -> dict[str, dict[str, selection.Measured]]:
+    """Method -> name of a tuning cell -> its policies and the base's measures, in the order of `protocol.ARMS`."""
+    areas = Areas(found, protocol.TUNING_SEEDS)
+    return {
+        method: {cell.name: areas.measured(cell, method) for cell in areas.points if method in areas.points[cell]}
+        for method in dict.fromkeys(arm.method for arm in protocol.ARMS)
+    }
+
+
+def _chosen(tuning: dict[str, dict[str, selection.Measured]]) -> list[Arm]:
+    return selection.chosen_arms(protocol.ARMS, {method: list(cells.values()) for method, cells in tuning.items()})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says; what a user can act on ends it with a line and not with a traceback."""
+    from trl_sipo.demo.demo import hush_libraries
+
+    options = make_parser().parse_args(arguments)
+    try:
+        checked(options)
+        hush_libraries()
+        ACTIONS[options.action](options)
+    except (ConfigurationError, StorageError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. Finished runs are kept: the same command goes on.")
+
+
+if __name__ == "__main__":
+    main()
