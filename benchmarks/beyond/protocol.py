@@ -116,6 +116,10 @@ ARMS: Sequence[Arm] = (
     *(_sipo("SIPO", beta, clip) for beta, clip in ((2.0, 0.1), (20.0, 0.1), (200.0, 0.1), (20.0, 0.3))),
     *(_dpo("proximal", 20.0, kappa) for kappa in (0.1, 0.25, 0.5, 1.0)),
     *(_dpo("proximal", 200.0, kappa) for kappa in (0.1, 0.25, 0.5)),
+    *(
+        _dpo("proximal", beta, kappa, learning_rate=FAST)
+        for beta, kappa in ((200.0, 0.1), (200.0, 0.05), (2000.0, 0.1))
+    ),
     _sipo("SIPO + proximal", 20.0, 0.1, 0.25),
     *(Arm("SFT", f"lr {rate:g}", "sft", {"learning_rate": rate}) for rate in (LEARNING_RATE, FAST)),
     *(Arm("KTO", f"beta {beta:g}", "kto", {"beta": beta}) for beta in (20.0, 200.0)),

@@ -118,9 +118,7 @@ def run_all(runs: Sequence[Run], place: Place, workers: int) -> list[dict[str, A
 def _train_in_parallel(todo: Sequence[Run], place: Place, workers: int) -> None:
     from trl_sipo.demo.demo import prepare_worker
 
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare_worker, max_tasks_per_child=20
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare_worker)
     try:
         with tqdm(total=len(todo), unit="run", desc=f"{workers} at a time") as bar:
             for job in as_completed([pool.submit(make, run, place) for run in todo]):
