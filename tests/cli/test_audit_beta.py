@@ -18,6 +18,8 @@ from trl_sipo.demo.model import load_pipeline_assets
 from trl_sipo.demo.pairs import off_policy_pairs
 from trl_sipo.demo.verifier import load_verifiers
 from trl_sipo.errors import DatasetError
+from trl_sipo.evaluation.kappa_choice import LabelNoise
+from trl_sipo.evaluation.statistics import Interval
 from trl_sipo.scripts import audit_beta, audit_kappa
 
 LEVELS = 10
@@ -145,8 +147,9 @@ def test_a_kappa_is_recommended_and_another_one_judged(pairs, tmp_path, capsys):
         {"estimate": 0.0, "low": 0.0, "high": 0.0, "source": "assumed", "name": "", "num_pairs": 0}
     ]
     sentences = [
-        "To win 60% against the base model: proximal_kappa = 0.833.",
-        "proximal_kappa = 1 has an optimum whatever the pairs are, which wins 58.3% against the base model.",
+        "To win 60% against the base model: proximal_kappa = 0.833, for pairs drawn from it.",
+        "proximal_kappa = 1 has an optimum whatever the pairs are; for pairs drawn from the model it wins 58.3% "
+        "against the base model.",
     ]
     place = report["reading"].index(sentences[0])
     assert report["reading"][place : place + 2] == sentences and "small beta has an optimum too" in printed
@@ -207,6 +210,21 @@ def test_scores_of_the_data_tell_how_noisy_labels_are(pairs, tmp_path, capsys):
         "the labels contradict the scores 'near' in 25" in printed
         and "That is below 0.5, and has an optimum" in printed
     )
+
+
+@pytest.mark.parametrize(
+    ("kappa", "noise", "words"),
+    [
+        (0.0, 0.0, "switches the term off"),
+        (0.4, 0.0, "BELOW 0.5: where less than 10% of the comparisons"),
+        (0.4, 0.2, "if all are as noisy as the labels"),
+        (0.5, 0.0, "wins 66.7% against the base model. It is the least that does"),
+        (1.0, 0.6, "wins nothing: the labels are no better than chance"),
+    ],
+)
+def test_what_is_said_of_a_kappa(kappa, noise, words):
+    found = LabelNoise(Interval(noise, noise, noise), "scores", "judge", 100)
+    assert words in audit_kappa.given_words(audit_kappa.kappa_row(kappa, found), found)
 
 
 def test_labels_that_are_none_are_said():

@@ -227,7 +227,8 @@ def wanted_words(wanted: dict[str, Any], noise: "LabelNoise") -> str:
         return f"No kappa wins {rate} with labels that are no better than chance."
     if wanted["kappa"] is None:
         return unreachable_words(wanted, rate)
-    sentence = f"To win {rate} against the base model: proximal_kappa = {_with_ends(wanted['kappa'])}."
+    kappa = _with_ends(wanted["kappa"])
+    sentence = f"To win {rate} against the base model: proximal_kappa = {kappa}, for pairs drawn from it."
     if wanted["optimum"] == ALWAYS:
         return sentence
     most = win_rate(BOUNDED_KAPPA, share)
@@ -274,8 +275,12 @@ def given_words(row: dict[str, Any], noise: "LabelNoise") -> str:
         )
     wins = f"wins {_with_ends(row['win_rate'], '.1%')} against the base model"
     if optimum == AS_NOISY:
-        return f"{kappa} {wins} if all pairs are as noisy as the labels on the whole; else it may have no optimum."
-    return f"{kappa} has an optimum whatever the pairs are, which {wins}."
+        return (
+            f"{kappa}, for pairs drawn from the model, {wins} if all are as noisy as the labels on the whole; else it "
+            "may have no optimum."
+        )
+    edge = " It is the least that does: for pairs from elsewhere take more." if row["kappa"] == BOUNDED_KAPPA else ""
+    return f"{kappa} has an optimum whatever the pairs are; for pairs drawn from the model it {wins}.{edge}"
 
 
 def noise_words(noises: Sequence["LabelNoise"]) -> str:
