@@ -89,14 +89,18 @@ def long_figure(long: Mapping[str, Any], measures: Mapping[str, str]) -> Any:
 
     Args:
         long: As `analysis.long_runs` gives it.
-        measures: Measure -> its title.
+        measures: Measure -> its title; the Frechet distance, which must be one of them, is on a logarithmic axis.
     """
     panels = {
         f"{cell.replace('_', ' ')}: {title}": [Series(name, arm["steps"], arm[measure]) for name, arm in arms.items()]
         for cell, arms in long.items()
         for measure, title in measures.items()
     }
-    return quality_figure(panels, columns=len(measures), x_scale="log")
+    figure = quality_figure(panels, columns=len(measures))
+    for axes in figure.axes:
+        if axes.get_title(loc="left").endswith(measures["frechet_distance"]):
+            axes.set_yscale("log")
+    return figure
 
 
 def area_figure(methods: Mapping[str, Mapping[str, Any]]) -> Any:
