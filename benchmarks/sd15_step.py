@@ -37,6 +37,7 @@ from trl_sipo.trainer.methods import method_classes
 # Method -> (name in trl_sipo.trainer.methods, settings).
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {}),
+    "dpo, kappa 0.5": ("dpo", {"proximal_kappa": 0.5}),
     "sipo": ("sipo", {}),
     "dpo_cm": ("sipo", {"objective": "dpo_cm"}),
     "poly-dpo": ("poly-dpo", {}),

@@ -46,6 +46,9 @@ TIME_RATIOS: dict[str, tuple[str, str, float | None, bool]] = {
     "precomputed / live reference, SIPO": ("SIPO, precomputed reference", "SIPO", 0.72, True),
     "precomputed / bare without reference": ("precomputed reference", "bare, no reference", 1.03, True),
     "split / both arms at once, time": ("split arms", "Diffusion-DPO", None, True),
+    "proximal term / none, time": ("proximal term", "Diffusion-DPO", 1.02, True),
+    "proximal term / none, split arms, time": ("proximal term, split arms", "split arms", 1.02, True),
+    "proximal term, stored predictions / live": ("proximal term, stored predictions", "proximal term", 0.72, True),
     "peer on the fly / ours on the fly": ("peer", IMAGES, None, False),
     "peer on the fly / ours cached": ("peer", "Diffusion-DPO", 1.25, False),
     "peer on the fly / ours precomputed": ("peer", "precomputed reference", 1.8, False),
@@ -55,6 +58,8 @@ MEMORY_RATIOS: dict[str, tuple[str, str, float | None]] = {
     "step / bare loop, activations": ("Diffusion-DPO", "bare", None),
     "split / both arms at once, activations": ("split arms", "Diffusion-DPO", 0.60),
     "split / both arms at once, activations, SIPO": ("SIPO, split arms", "SIPO", 0.60),
+    "proximal term / none, activations": ("proximal term", "Diffusion-DPO", 1.01),
+    "proximal term / none, split arms, activations": ("proximal term, split arms", "split arms", 1.01),
 }
 
 

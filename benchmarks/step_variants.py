@@ -29,6 +29,7 @@ FRAME_RATE = 16.0
 # Name -> (method, settings of the trainer). The data are latents, unless the name says otherwise.
 _BANK = {"precompute_ref_log_probs": True, "num_ref_draws": 1}
 _SPLIT = {"split_pair_backward": True}
+_PROXIMAL = {"proximal_kappa": 0.5}
 IMAGES = "images encoded in the step"
 TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Diffusion-DPO": ("dpo", {}),
@@ -38,9 +39,12 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Poly-DPO": ("poly-dpo", {}),
     "split arms": ("dpo", _SPLIT),
     "SIPO, split arms": ("sipo", _SPLIT),
+    "proximal term": ("dpo", _PROXIMAL),
+    "proximal term, split arms": ("dpo", {**_PROXIMAL, **_SPLIT}),
     "precomputed reference": ("dpo", _BANK),
     "SIPO, precomputed reference": ("sipo", _BANK),
     "precomputed reference, split arms": ("dpo", {**_BANK, **_SPLIT}),
+    "proximal term, stored predictions": ("dpo", {**_BANK, **_PROXIMAL, "precompute_ref_predictions": True}),
     IMAGES: ("dpo", {}),
     f"{IMAGES}, precomputed reference": ("dpo", _BANK),
 }

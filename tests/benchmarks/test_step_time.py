@@ -2,6 +2,7 @@
 """The benchmark of a step runs on each kind of model, and counts what it says."""
 
 import json
+from math import prod
 
 import diffusers
 import pytest
@@ -25,6 +26,12 @@ def test_every_variant_is_measured_and_split_arms_keep_half(script, tmp_path, ca
     seconds, flops = result["seconds"], result["flops"]
     for name, (above, below, *_) in script("step_time").TIME_RATIOS.items():
         assert ratios[name] == pytest.approx(seconds[above][0] / seconds[below][0])
+    # The proximal term is no pass more, and keeps the predictions of the policy's and the reference's arms at most.
+    assert flops["proximal term"] == flops["Diffusion-DPO"]
+    assert flops["proximal term, stored predictions"] == flops["precomputed reference"]
+    kept = result["activation_bytes"]
+    latents = 2 * 4 * 4 * prod(side // 8 for side in result["settings"]["size"][:2]) * 4
+    assert 0 < kept["proximal term"] - kept["Diffusion-DPO"] <= 2 * latents + 1024
     assert flops["peer"] > 1.5 * flops["precomputed reference"]
     assert flops["precomputed reference"] < 0.9 * flops["Diffusion-DPO"]
     printed = capsys.readouterr().out
@@ -130,6 +137,22 @@ def test_variants_share_weights_and_not_modules(script):
     assert beside.transformer is not pipeline.transformer and beside.vae is pipeline.vae
     ours, theirs = dict(beside.transformer.named_parameters()), dict(pipeline.transformer.named_parameters())
     assert ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
+
+
+def test_what_a_narrower_dtype_does_to_the_proximal_term(script, tmp_path):
+    """Nothing where the reference predicts in it; else the policy is pulled from where it is, though it is there."""
+    found = {}
+    for dtype in ("fp32", "bf16"):
+        options = ["--model", "tiny", "--dtype", dtype, "--draws", "2", "--device", "cpu"]
+        found[dtype] = script("stored_predictions").main([*options, "--output", str(tmp_path / "out.json")])
+    full, half = (result["stored"] for result in found.values())
+    assert (found["fp32"]["predicted"], found["bf16"]["predicted"]) == ("float32", "bfloat16")
+    for row in (full["float32"], half["float32"], half["bfloat16"]):
+        assert row == {"distance": 0, "term": 0, "gradient_share": 0}
+    for name, bits in (("float16", 11), ("bfloat16", 8)):
+        assert 0.01 < full[name]["distance"] * 4**bits < 1  # of predictions of about one
+        assert full[name]["term"] == pytest.approx(5000 / 2 * full[name]["distance"])
+        assert full[name]["gradient_share"] > 0
 
 
 @pytest.mark.gpu

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.adapters.backbone_cases import BACKBONES
+from tests.trainer.media import pairs_for
 from tests.trainer.processes import run_ranks
 from tests.trainer.runs import DPO, SIPO, changed, logged, make_trainer, preference_pairs, trained_weights
 from trl_sipo.errors import ConfigurationError, DatasetError, NumericalError, StorageError
@@ -85,6 +87,19 @@ def test_losses_are_those_of_the_live_reference_on_the_same_draws(method, is_lor
     for name in weights:
         bounds = {"rtol": 0.1, "atol": 2e-3} if bf16 else {"rtol": 1e-3, "atol": 1e-5}
         torch.testing.assert_close(weights[name], others[name], **bounds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case.name)
+def test_every_backbone_predicts_in_the_dtype_that_is_stored(case, bf16, tmp_path):
+    """Nothing is rounded: the first step, with the batches of the pass, finds the policy where the reference is."""
+    size = {"resolution": [case.size["height"], case.size["width"]], "num_frames": case.size["num_frames"]}
+    options = {"model": case.build(), "pairs": pairs_for(case, tmp_path, count=2), "bf16": bf16, "max_steps": 2}
+    trainer = stored(tmp_path, num_ref_draws=1, **size, **options)
+    trainer.train()
+    first, second = logged(trainer, "proximal/distance")
+    assert first == pytest.approx(0, abs=1e-4 if bf16 else 1e-10) and second > first
 
 
 def test_the_errors_are_those_of_the_predictions_that_are_stored(tmp_path):
