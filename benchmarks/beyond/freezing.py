@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from beyond import area, inference, points, protocol, selection
+from beyond import area, inference, points, protocol
 from beyond.bases import BASES
 from beyond.protocol import Arm
 
@@ -32,7 +32,7 @@ def record_of(arms: Sequence[Arm], single: Mapping[str, Any], *, quick: bool) ->
             **area.as_record(),
             **inference.as_record(),
             "stopping": points.STOPPING,
-            "max_settings": selection.MAX_SETTINGS,
+            "max_settings": [protocol.MAX_SETTINGS, protocol.MAX_SETTINGS_OF_OTHERS],
         },
         "single": single,
         "is_quick": quick,

@@ -96,17 +96,20 @@ MORE_CELLS = tuple(
 TUNING_CELLS = (Cell("shipped", "on_policy"), Cell("shipped", "off_policy"))
 
 
-def _dpo(method: str, beta: float, kappa: float = 0.0, candidate: str = "", **fields: Any) -> Arm:
-    overrides = {"beta": beta, **({"proximal_kappa": kappa} if kappa else {}), **fields}
-    parts = [f"beta {beta:g}", *([f"kappa {kappa:g}"] if kappa else [])]
+def _arm(method: str, trainer: str, label: str, kappa: float, candidate: str, **fields: Any) -> Arm:
+    overrides = {**fields, **({"proximal_kappa": kappa} if kappa else {})}
+    parts = [label, *([f"kappa {kappa:g}"] if kappa else [])]
     parts += [f"lr {fields['learning_rate']:g}"] if "learning_rate" in fields else []
-    return Arm(method, ", ".join(parts), "dpo", overrides, candidate)
+    return Arm(method, ", ".join(parts), trainer, overrides, candidate)
 
 
-def _sipo(method: str, beta: float, clip_range: float, kappa: float = 0.0, candidate: str = "") -> Arm:
-    overrides = {"beta": beta, "clip_range": clip_range, **({"proximal_kappa": kappa} if kappa else {})}
-    label = f"beta {beta:g}, clip {clip_range:g}" + (f", kappa {kappa:g}" if kappa else "")
-    return Arm(method, label, "sipo", overrides, candidate)
+def _dpo(method: str, beta: float, kappa: float = 0.0, candidate: str = "", **fields: Any) -> Arm:
+    return _arm(method, "dpo", f"beta {beta:g}", kappa, candidate, beta=beta, **fields)
+
+
+def _sipo(method: str, beta: float, clip_range: float, kappa: float = 0.0, candidate: str = "", **fields: Any) -> Arm:
+    label = f"beta {beta:g}, clip {clip_range:g}"
+    return _arm(method, "sipo", label, kappa, candidate, beta=beta, clip_range=clip_range, **fields)
 
 
 #: What tuning tries.
@@ -114,6 +117,7 @@ ARMS: Sequence[Arm] = (
     *(_dpo("DPO", beta) for beta in (2.0, 20.0, 200.0, 2000.0)),
     *(_dpo("DPO", beta, learning_rate=FAST) for beta in (200.0, 2000.0)),
     *(_sipo("SIPO", beta, clip) for beta, clip in ((2.0, 0.1), (20.0, 0.1), (200.0, 0.1), (20.0, 0.3))),
+    *(_sipo("SIPO", beta, 0.1, learning_rate=FAST) for beta in (200.0, 2000.0)),
     *(_dpo("proximal", 20.0, kappa) for kappa in (0.1, 0.25, 0.5, 1.0)),
     *(_dpo("proximal", 200.0, kappa) for kappa in (0.1, 0.25, 0.5)),
     *(
@@ -140,6 +144,15 @@ LONG_ARMS: Sequence[Arm] = (
     _sipo("SIPO", 20.0, 0.1),
     _dpo("proximal", 20.0, 0.5),
 )
+#: Changes that are tried: tested where they could move the frontier, on bases that tuning has not seen.
+CANDIDATES = (
+    "SIPO + proximal", "kappa schedule", "kappa by level", "winner anchor", "loser anchor", "moving reference",
+    "soft trust region", "rounds",
+)  # fmt: skip
+CANDIDATE_CELLS = (Cell("second", "on_policy"), Cell("weak", "on_policy"))
+#: Settings of a method that are tested: of those whose frontiers are compared, and of the others.
+MAX_SETTINGS = {"DPO": 3, "SIPO": 3, "proximal": 3}
+MAX_SETTINGS_OF_OTHERS = 1
 #: Not made for a LoRA (its reference is the base itself), or for pairs that are not the policy's.
 ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds",)
 
@@ -165,6 +178,8 @@ def measured_at(arm: Arm, *, quick: bool = False) -> tuple[int, ...]:
 def applies(arm: Arm, cell: Cell) -> bool:
     """Whether a method is made for a cell."""
     if arm.method in ONLY_FULL and cell.is_lora:
+        return False
+    if arm.method in CANDIDATES and cell not in (*CANDIDATE_CELLS, *TUNING_CELLS):
         return False
     return arm.method not in ONLY_ON_POLICY or (cell.source == "on_policy" and not cell.flip_rate)
 
