@@ -133,7 +133,9 @@ ARMS: Sequence[Arm] = (
     *(_dpo("loser anchor", 20.0, kappa, "loser_anchor") for kappa in (0.1, 0.25)),
     _dpo("moving reference", 20.0, 0.5, "moving_reference"),
     _sipo("soft trust region", 20.0, 0.1, candidate="soft_trust_region"),
-    replace(_dpo("rounds", 20.0, 0.5), rounds=3),
+    *(replace(_dpo("rounds", 20.0, kappa), rounds=3) for kappa in (0.25, 0.5)),
+    # What new pairs do by themselves.
+    *(replace(_dpo("DPO in rounds", beta), rounds=3) for beta in (200.0, 2000.0)),
 )
 #: Does it rest, or only fall slowly? The same beta for all, and the large one that is said to be safe.
 LONG_MEASURED_AT, LONG_SEEDS = (120, 250, 500, 1000), TEST_SEEDS[:3]
@@ -147,14 +149,14 @@ LONG_ARMS: Sequence[Arm] = (
 #: Changes that are tried: tested where they could move the frontier, on bases that tuning has not seen.
 CANDIDATES = (
     "SIPO + proximal", "kappa schedule", "kappa by level", "winner anchor", "loser anchor", "moving reference",
-    "soft trust region", "rounds",
+    "soft trust region", "rounds", "DPO in rounds",
 )  # fmt: skip
 CANDIDATE_CELLS = (Cell("second", "on_policy"), Cell("weak", "on_policy"))
 #: Settings of a method that are tested: of those whose frontiers are compared, and of the others.
 MAX_SETTINGS = {"DPO": 3, "SIPO": 3, "proximal": 3}
 MAX_SETTINGS_OF_OTHERS = 1
 #: Not made for a LoRA (its reference is the base itself), or for pairs that are not the policy's.
-ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds",)
+ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds", "DPO in rounds")
 
 #: What the headline rests on, as (method, label) of `ARMS`: it is trained anew within ten minutes on two cores.
 HEADLINE_CELL, HEADLINE_SEEDS = Cell("shipped", "on_policy"), (0, 1)
