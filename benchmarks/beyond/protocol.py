@@ -154,6 +154,8 @@ CANDIDATES = (
 CANDIDATE_CELLS = (Cell("second", "on_policy"), Cell("weak", "on_policy"))
 #: Settings of a method that are tested: of those whose frontiers are compared, and of the others.
 MAX_SETTINGS = {"DPO": 3, "SIPO": 3, "proximal": 3}
+#: Among them, whatever tuning says: all at the same small beta, and the proximal term where it is bounded.
+ALWAYS = {"DPO": "beta 20", "SIPO": "beta 20, clip 0.1", "proximal": "beta 20, kappa 0.5"}
 MAX_SETTINGS_OF_OTHERS = 1
 #: Not made for a LoRA (its reference is the base itself), or for pairs that are not the policy's.
 ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds", "DPO in rounds")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from beyond.area import MEASURES, dominated_area, on_frontier, on_plane
 from beyond.points import Points
-from beyond.protocol import MAX_SETTINGS, MAX_SETTINGS_OF_OTHERS, Arm
+from beyond.protocol import ALWAYS, MAX_SETTINGS, MAX_SETTINGS_OF_OTHERS, Arm
 
 #: One method in one cell: its policies, and the base's measures.
 Measured = tuple[Points, Mapping[str, float]]
@@ -25,7 +25,7 @@ def settings_on_frontier(measured: Measured) -> set[str]:
     return {setting for (setting, _), on in zip(points.policies, is_on, strict=True) if on}
 
 
-def chosen_settings(measured: Sequence[Measured], max_settings: int) -> list[str]:
+def chosen_settings(measured: Sequence[Measured], max_settings: int, always: Sequence[str] = ()) -> list[str]:
     """The settings of a method that are tested, in the order in which they are chosen.
 
     Of those that are on the method's frontier in a cell, one after the other the one that adds most to the area, by
@@ -35,10 +35,11 @@ def chosen_settings(measured: Sequence[Measured], max_settings: int) -> list[str
     Args:
         measured: Of each tuning cell that the method is made for, the same policies.
         max_settings: How many at most.
+        always: Settings that are chosen first, whatever was measured.
     """
     settings = list(dict.fromkeys(setting for points, _ in measured for setting, _ in points.policies))
     allowed = set().union(*(settings_on_frontier(cell) for cell in measured))
-    chosen: list[str] = []
+    chosen = list(always)
     while len(chosen) < max_settings:
         left = [setting for setting in settings if setting in allowed and setting not in chosen]
         gains = {setting: _area(measured, [*chosen, setting]) - _area(measured, chosen) for setting in left}
@@ -60,7 +61,11 @@ def _area(measured: Sequence[Measured], settings: Sequence[str]) -> float:
 def chosen_arms(arms: Sequence[Arm], tuning: Mapping[str, Sequence[Measured]]) -> list[Arm]:
     """The arms that are tested, in the order of `arms`; of each method those of `chosen_settings`."""
     chosen = {
-        method: chosen_settings(measured, MAX_SETTINGS.get(method, MAX_SETTINGS_OF_OTHERS))
+        method: chosen_settings(
+            measured,
+            MAX_SETTINGS.get(method, MAX_SETTINGS_OF_OTHERS),
+            [ALWAYS[method]] if method in ALWAYS else [],
+        )
         for method, measured in tuning.items()
     }
     return [arm for arm in arms if arm.label in chosen.get(arm.method, ())]
