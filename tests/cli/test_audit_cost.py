@@ -112,6 +112,15 @@ def test_this_machine_is_measured(models, tmp_path, capsys, monkeypatch):
     assert "GFLOP/s in float32" in capsys.readouterr().out
 
 
+def test_stored_predictions_take_their_place_on_the_disk(models):
+    options = ("--precompute_ref_log_probs", "true", "--precompute_ref_predictions", "true", "--proximal_kappa", "0.5")
+    for training, is_stored in ((options, True), (options[:2], False)):
+        argv = _argv(models / "sd", method="dpo", training=training)
+        command = parse_command("dpo", argv[argv.index("dpo") + 1 :])
+        disk = make_plan(command, find_model(str(models / "sd"), size_of(command)), Around()).disk
+        assert disk.reference_draws == 8 and disk.stores_predictions is is_stored
+
+
 MISTAKES = {
     "gpu": (("--gpu", "A100"), (), "Several GPUs are called 'A100': one of A100-40GB, A100-80GB"),
     "processes": (("--num_processes", "0"), (), "`--num_processes` must be at least 1"),

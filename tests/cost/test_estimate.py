@@ -231,6 +231,10 @@ def test_disk_by_hand():
         "cache of latents": 10 * 2 * 16 * 2, "cache of prompts": 3 * 70 * 2, "checkpoints": 2 * (400 + 800),
         "final model": 400, "samples": 4 * 2 * 64 * 1.5, "reference errors": 10 * 2 * 5 * 4,
     }  # fmt: skip
+    stored = dataclasses.replace(disk, stores_predictions=True)
+    for precision, size in {"float32": 4, "bfloat16": 2}.items():
+        predictions = disk_parts(_counts(), StepPlan(precision=precision), stored, (8, 8, 1))["reference predictions"]
+        assert predictions == 10 * 2 * 5 * 16 * size
     full = disk_parts(_counts(), StepPlan(lora_rank=None), dataclasses.replace(disk, strategy="FSDP2"), (8, 8, 1))
     assert full["checkpoints"] == 2 * (2 * 400 + 800 + 1000) and full["final model"] == 400 + 1000
 

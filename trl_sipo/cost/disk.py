@@ -26,6 +26,7 @@ class DiskPlan:
         grids: Sample grids of the run.
         grid_samples: Samples of one grid, base and current model.
         reference_draws: Of a precomputed reference, per pair; 0 without one.
+        stores_predictions: Whether its predictions are kept beside its errors.
     """
 
     pairs: int = 0
@@ -36,6 +37,7 @@ class DiskPlan:
     grids: int = 0
     grid_samples: int = 0
     reference_draws: int = 0
+    stores_predictions: bool = False
 
 
 def disk_parts(counts: StepCounts, plan: StepPlan, disk: DiskPlan, size: tuple[int, int, int]) -> dict[str, float]:
@@ -49,13 +51,16 @@ def disk_parts(counts: StepCounts, plan: StepPlan, disk: DiskPlan, size: tuple[i
     """
     height, width, frames = size
     final = checkpoint_bytes(counts, plan, replace(disk, optimizer="none", strategy="one process"))
+    drawn = disk.pairs * plan.arms * disk.reference_draws
+    predicted = drawn * counts.latents * (4 if plan.precision == "float32" else 2)
     parts = {
         "cache of latents": disk.pairs * plan.arms * counts.latents * STORED_BYTES,
         "cache of prompts": disk.prompts * counts.conditioning * STORED_BYTES,
         "checkpoints": disk.checkpoints * checkpoint_bytes(counts, plan, disk),
         "final model": final,
         "samples": disk.grids * disk.grid_samples * height * width * frames * PICTURE_BYTES,
-        "reference errors": disk.pairs * plan.arms * disk.reference_draws * _DRAW_BYTES,
+        "reference errors": drawn * _DRAW_BYTES,
+        "reference predictions": predicted if disk.stores_predictions else 0,
     }
     return {name: float(bytes_) for name, bytes_ in parts.items() if bytes_}
 

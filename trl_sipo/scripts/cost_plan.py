@@ -158,6 +158,7 @@ def make_plan(command: TrainingCommand, model: "Model", around: Around) -> "RunP
             grids=grids,
             grid_samples=2 * prompts,
             reference_draws=drawn,
+            stores_predictions=training.precompute_ref_predictions,
         ),
         strategy=around.strategy,
         processes=around.processes,
