@@ -144,7 +144,7 @@ def report(options: argparse.Namespace) -> None:
     report_files.write_json(result, folder / "frontier.json")
     text = tables.tables(result)
     (folder / "table.md").write_text(f"{text}\n## Tuning runs\n\n{tables.policies_table(frozen['tuning'])}\n")
-    report_files.draw_all(Areas(found, protocol.TEST_SEEDS), arms, result, folder)
+    report_files.draw_all(Areas(found, protocol.TEST_SEEDS), result, folder)
     print(text)
     for name in found.missing:
         print(f"missing: {name}", file=sys.stderr)

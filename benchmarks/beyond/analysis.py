@@ -20,7 +20,7 @@ from beyond.selection import Measured
 from trl_sipo.evaluation.statistics import holm
 
 #: What every method is compared with, as far as it is there.
-REFERENCES = ("DPO", *(f"DPO, {criterion}" for criterion in STOPPING), "SIPO", "proximal")
+REFERENCES = ("DPO", *(f"DPO, {criterion}" for criterion in STOPPING), "SIPO", "proximal", "DPO in rounds")
 
 
 class Areas:

@@ -27,6 +27,7 @@ def record_of(arms: Sequence[Arm], single: Mapping[str, Any], *, quick: bool) ->
     """
     content = {
         **protocol.as_record(arms),
+        "candidates": {"methods": protocol.CANDIDATES, "cells": [asdict(cell) for cell in protocol.CANDIDATE_CELLS]},
         "bases": {name: asdict(base) for name, base in BASES.items()},
         "analysis": {
             **area.as_record(),

@@ -65,9 +65,11 @@ def tuning_runs(*, quick: bool) -> list[Run]:
 
 
 def test_runs(arms: Sequence[Arm], *, quick: bool) -> list[Run]:
-    """The frozen arms in all cells of the test."""
-    cells = test_cells(quick=quick)
-    return runs_of(arms, [(cell, seeds_of(cell, quick=quick)) for cell in cells], quick=quick)
+    """The frozen arms in all cells of the test; candidates in theirs, of a quick test in those of tuning."""
+    cells = [(cell, seeds_of(cell, quick=quick)) for cell in test_cells(quick=quick)]
+    for_candidates = protocol.TUNING_CELLS if quick else protocol.CANDIDATE_CELLS
+    runs = runs_of(arms, cells, quick=quick)
+    return [run for run in runs if run.arm.method not in protocol.CANDIDATES or run.cell in for_candidates]
 
 
 def long_runs(*, quick: bool) -> list[Run]:

@@ -9,13 +9,22 @@ from typing import Any
 from beyond.analysis import Areas
 from beyond.area import PRIMARY
 from beyond.figures import area_figure, frontier_figure, long_figure
-from beyond.protocol import Arm
+from beyond.protocol import CANDIDATES, MAIN_CELLS
 from beyond.tables import reported
 
-#: Beside the methods that were trained, in the first figure.
-STOPPED = ("DPO, stopped by reward",)
-#: Drawn in the figure of the candidates, to see them against.
-PARENTS = ("SIPO", "proximal")
+#: Methods of a figure, and the cells that it is of: the main ones, the others, or those with a candidate.
+FIGURES: Mapping[str, tuple[str, Sequence[str]]] = {
+    "frontier": ("main", ("DPO", "DPO, stopped by reward", "SIPO", "proximal", "SFT", "KTO")),
+    "more_cells": ("more", ("DPO", "DPO, stopped by reward", "SIPO", "proximal", "SFT", "KTO")),
+    "candidates": (
+        "candidates",
+        ("proximal", "kappa schedule", "kappa by level", "winner anchor", "loser anchor", "moving reference"),
+    ),
+    "rounds_and_masks": (
+        "candidates",
+        ("DPO", "SIPO", "proximal", "SIPO + proximal", "soft trust region", "rounds", "DPO in rounds"),
+    ),
+}
 DPI = 110
 LONG_MEASURES = {
     "win_rate": "win rate over the base",
@@ -24,28 +33,20 @@ LONG_MEASURES = {
 }
 
 
-def is_candidate(arms: Sequence[Arm], method: str) -> bool:
-    """Whether a method is an experiment and not one of the library."""
-    return any(arm.method == method and (arm.candidate or arm.rounds > 1) for arm in arms)
-
-
-def draw_all(areas: Areas, arms: Sequence[Arm], result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The figures: methods and candidates in the main cells, methods in the others, and the areas."""
-    candidates = [method for method in areas.trained if is_candidate(arms, method)]
-    methods = [method for method in areas.trained if method not in candidates]
-    methods = [name for method in methods for name in (method, *(s for s in STOPPED if s.startswith(f"{method},")))]
-    main = [cell for cell in areas.points if result["cells"][cell.name]["is_main"]]
-    more = [cell for cell in areas.points if cell not in main]
-    parts = {
-        "frontier": (main, methods),
-        "candidates": (main, [method for method in PARENTS if method in areas.trained] + candidates),
-        "more_cells": (more, methods),
+def draw_all(areas: Areas, result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The figures of what is there: frontiers, areas over the main cells, and the long runs."""
+    main = [cell for cell in areas.points if cell in MAIN_CELLS]
+    cells = {
+        "main": main,
+        "more": [cell for cell in areas.points if cell not in main],
+        "candidates": [cell for cell, methods in areas.points.items() if set(CANDIDATES) & set(methods)],
     }
     written = []
-    for name, (cells, shown) in parts.items():
-        if cells and shown:
+    for name, (group, methods) in FIGURES.items():
+        shown = [method for method in methods if any(method in areas.points[cell] for cell in cells[group])]
+        if shown:
             written.append(folder / f"{name}.png")
-            frontier_figure(areas, cells, shown).savefig(written[-1], dpi=DPI)
+            frontier_figure(areas, cells[group], shown).savefig(written[-1], dpi=DPI)
     over = result["over_cells"][PRIMARY]["methods"]
     if over:
         written.append(folder / "areas.png")

@@ -241,12 +241,16 @@ def test_the_settings_that_add_most_are_chosen(script):
         },
     )
     assert selection.settings_on_frontier(cell) == {"strong", "mild", "tiny", "weak"}
-    assert selection.chosen_settings([cell]) == ["tiny", "strong", "weak"]  # and not "mild", which "tiny" all but has
+    assert selection.chosen_settings([cell], 3) == [
+        "tiny",
+        "strong",
+        "weak",
+    ]  # and not "mild", which "tiny" all but has
     assert selection.one_policy([cell], ["strong", "mild"], at_the_end=True) == ("mild", 1)
     everywhere = selection.one_policy([cell], ["strong"], at_the_end=False)
     assert everywhere == ("strong", 1) and selection.one_policy([cell], ["strong"], at_the_end=True) == ("strong", 2)
     hopeless = _measured(script, {("a", 1): (0.4, 9.0), ("b", 1): (0.3, 5.0)})
-    assert selection.chosen_settings([hopeless]) == ["a"]
+    assert selection.chosen_settings([hopeless], 3) == ["a"]
     assert selection.one_policy([hopeless], ["a", "b"], at_the_end=True) == ("b", 1)  # of none that wins, the best
 
 
@@ -306,20 +310,22 @@ def _freeze(script, frontier, place):
 
 def test_what_is_frozen_is_tested_and_reported(script, frontier, place, capsys):
     frontier.main(_words(place, "tune"))
-    assert capsys.readouterr().out.count("| DPO |") == 2 * 6 * 2  # cells, settings, steps
+    num_settings = sum(arm.method == "DPO" for arm in script("beyond.protocol").ARMS)
+    assert capsys.readouterr().out.count("| DPO |") == 2 * num_settings * 2  # cells, settings, steps
     _freeze(script, frontier, place)
     arms, frozen = script("beyond.freezing").read(place.root, quick=True)
     methods = {arm.method for arm in script("beyond.protocol").ARMS}
     assert {arm.method for arm in arms} == methods == set(frozen["protocol"]["single"])
     assert all(1 <= sum(arm.method == method for arm in arms) <= 3 for method in methods)
+    assert sum(arm.method == "KTO" for arm in arms) == 1
     frontier.main(_words(place, "test"))
     lost = script("beyond.plan").test_runs(arms, quick=True)[-1]
     place.result(lost).unlink()
     frontier.main(_words(place, "report"))
     said = capsys.readouterr()
     assert said.err.count("missing: ") == 1 and lost.arm.label in said.err
-    for name in ("frontier.png", "candidates.png", "more_cells.png", "areas.png", "long.png"):
-        assert (place.root / name).read_bytes().startswith(b"\x89PNG"), name
+    for name in ("frontier", "more_cells", "candidates", "rounds_and_masks", "areas", "long"):
+        assert (place.root / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     table = (place.root / "table.md").read_text()
     assert "mean nothing" in table and "Difference from DPO, stopped by loss" in table
     result = json.loads((place.root / "frontier.json").read_text())
@@ -418,13 +424,18 @@ def test_cells_are_named_by_group_or_by_name(script):
         plan.named_cells(["weak"], quick=False)
 
 
+def runs_of_all_arms(protocol, plan):
+    return plan.runs_of(protocol.ARMS, [(cell, (0,)) for cell in protocol.MAIN_CELLS], quick=False)
+
+
 def test_runs_come_seed_by_seed_and_only_where_a_method_is_made(script):
     plan, protocol = script("beyond.plan"), script("beyond.protocol")
     runs = plan.test_runs(protocol.ARMS, quick=False)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert len({run.key for run in runs}) == len(runs)
     assert {run.seed for run in runs if run.cell in protocol.MORE_CELLS} == set(protocol.FEW_SEEDS)
-    assert all(run.cell.source == "on_policy" for run in runs if run.arm.rounds > 1)
+    assert {run.cell for run in runs if run.arm.method in protocol.CANDIDATES} == set(protocol.CANDIDATE_CELLS)
+    assert all(run.arm.rounds == 1 for run in runs_of_all_arms(protocol, plan) if run.cell.source == "off_policy")
     assert {(run.arm.method, run.arm.label) for run in plan.headline_runs(quick=False)} == set(protocol.HEADLINE_ARMS)
     ends = {run.measured_at for run in plan.long_runs(quick=False)}
     assert ends == {protocol.LONG_MEASURED_AT} and not {run.key for run in plan.long_runs(quick=False)} & {
