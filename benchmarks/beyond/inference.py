@@ -7,13 +7,14 @@ their area on the other half; it is the mean over all halves, each once for choo
 policy lies above another within the half that measures is still decided by that half: a small part of the luck stays.
 
 Seeds are few, and the percentiles of a bootstrap are then too narrow. The bootstrap gives the standard error, times
-sqrt(n / (n - 1)), and Student's t the interval: of a mean this is the usual interval. Cells are independent of each
+what makes it right for a mean (`inflation`), and Student's t the interval. Cells are independent of each
 other, so that the squares of their errors add up, with Satterthwaite's (1946) degrees of freedom.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -82,11 +83,8 @@ def crossfit_area(points: Points, base: Mapping[str, float], counts: np.ndarray,
     The halves are of the seeds as they are, so that no resample has one seed in both; halves that a resample leaves
     empty are passed over. The arguments are those of `plain_area`, with two seeds or more that count in each draw.
     """
-    num_seeds = len(points.seeds)
     total, number = np.zeros(len(counts)), np.zeros(len(counts))
-    for half in combinations(range(num_seeds), num_seeds // 2):
-        first = np.isin(np.arange(num_seeds), half)
-        is_whole = counts[:, first].any(axis=1) & counts[:, ~first].any(axis=1)
+    for first, is_whole in _halves(counts):
         planes = [
             on_plane(_means(points.values[:, part], counts[is_whole][:, part]), base, quality)
             for part in (first, ~first)
@@ -101,6 +99,32 @@ def crossfit_area(points: Points, base: Mapping[str, float], counts: np.ndarray,
 def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Weighted means over seeds; (draws, policies, measures)."""
     return np.einsum("psm,ds->dpm", values, counts / counts.sum(axis=1, keepdims=True))
+
+
+@lru_cache
+def inflation(num_seeds: int) -> float:
+    """How much the standard error of a mean is larger than the spread of its cross-fitted resamples, in expectation.
+
+    A resample gives each seed a weight, the mean over halves of its share of the half. Of independent seeds with the
+    variance s^2 the resamples of the mean have the variance s^2 times the sum of the weights' variances, in
+    expectation, where the mean itself has s^2 / n. Without halves this is the usual sqrt(n / (n - 1)).
+    """
+    counts = draws_of(num_seeds)
+    weights, number = np.zeros(counts.shape), np.zeros((len(counts), 1))
+    for first, is_whole in _halves(counts):
+        for part in (first, ~first):
+            half = counts[is_whole] * part
+            weights[is_whole] += half / half.sum(axis=1, keepdims=True)
+            number[is_whole] += 1
+    return math.sqrt(1 / num_seeds / (weights / number).var(axis=0).sum())
+
+
+def _halves(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each half of the seeds, (seeds,) bool, and the draws that leave neither it nor the rest empty, (draws,) bool."""
+    num_seeds = counts.shape[1]
+    for half in combinations(range(num_seeds), num_seeds // 2):
+        first = np.isin(np.arange(num_seeds), half)
+        yield first, counts[:, first].any(axis=1) & counts[:, ~first].any(axis=1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +150,7 @@ class Resampled:
         """With the standard error; below rounding there is none."""
         if self.num_seeds < MIN_SEEDS:
             return Estimate(self.value)
-        error = float(self.draws.std()) * math.sqrt(self.num_seeds / (self.num_seeds - 1))
+        error = float(self.draws.std()) * inflation(self.num_seeds)
         return Estimate(self.value, error if error > 1e-12 else 0.0, self.num_seeds - 1)
 
 

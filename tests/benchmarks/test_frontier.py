@@ -187,7 +187,7 @@ def test_the_interval_of_one_policy_is_students(script):
     height = 2 * math.log(4) / math.log(8)
     half = height * t.ppf(0.975, 5) * sem(win_rates)
     assert found["value"] == pytest.approx(height * (win_rates.mean() - 0.5), rel=0.02)
-    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.25)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)
 
 
 def test_differences_are_paired_and_cells_independent(script):
@@ -477,13 +477,14 @@ def test_a_run_is_trained_measured_and_read_again(script, tmp_path):
 
 @pytest.mark.slow
 def test_every_arm_runs_from_tuning_to_the_report(tmp_path):
-    """All of the quick protocol; asserts only what holds in every run, whatever it measured."""
-    for action in ("tune", "freeze", "test", "report", "headline"):
-        words = [sys.executable, "benchmarks/frontier.py", action, "--quick", "--runs", str(tmp_path)]
+    """Every arm of the quick protocol and a part of its test; asserts only what holds whatever was measured."""
+    part = ["--cells", "shipped, on_policy", "long", "--seeds", "0"]
+    for action, more in (("tune", []), ("freeze", []), ("test", part), ("report", []), ("headline", [])):
+        words = [sys.executable, "benchmarks/frontier.py", action, "--quick", "--runs", str(tmp_path), *more]
         subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     result = json.loads((tmp_path / "quick" / "frontier.json").read_text())
-    assert not result["missing"] and len(result["cells"]) == 6 and len(result["long"]) == 2
-    for cell in result["cells"].values():
-        assert cell["base"]["frechet_distance"] > 0
-        for method in cell["methods"].values():
-            assert all(0 <= area["value"] <= 1 for area in method["area"].values())
+    assert list(result["cells"]) == ["shipped, on_policy"] and len(result["long"]) == 2 and result["missing"]
+    methods = {name.split(", stopped")[0] for name in result["cells"]["shipped, on_policy"]["methods"]}
+    assert methods == set(result["single"])
+    for method in result["cells"]["shipped, on_policy"]["methods"].values():
+        assert all(0 <= area["value"] <= 1 for area in method["area"].values())
