@@ -322,24 +322,37 @@ def test_a_step_that_was_not_finite_is_computed_again_with_its_term(tmp_path):
 @pytest.mark.parametrize(
     ("method", "kappa", "expected"),
     [
-        (DPO, 0.5, "at least 0.5: .* drawn from the reference, which wins up to 66.7% against it"),
-        (DPO, 0.4, "below 0.5, from which on this loss has an optimum"),
-        (replace(SMOOTHED, options={"label_smoothing": 0.2}), 0.6, "at least 0.3: .* wins up to 58.3%"),
-        (SMOOTHED, 0.5, r"at least 0.3: .* from the reference\)"),
-        (POLY_DPO, 0.5, "below 2.5, "),
-        (POLY_DPO, 2.5, "at least 2.5: .* 66.7%"),
-        (LOSS_TYPES[0], 0.5, "below 1, "),
-        (LOSS_TYPES[2], 0.625, "at least 0.625: .* 66.7%"),
-        (SIPO, 0.5, "below 0.55, "),
-        (SIPO, 0.55, r"at least 0.55: .* from the reference\)"),
-        (DPO_CM, 0.5, r"at least 0.5: .* from the reference\)"),
+        (DPO, 0.5, "the least with .* drawn from the reference, which wins up to 66.7% against it; for other pairs"),
+        (DPO, 0.6, "above 0.5: .* whatever the pairs are; for pairs drawn from the reference it wins up to 63.9%"),
+        (DPO, 0.4, "below 0.5: no optimum is sure"),
+        (replace(SMOOTHED, options={"label_smoothing": 0.2}), 0.6, "above 0.3: .* wins up to 58.3%"),
+        (replace(SMOOTHED, options={"label_smoothing": 0.4999}), 0.0001, "the least with .* 66.7%"),
+        (SMOOTHED, 0.5, r"above 0.3: this loss has an optimum whatever the pairs are\)"),
+        (POLY_DPO, 0.5, "below 2.5: "),
+        (POLY_DPO, 2.5, "the least with .* 66.7%"),
+        (LOSS_TYPES[0], 0.5, "below 1: "),
+        (LOSS_TYPES[2], 0.625, "the least with .* 66.7%"),
+        (SIPO, 0.5, "below 0.55: "),
+        (
+            SIPO,
+            0.55,
+            "the least with which this loss, its mask and weights taken as they are, .* reference; for other",
+        ),
+        (
+            DPO_CM,
+            0.5,
+            "the least with which this loss, its mask and weights taken as they are, .* reference; for other",
+        ),
+        (replace(DPO_CM, options={"importance_steps": 2, "mask_threshold": 0.999999}), 0.5, r"kappa = 0.5\n"),
+        (D3PO, 0.5, "the least with which this loss has an optimum for pairs drawn from the reference; for other"),
         (KTO, 0.5, r"kappa = 0.5\n"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_a_run_says_at_its_start_what_its_kappa_promises(method, kappa, expected, tmp_path):
     """The threshold is the slope of the loss: of the log-sigmoid 1/2, whatever else differs."""
-    description = make_trainer(method, tmp_path, proximal_kappa=kappa).describe_run()
+    options = {"pairs": trajectories()} if method is D3PO else {}
+    description = make_trainer(method, tmp_path, proximal_kappa=kappa, **options).describe_run()
     assert re.search(
         f"proximal term: kappa = {kappa:g}.*{expected}" if "kappa" not in expected else expected, description
     )

@@ -47,10 +47,11 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
             of 0.5 counts, and ties are dropped.
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
         proximal_kappa: Weight kappa of an added pull to the reference, `(beta * kappa / 2) * (d_chosen + d_rejected)`
-            with d the mean squared distance of the policy's prediction from the reference's. From 0.5 on Diffusion-DPO
-            has an optimum at any beta, from another value on another loss, as the run says at its start; 0, the
-            default, switches the term off. Needs no forward pass more,
-            but the reference's predictions: of a live reference, or stored (`precompute_ref_predictions`).
+            with d the mean squared distance of the policy's prediction from the reference's. Above 0.5 Diffusion-DPO
+            has an optimum however small beta is, with any pairs; at 0.5 with pairs of the reference's own samples.
+            Another loss has another threshold, as the run says at its start. 0, the default, switches the term off.
+            Needs no forward pass more, but the reference's predictions: of a live reference, or stored
+            (`precompute_ref_predictions`).
         timestep_sampling: How noise levels are drawn: one of `trl_sipo.core.timestep_sampling.TIME_SAMPLERS`. With
             "stratified", and with it alone, the level of a pair depends on its batch.
         timestep_range: Part of the schedule that is trained, as two fractions: 0 is the clean end, 1 pure noise.

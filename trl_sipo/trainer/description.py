@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_sipo.core.objectives.proximal import optimal_win_rate
+from trl_sipo.core.objectives.proximal import BOUNDED_KAPPA, optimal_win_rate
 from trl_sipo.trainer.statistics import PairErrors
 from trl_sipo.trainer.strategy import strategy_in_force
 
@@ -30,20 +30,30 @@ def describe_run(trainer: Any) -> str:
 
 
 def describe_kappa(trainer: Any) -> str:
-    """Kappa and what it promises with the loss of this run, in one line."""
+    """Kappa and what it promises with the loss of this run, in one line.
+
+    Nothing is promised of single images, nor where all of a middle noise level is masked.
+    """
     kappa = trainer.args.proximal_kappa
     line = f"proximal term: kappa = {kappa:g}"
     if trainer.args.arms != "pair":
         return line
     pushes = pushes_at_start(trainer)
-    needed = round(pushes.max().item(), 3)
+    needed = float(f"{pushes.max().item():.3g}")
+    if needed <= 0:
+        return line
     if kappa < needed:
-        return f"{line} (below {needed:g}, from which on this loss has an optimum however small beta is)"
-    line = f"{line} (at least {needed:g}: this loss has an optimum for pairs drawn from the reference"
-    is_even = bool((pushes - needed).abs().max() < 1e-3)
-    if not is_even or trainer.args.sft_weight:
-        return f"{line})"
-    return f"{line}, which wins up to {optimal_win_rate(max(kappa / (2 * needed), 0.5)):.1%} against it)"
+        return f"{line} (below {needed:g}: no optimum is sure, and the smaller beta the farther the policy may go)"
+    is_even = bool(pushes.min() > 0.99 * pushes.max())
+    loss = "this loss" if is_even else "this loss, its mask and weights taken as they are,"
+    # Where samples weigh differently, or are imitated too, or are the steps of a sampler, it is no tilted reference.
+    is_tilt = is_even and not trainer.args.sft_weight and not trainer.args.reads_trajectories
+    wins = f"wins up to {optimal_win_rate(BOUNDED_KAPPA * kappa / needed):.1%} against it" if is_tilt else ""
+    own = "for pairs drawn from the reference"
+    if kappa == needed:
+        least = f"the least with which {loss} has an optimum {own}"
+        return f"{line} ({least}{wins and f', which {wins}'}; for other pairs take more)"
+    return f"{line} (above {needed:g}: {loss} has an optimum whatever the pairs are{wins and f'; {own} it {wins}'})"
 
 
 def pushes_at_start(trainer: Any) -> torch.Tensor:

@@ -13,15 +13,20 @@ levels, in every parameterisation:
     p*(x_0) = p_ref(x_0) * (1 + (P(win | x_0) - 1/2) / kappa)
 
 P(win | x_0) is the chance of x_0 against another sample of the reference. p* is where `E_p[P(win)] - (kappa / 2)
-chi^2(p || p_ref)` is largest. What is true of kappa = 1/2, and of no smaller value for all pairs:
+chi^2(p || p_ref)` is largest. The limit is a quadratic form with the factor `kappa - 1/2 + P(win | x_t)` at each
+x_t, P being the share of chosen arms among those that are noised to x_t. So the threshold is kappa = 1/2:
 
-- The limit is a quadratic form with the factor `kappa - 1/2 + P(win | x_t)` at each x_t: it is convex whatever the
-  pairs, and has its minimum where they are drawn from the reference. Above 1/2 it has one whatever the pairs.
-- At any beta a policy whose mean loss is not above that of its start, with any pairs and any network, has
+- Above 1/2 it is convex and has a minimum, whatever the pairs. And at any beta a policy whose mean loss is not above
+  that of its start, with any pairs and any network, has
   `mean(d_chosen + d_rejected) <= 4 mean(ref_error_chosen + ref_error_rejected) / (2 kappa - 1)^2`.
+- At exactly 1/2 it is convex whatever the pairs, and sure to have a minimum only on the assumptions above: pairs drawn
+  from the reference, which predicts its own samples best. Elsewhere an x_t to which only rejected arms come is pushed
+  with a constant force against no curvature, the farther the smaller beta is.
 
-Below 1/2 samples that rarely win are pushed away until sigmoid(-z) = kappa, which is the farther out the smaller beta
-is; in Diffusion-DPO, which is kappa = 0, without an end. The 1/2 is the slope of the log-sigmoid at 0: a loss that
+- Below 1/2 samples that rarely win are pushed away until sigmoid(-z) = kappa, which is the farther out the smaller
+  beta is; in Diffusion-DPO, which is kappa = 0, without an end.
+
+The 1/2 is the slope of the log-sigmoid at 0: a loss that
 starts with another slope has that slope for its threshold. The derivation is in docs/source/proximal.md.
 """
 
@@ -33,9 +38,9 @@ from trl_sipo.core.precision import widen
 from trl_sipo.errors import ConfigurationError
 
 BOUNDED_KAPPA = 0.5
-"""The smallest kappa with which Diffusion-DPO has an optimum as beta goes to 0, whatever wins among its own samples.
+"""The threshold: with a larger kappa Diffusion-DPO has an optimum as beta goes to 0, whatever the pairs.
 
-Above it, it has one also where pairs are of another model."""
+With this one it has one where they are drawn from a reference that predicts its own samples best."""
 CONTINUOUS_VARIANCE = 1 / 12
 """Variance of P(win | x) over the reference where a reward without ties and without noise ranks: P is uniform."""
 
@@ -44,8 +49,8 @@ def check_kappa(kappa: float, *, name: str = "proximal_kappa") -> None:
     """Raise ConfigurationError, which calls the setting `name`, unless 0 <= kappa < inf."""
     if not 0 <= kappa < float("inf"):
         raise ConfigurationError(
-            f"{name}={kappa} must be zero or positive, and finite: 0 switches the proximal term off, from "
-            f"{BOUNDED_KAPPA} on Diffusion-DPO has an optimum."
+            f"{name}={kappa} must be zero or positive, and finite: 0 switches the proximal term off, and with "
+            f"{BOUNDED_KAPPA} or more Diffusion-DPO has an optimum for pairs of the reference's own samples."
         )
 
 
