@@ -66,6 +66,9 @@ CASES = {
     ),
     "far": (_both(**{"drift/chosen_error": 2.0}), "bad", "The winner drifts far", "200.0% above"),
     "masked": (_both(**{"sipo/masked_fraction": 1.0}), "doubt", "Standing still: masked", "100% of the pairs"),
+    "masked with a proximal term": (
+        _both(**{"sipo/masked_fraction": 1.0, "proximal/loss": 0.1}), "doubt", "Nearly all masked", "only the proximal"
+    ),
     "saturated": (_both(**{"rewards/saturated_fraction": 0.8}), "doubt", "Standing still: saturated", "80%"),
     "forgetting": (_both(**{"rewards/chosen": -0.4}), "doubt", "Winning by forgetting", "get worse faster"),
     "memorising": (
@@ -105,6 +108,17 @@ def test_what_was_measured_counts_for_more(tmp_path, low, high, verdict, step, i
     findings = findings_of(run, quality)
     assert findings.verdict == (verdict if is_sure and step == 100 else "Learning")
     assert any(text.startswith(f"Measured at step {step}: win rate by pick") for text in findings.sentences)
+
+
+def test_a_run_with_a_proximal_term_shows_its_distance_beside_the_drift(tmp_path):
+    rows = [learning(step, **{"proximal/distance": step / 1000, "proximal/loss": step / 100}) for step in STEPS]
+    run = read_runs([write_log(tmp_path / "run", rows)])[0]
+    shown = {chart.title: table_of(chart)[1][-1] for chart in metric_charts([run], is_reward=False)}
+    assert shown["Distance from the reference"] == ["100", "0.1"] and shown["Proximal term"] == ["100", "1"]
+    titles = list(shown)
+    assert titles.index("Distance from the reference") == titles.index("Drift of the loser") + 1
+    (figure,) = (figure for figure in findings_of(run).figures if figure.name == "distance")
+    assert (figure.value, figure.note) == ("0.1", "training, step 100")
 
 
 def test_rewards_of_another_kind_have_a_scale_of_their_own(tmp_path):

@@ -73,13 +73,23 @@ _REWARD_METRICS = (
     ("Implicit accuracy", "rewards/accuracies", "Share of pairs with a margin above 0."),
 )
 _METRICS = (
-    ("Loss", "loss", "Of the objective, masked pairs counted as 0. Between methods, compare accuracies instead."),
+    (
+        "Loss",
+        "loss",
+        "Of the objective, masked pairs counted as 0, and what is added to it. Between methods, compare accuracies.",
+    ),
     ("Drift of the winner", "drift/chosen_error", "Error on chosen images against the reference's, minus 1."),
     (
         "Drift of the loser",
         "drift/rejected_error",
         "The same of rejected images. It rises by design, but not for ever.",
     ),
+    (
+        "Distance from the reference",
+        "proximal/distance",
+        "Of the predictions, mean square, with `proximal_kappa`. Where it stops to rise, the policy has come to rest.",
+    ),
+    ("Proximal term", "proximal/loss", "What the pull to the reference adds to the loss."),
     ("Masked share", "sipo/masked_fraction", "Share of pairs that were dropped. Near 1 is a standstill."),
     (
         "Importance weight",

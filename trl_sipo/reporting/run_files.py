@@ -23,7 +23,7 @@ from trl_sipo.trainer.run_warnings import RunWarnings
 
 HELD_OUT = "held out"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
-_METRIC = re.compile(r"(?:loss|grad_norm|learning_rate|kl|(?:rewards|logps|sipo|drift)/[\w./-]{1,60})")
+_METRIC = re.compile(r"(?:loss|grad_norm|learning_rate|kl|(?:rewards|logps|sipo|drift|proximal)/[\w./-]{1,60})")
 _EVALUATED = re.compile(rf"eval_(?:(.{{1,60}})_)??({_METRIC.pattern})")
 _SAMPLES = re.compile(r"samples/(.{1,100})", re.DOTALL)
 _OF_TEXT = "sipo/chosen_importance_weight"

@@ -17,6 +17,7 @@ from trl_sipo.trainer.run_warnings import DRIFT_RISE, MASKED_SHARE, SATURATED_SH
 ACCURACY, MARGIN, CHOSEN = "rewards/accuracies", "rewards/margins", "rewards/chosen"
 DRIFT, REJECTED_DRIFT = "drift/chosen_error", "drift/rejected_error"
 MASKED, SATURATED = "sipo/masked_fraction", "rewards/saturated_fraction"
+DISTANCE, PROXIMAL_LOSS = "proximal/distance", "proximal/loss"
 _FEW_LOGS = 5
 # The margin has fallen when less than this share of its best is left, which must have been one: large, or with an
 # accuracy that chance does not give.
@@ -180,7 +181,10 @@ def _standing(run: Run) -> _Finding | None:
         return None
     masked, saturated = run.recent(MASKED), run.recent(SATURATED)
     if masked is not None and masked >= MASKED_SHARE:
-        text = f"Lately {masked:.0%} of the pairs are masked: hardly anything is trained, and flat is no convergence."
+        lately = f"Lately {masked:.0%} of the pairs are masked:"
+        if run.recent(PROXIMAL_LOSS) is not None:  # which a mask leaves as it is
+            return DOUBT, "Nearly all masked", f"{lately} only the proximal term acts, which pulls the policy back."
+        text = f"{lately} hardly anything is trained, and flat is no convergence."
         return DOUBT, "Standing still: masked", text
     if saturated is not None and saturated > SATURATED_SHARE:
         return (
@@ -272,6 +276,7 @@ def _figures(run: Run) -> list[Figure]:
         ("accuracy", ACCURACY, True),
         ("margin", MARGIN, False),
         ("winner's drift", DRIFT, True),
+        ("distance", DISTANCE, False),
         ("loss", "loss", False),
     ):
         course, where = _best_course(run, key)
