@@ -29,6 +29,7 @@ from tests.trainer.runs import (
 from trl_sipo.errors import BackboneError, ConfigurationError
 from trl_sipo.trainer.checkpoint_files import MANIFEST_FILE
 from trl_sipo.trainer.checkpointing import copy_weights
+from trl_sipo.trainer.description import describe_kappa
 
 lora_and_full = pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 
@@ -242,13 +243,14 @@ def test_model_card(method, tmp_path, monkeypatch):
     assert card.data.datasets == "someone/some-pairs"
     assert trainer._paper["citation"] in card.text and re.search(r"@\w+\{", card.text)
     assert trainer.method_name in card.text and "load_lora_weights" in card.text
-    assert f"beta = {trainer.beta:g}" in card.text
+    assert f"beta = {trainer.beta:g}" in card.text and "kappa" not in card.text
 
 
-def test_a_card_does_not_name_a_local_folder(base, tmp_path):
-    trainer = make_trainer(DPO, tmp_path / "run", model=base, is_lora=False)
+def test_a_card_says_kappa_and_does_not_name_a_local_folder(base, tmp_path):
+    trainer = make_trainer(DPO, tmp_path / "run", model=base, is_lora=False, proximal_kappa=0.625)
     trainer.create_model_card()
     text = (tmp_path / "run" / "README.md").read_text()
+    assert "kappa = 0.625" in text and f"\n\n{describe_kappa(trainer)}\n" in text
     assert str(tmp_path) not in text and "base_model" not in text and "load_lora_weights" not in text
 
 

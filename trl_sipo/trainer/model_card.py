@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from trl_sipo import __version__
 from trl_sipo.trainer._trl_compat import get_comet_experiment_url, get_trackio_space_url
+from trl_sipo.trainer.description import describe_kappa
 
 _REPORTED_PACKAGES = ("trl", "diffusers", "transformers", "peft", "torch", "datasets")
 
@@ -39,6 +40,7 @@ def save_run_card(
         method=trainer.method_name,
         paper=paper,
         beta_description=trainer.beta_description,
+        kappa_description=describe_kappa(trainer) if args.proximal_kappa else "",
         pipeline_class=type(pipeline).__name__,
         is_lora=isinstance(trainer.unwrapped_model, PeftModel),
         is_video=trainer.adapter.is_video,
@@ -58,6 +60,7 @@ def save_model_card(
     method: str,
     paper: dict[str, str],
     beta_description: str,
+    kappa_description: str,
     pipeline_class: str,
     is_lora: bool,
     is_video: bool,
@@ -69,6 +72,7 @@ def save_model_card(
 
     Args:
         lora_loading_code: Lines of Python; `{path}` stands for the model's name.
+        beta_description, kappa_description: What the two mean, a line each; empty where there is none.
         base_model: Hub id of the base, or `None` when it came from a local folder.
         paper: `title`, `citation`, and optionally `id` (arXiv) of the method.
         prompt: A prompt of the sample grids, for the loading example.
@@ -94,6 +98,7 @@ def save_model_card(
         paper_id=paper.get("id"),
         citation=paper.get("citation"),
         beta_description=beta_description,
+        kappa_description=kappa_description,
         pipeline_class=pipeline_class,
         is_lora=is_lora,
         is_video=is_video,
