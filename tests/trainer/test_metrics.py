@@ -134,14 +134,27 @@ RISING = [{"drift/chosen_error": 0.02 * step} for step in range(1, 2 * DRIFT_WIN
         ([{"sipo/masked_fraction": 1.0}] * MASKED_WINDOW, "mask_threshold"),
         ([{"rewards/saturated_fraction": 0.8}] * 3, "Lower `beta`"),
         ([{"sipo/empty_batches": 2.0}] * 3, "batch size"),
+        ([{**row, "proximal/loss": 0.1} for row in RISING], "raise `proximal_kappa`"),
+        ([{"sipo/masked_fraction": 1.0, "proximal/loss": 0.1}] * MASKED_WINDOW, "only the proximal term acts"),
+        ([{"sipo/empty_batches": 2.0, "proximal/loss": 0.1}] * 3, "no gradient but that of the proximal term"),
     ],
-    ids=["winner_error_rises", "all_masked", "saturated", "empty_batches"],
+    ids=[
+        "winner_error_rises",
+        "all_masked",
+        "saturated",
+        "empty_batches",
+        "winner_error_rises_with_kappa",
+        "all_masked_with_kappa",
+        "empty_batches_with_kappa",
+    ],
 )
 def test_warns_once_with_advice(rows, advice, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_sipo"):
         _feed(DivergenceWarningCallback(), *rows)
     (record,) = caplog.records
-    assert advice in record.getMessage() and "Step" in record.getMessage()
+    message = record.getMessage()
+    assert advice in message and "Step" in message
+    assert ("proximal/loss" in rows[0]) == ("proximal term" in message or "raise `proximal_kappa`" in message)
 
 
 @pytest.mark.parametrize(

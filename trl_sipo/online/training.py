@@ -18,7 +18,9 @@ from trl_sipo.online.stopping import trainer_takes_sigterm
 from trl_sipo.trainer.methods import method_classes
 
 RUN_FOLDER, MODEL_FOLDER = "run", "model"
-_REPORTED = ("loss", "rewards/accuracies", "rewards/margins", "drift/chosen_error", "sipo/masked_fraction")
+_REPORTED = (
+    "loss", "rewards/accuracies", "rewards/margins", "drift/chosen_error", "proximal/distance", "sipo/masked_fraction",
+)  # fmt: skip
 
 
 def policy_spec(config: OnlineConfig, name: str, trained: Path | None) -> ModelSpec:

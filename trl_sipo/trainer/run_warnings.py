@@ -55,6 +55,7 @@ class RunWarnings:
         return [f"Step {step}: {text}" for _, text in new]
 
     def _found(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        has_term = "proximal/loss" in logs  # which a mask leaves as it is
         self._drift.append(logs["drift/chosen_error"])
         drift = list(self._drift)
         steps = zip(drift, drift[1:], strict=False)
@@ -64,20 +65,23 @@ class RunWarnings:
                 "drift",
                 f"the error on the chosen images has risen for {DRIFT_WINDOW} logs and is {drift[-1]:.0%} above the "
                 "reference's. The margin then grows by forgetting, and images degrade. Lower the learning rate, raise "
-                "`beta`, stop earlier, or add `sft_weight`; SIPO and DPO-C&M mask such pairs.",
+                f"`beta`, stop earlier, or {'raise' if has_term else 'add'} `proximal_kappa` or `sft_weight`; SIPO "
+                "and DPO-C&M mask such pairs.",
             )
         self._masked_logs = self._masked_logs + 1 if logs.get("sipo/masked_fraction", 0.0) >= MASKED_SHARE else 0
         if self._masked_logs >= MASKED_WINDOW:
             yield (
                 "masked",
-                f"for {MASKED_WINDOW} logs nearly all pairs have been masked, so training has all but stopped: a flat "
+                f"for {MASKED_WINDOW} logs nearly all pairs have been masked, so "
+                f"{'that only the proximal term acts' if has_term else 'training has all but stopped'}: a flat "
                 "curve does not mean that it has converged. The policy has left the data: go back to an earlier "
                 "checkpoint, lower the learning rate or raise `beta`; a lower `mask_threshold` lets more pairs in.",
             )
         if logs.get("sipo/empty_batches", 0) > 0:
             yield (
                 "empty",
-                f"{logs['sipo/empty_batches']:.0f} batch(es) so far were masked altogether and gave no gradient; "
+                f"{logs['sipo/empty_batches']:.0f} batch(es) so far were masked altogether and gave no gradient"
+                f"{' but that of the proximal term' if has_term else ''}; "
                 "`sipo/empty_batches` goes on counting. With few pairs per step this happens by chance: raise the "
                 "batch size or `gradient_accumulation_steps`.",
             )
