@@ -23,10 +23,10 @@ from trl_sipo.scripts.train import lora_config, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "sd15_lora.py"
-# Of diffusion models; `text_*` is for `tests/cli/test_sipo_text.py`, `online_*` for `tests/cli/test_online.py`.
-CONFIGS = sorted(
-    path for path in (ROOT / "examples" / "configs").glob("*.yaml") if not path.stem.startswith(("text_", "online_"))
-)
+# Of diffusion models; `text_*` is for `tests/cli/test_sipo_text.py`, `online_*` for `tests/cli/test_online.py`. What
+# is for the model in the package, `demo_*`, has a test of its own below.
+OTHERS = ("text_", "online_", "demo_")
+CONFIGS = sorted(path for path in (ROOT / "examples" / "configs").glob("*.yaml") if not path.stem.startswith(OTHERS))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 TINY_RUN = (
     "--steps", "2", "--batch-size", "2", "--accumulation", "2", "--learning-rate", "1e-2", "--inference-steps", "3",
@@ -199,6 +199,35 @@ def test_a_configuration_is_for_its_model(config):
     assert f'"{organisation}/' in script.read_text(encoding="utf-8")
 
 
+def _commands_of_the_model_in_the_package():
+    """The two in the comment: how pairs are made, and what trains on them."""
+    config = ROOT / "examples" / "configs" / "demo_dpo_proximal.yaml"
+    comment = config.read_text(encoding="utf-8").replace("\\\n#", "")
+    return [line.split()[2:] for line in comment.splitlines() if line.startswith("#   trl-sipo ")]
+
+
+def test_the_configuration_of_the_model_in_the_package_is_right(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (_, *feedback), (method, *train) = _commands_of_the_model_in_the_package()
+    data, training, model = parse(method, train)
+    assert data.dataset_name == feedback[feedback.index("--output") + 1] + "/pairs.parquet"
+    assert f"base={model.model_name_or_path}" in feedback and (ROOT / model.model_name_or_path).is_dir()
+    assert (training.beta, training.proximal_kappa, training.learning_rate) == (2.0, 0.5, 5e-5)
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_model_in_the_package_trains(tmp_path, monkeypatch):
+    """By its commands, up to paths and numbers."""
+    monkeypatch.chdir(ROOT)
+    feedback, train = _commands_of_the_model_in_the_package()
+    small = ["--samples_per_prompt", "2", "--num_inference_steps", "1", "--max_prompts", "4", "--min_margin", "0"]
+    pairs = tmp_path / "feedback" / "pairs.parquet"
+    assert main([*feedback, "--output", str(tmp_path / "feedback"), *small]) == 0
+    few = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "run")]
+    assert main([*train[:-1], str(pairs), *few]) == 0
+    assert "kappa = 0.5" in (tmp_path / "run" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_no_configuration_names_data_that_may_be_gone(config, capsys):
     method = _command_in(config)[1]
@@ -246,6 +275,12 @@ def _published(name, method):
     config = ROOT / "examples" / "configs" / f"{name}.yaml"
     _, training, model = parse(method, ["--config", str(config), "--dataset_name", "x/y"])
     return training, model
+
+
+def test_the_proximal_term_on_one_gpu_has_the_beta_of_diffusion_dpo():
+    training, model = _published("sd15_dpo_proximal_single_gpu", "dpo")
+    assert (training.beta, lora_config(model).r) == (_published("sd15_dpo", "dpo")[0].beta, 8)
+    assert 0.6 <= training.proximal_kappa <= 1  # what docs/source/proximal.md says of pairs from elsewhere
 
 
 def test_one_gpu_trains_a_lora_with_the_published_objective():
