@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is logged about a batch of pairs. Names are TRL's where TRL has one; ours are under `sipo/` and `drift/`."""
+"""What is logged about a batch of pairs. Names are TRL's where TRL has one; ours are under `sipo/`, `drift/` and
+`proximal/`."""
 
 import math
 from collections.abc import Sequence
