@@ -169,7 +169,7 @@ def test_a_win_rate_that_no_kappa_reaches_has_ways_out(pairs, capsys):
     printed = capsys.readouterr().out
     assert "NO KAPPA WITH AN OPTIMUM WINS 75%" in printed and "it is 66.7% at the most" in printed
     assert "2 rounds with proximal_kappa = 0.6" in printed and "stop it by held-out pairs" in printed
-    assert "proximal_kappa = 0.25 is BELOW 0.5: where less than 25% of the comparisons are won" in printed
+    assert "proximal_kappa = 0.25 is BELOW 0.5: where less than 0.25 of the comparisons are won" in printed
     assert "Assumed, as given: 0.0% of the labels are turned" in printed
 
 
@@ -216,10 +216,17 @@ def test_scores_of_the_data_tell_how_noisy_labels_are(pairs, tmp_path, capsys):
     ("kappa", "noise", "words"),
     [
         (0.0, 0.0, "switches the term off"),
-        (0.4, 0.0, "BELOW 0.5: where less than 10% of the comparisons"),
+        (0.4, 0.0, "BELOW 0.5: where less than 0.1 of the comparisons are won, samples are pushed away, the farther"),
+        (0.499, 0.0, "BELOW 0.5: where less than 0.001 of the comparisons"),
         (0.4, 0.2, "if all are as noisy as the labels"),
-        (0.5, 0.0, "wins 66.7% against the base model. It is the least that does"),
-        (1.0, 0.6, "wins nothing: the labels are no better than chance"),
+        (
+            0.5,
+            0.0,
+            "is the least that has an optimum for pairs drawn from the model, whatever their labels, and wins 66.",
+        ),
+        (0.5, 0.0, "For pairs from elsewhere take more."),
+        (0.51, 0.0, "has an optimum whatever the pairs are; for pairs drawn from the model it wins 66.3%"),
+        (1.0, 0.6, "known to win: the labels are no better than chance"),
     ],
 )
 def test_what_is_said_of_a_kappa(kappa, noise, words):

@@ -84,7 +84,8 @@ def test_below_one_half_the_limit_falls_without_an_end(kappa):
 def test_below_one_half_a_beta_alone_ends_it_and_ever_farther_out(kappa, beta):
     """A rejected arm whose target is the reference's own prediction comes to rest where sigmoid(-z) = kappa.
 
-    So at a distance of 2 / beta * ln(1 / kappa - 1): it grows without bound as beta shrinks. From 1/2 on it stays.
+    So at a distance of 2 / beta * ln(1 / kappa - 1): it grows without bound as beta shrinks. From 1/2 on such an arm,
+    about which the reference is right, stays.
     """
     _, r, target = random_pairs(4)
     target[1] = r[1]
@@ -120,6 +121,52 @@ def test_pairs_of_another_model_need_more_than_one_half():
         q = p.clone().requires_grad_()
         (force,) = torch.autograd.grad(pair_loss(q, r, target, beta=1e-16, kappa=0.5).sum(), q)
         torch.testing.assert_close(force[1] / 1e-16, -(r[1] - target[1]) / 6, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_at_one_half_the_pairs_and_the_reference_decide(is_exact):
+    """Four pairs whose rejected arms are noised to one x_t, to which no chosen arm is: P(win | x_t) = 0 there.
+
+    A reference that is right about them, as it is where it drew them, leaves the limit flat: it is bounded. One that
+    is off, or whose samples these are not, leaves a force that is the same at any distance, and no bound.
+    """
+    _, r, target = random_pairs(8, batch=4)
+    off = torch.full_like(r[1], 0.0 if is_exact else 0.1)
+    r[1], beta = target[1].mean(0) + off, 1e-13
+    for distance in (0.0, 1.0, 100.0):
+        shared = (r[1, 0] + distance).requires_grad_()
+        loss = pair_loss(torch.stack([r[0], shared.expand(4, -1)]), r, target, beta=beta, kappa=0.5).mean()
+        (force,) = torch.autograd.grad(loss / beta, shared)
+        torch.testing.assert_close(force, -off[0] / 6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("error", [0.3, 2.0])
+def test_at_one_half_a_beta_alone_ends_what_another_model_drew(error):
+    """At d = (4 e / beta)^(2/3) for a small beta, e being the reference's error: without a bound as beta shrinks.
+
+    Slower than below 1/2, where d goes with 1 / beta. Above 1/2 it is e^2 / (2 kappa - 1)^2.
+    """
+
+    def force(u, beta, kappa):
+        p = tensor_pair(u).requires_grad_()
+        loss = pair_loss(p, tensor_pair(0.0), tensor_pair(-error), beta=beta, kappa=kappa)
+        return torch.autograd.grad(loss.sum(), p)[0][1].item()
+
+    def tensor_pair(value):
+        return torch.tensor([[[0.0]], [[value]]], dtype=torch.float64)
+
+    def rest(beta, kappa):
+        """Where the force is 0, by halving: before it the push is the stronger one, behind it the spring."""
+        low, high = 0.0, 1e6
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if force(middle, beta, kappa) < 0 else (low, middle)
+        return low
+
+    for beta in (1e-5, 1e-8):
+        expected = (4 * error / beta) ** (2 / 3)
+        assert rest(beta, 0.5) ** 2 == pytest.approx(expected, rel=0.1 if beta == 1e-5 else 0.01)
+        assert rest(beta, 0.8) == pytest.approx(error / 0.6, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------ how far a policy gets, at any beta

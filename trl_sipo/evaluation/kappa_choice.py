@@ -28,7 +28,8 @@ from trl_sipo.errors import ConfigurationError
 from trl_sipo.evaluation.statistics import Interval, by_cluster, clustered_interval
 
 ALWAYS, AS_NOISY, NEVER, OFF = "always", "if_as_noisy", "none", "off"
-"""Whether a kappa has an optimum: whatever the pairs are; if labels are turned as said; on no guarantee; no term."""
+"""Whether a kappa has an optimum with pairs drawn from the model: whatever the labels; if they are turned as said; on
+no guarantee; no term. As everywhere here, the model is to predict its own samples best."""
 MOST_ROUNDS = 3
 """Rounds that are told of: each one needs the one before it to have come to its optimum."""
 _HALVINGS = 100  # as exact as a float is

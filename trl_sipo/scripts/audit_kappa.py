@@ -17,9 +17,9 @@ _TABLE_KAPPAS = (0.25, 0.5, 1.0, 2.0, 5.0)
 _MOST_PAIRS = 10_000  # whose labels are read, evenly spaced: the interval is 1 % wide then
 _CONDITIONS = (
     "All win rates are the closed form of Diffusion-DPO with the term. It holds for pairs of two samples that the "
-    "model itself drew, none left out: not for pictures from elsewhere (how far they are says `trl-sipo audit "
-    "weights`), nor for the best and the worst of several. And it is where a long training ends at a beta well below "
-    "the range above: a larger one is itself a pull to the reference, and less is won."
+    "model itself drew, without guidance, none left out: not for pictures from elsewhere (how far they are says "
+    "`trl-sipo audit weights`), nor for the best and the worst of several. And it is where a long training ends at a "
+    "beta well below the range above: a larger one is itself a pull to the reference, and less is won."
 )
 
 
@@ -211,8 +211,8 @@ def kappa_reading(
     optimum = section.get("given", section.get("wanted", {})).get("optimum")
     if beta is not None and beta < found.low and optimum in (ALWAYS, AS_NOISY):
         sentences.append(
-            "What is said of beta is of training without the term: with this kappa a small beta has an optimum too, "
-            "and it is a small beta that these win rates are of."
+            "What is said of beta is of training without the term: with this kappa, and pairs drawn from the model, a "
+            "small beta has an optimum too, and it is a small beta that these win rates are of."
         )
     return [*sentences, noise_words(noises), _CONDITIONS]
 
@@ -234,7 +234,7 @@ def wanted_words(wanted: dict[str, Any], noise: "LabelNoise") -> str:
     most = win_rate(BOUNDED_KAPPA, share)
     return (
         f"{sentence} That is below {BOUNDED_KAPPA}, and has an optimum only if all pairs are as noisy as the labels "
-        f"on the whole; the most that one with an optimum whatever the pairs are wins is {most:.1%}."
+        f"on the whole; the most that one with an optimum whatever the labels are wins is {most:.1%}."
     )
 
 
@@ -266,12 +266,12 @@ def given_words(row: dict[str, Any], noise: "LabelNoise") -> str:
     if optimum == OFF:
         return f"{kappa} switches the term off: nothing but beta, and when it is stopped, holds the policy."
     if row["win_rate"] is None and noise.share.estimate >= 0.5 and optimum == ALWAYS:
-        return f"{kappa} has an optimum, but one that wins nothing: the labels are no better than chance."
+        return f"{kappa} has an optimum, but none that is known to win: the labels are no better than chance."
     if row["win_rate"] is None:
         return (
-            f"{kappa} is BELOW {BOUNDED_KAPPA}: where less than {max(0.5 - row['kappa'], 0):.0%} of the comparisons "
-            "are won, samples are pushed away without an end, and no win rate is known beforehand. Stop it by "
-            "held-out pairs, as training without the term."
+            f"{kappa} is BELOW {BOUNDED_KAPPA}: where less than {max(0.5 - row['kappa'], 0):.3g} of the comparisons "
+            "are won, samples are pushed away, the farther the smaller beta is, and no win rate is known beforehand. "
+            "Stop it by held-out pairs, as training without the term."
         )
     wins = f"wins {_with_ends(row['win_rate'], '.1%')} against the base model"
     if optimum == AS_NOISY:
@@ -279,8 +279,12 @@ def given_words(row: dict[str, Any], noise: "LabelNoise") -> str:
             f"{kappa}, for pairs drawn from the model, {wins} if all are as noisy as the labels on the whole; else it "
             "may have no optimum."
         )
-    edge = " It is the least that does: for pairs from elsewhere take more." if row["kappa"] == BOUNDED_KAPPA else ""
-    return f"{kappa} has an optimum whatever the pairs are; for pairs drawn from the model it {wins}.{edge}"
+    if row["kappa"] == BOUNDED_KAPPA:
+        return (
+            f"{kappa} is the least that has an optimum for pairs drawn from the model, whatever their labels, and "
+            f"{wins}. For pairs from elsewhere take more."
+        )
+    return f"{kappa} has an optimum whatever the pairs are; for pairs drawn from the model it {wins}."
 
 
 def noise_words(noises: Sequence["LabelNoise"]) -> str:
