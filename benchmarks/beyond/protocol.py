@@ -164,10 +164,11 @@ ONLY_FULL, ONLY_ON_POLICY = ("moving reference",), ("rounds", "DPO in rounds")
 HEADLINE_CELL, HEADLINE_SEEDS = Cell("shipped", "on_policy"), (0, 1)
 HEADLINE_ARMS = (
     ("DPO", "beta 20"),
-    ("DPO", "beta 2000"),
+    ("DPO", "beta 200, lr 0.0001"),
+    ("DPO", "beta 2000, lr 0.0001"),
     ("SIPO", "beta 20, clip 0.1"),
-    ("proximal", "beta 20, kappa 0.25"),
     ("proximal", "beta 20, kappa 0.5"),
+    ("proximal", "beta 200, kappa 0.1, lr 0.0001"),
 )
 
 
