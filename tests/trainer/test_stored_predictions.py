@@ -198,6 +198,18 @@ def test_a_disk_without_room_is_refused_before_anything_is_computed(folder, tmp_
     stored(tmp_path)  # nothing is missing
 
 
+def test_what_is_whole_is_only_read(tmp_path, monkeypatch):
+    """As of a folder that others share and that is not ours to write, of which root would not be told."""
+    stored(tmp_path)
+    made, make = [], PredictionStore.make
+    monkeypatch.setattr(PredictionStore, "make", lambda store, count: made.append(count) or make(store, count))
+    monkeypatch.setattr(reference_errors.Bank, "check_is_writable", lambda bank: made.append(bank.path))
+    stored(tmp_path)
+    assert not made
+    stored(tmp_path, num_ref_draws=3)
+    assert 3 in made
+
+
 def test_draws_are_added_to_those_that_are_there(folder, tmp_path, monkeypatch):
     kept = passes_kept(monkeypatch)
     stored(tmp_path / "1", num_ref_draws=1)
@@ -311,6 +323,23 @@ def test_a_disk_that_fills_up_is_said_with_the_way_out(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     store.read(torch.tensor([0]), 0)
+
+
+def test_files_that_cannot_be_made_are_said_before_anything_is_computed(folder, tmp_path, monkeypatch):
+    """A limit on the size of files, as a file system may have one, and a file in the place of the folder."""
+    kept, before = passes_kept(monkeypatch), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot be kept in .*predictions', in files of 16,416 bytes"):
+            stored(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (place,) = folder.glob("*.predictions")
+    shutil.rmtree(place)
+    place.touch()
+    with pytest.raises(StorageError, match="cannot be kept in .* Set HF_HOME"):
+        stored(tmp_path)
+    assert not kept
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

@@ -313,14 +313,15 @@ def _make_room(trainer: Any, parts: Sequence[_Part]) -> None:
     parts = list({part.bank.path: part for part in parts}.values())
     stores = [(part, part.bank.predictions) for part in parts if part.bank.predictions is not None]
     total = sum(store.num_bytes(part.draws.num_draws) for part, store in stores)
-    missing = sum(part.num_missing() * store.row_bytes for part, store in stores)
+    lacking = [(part, store, number) for part, store in stores if (number := part.num_missing())]
+    missing = sum(number * store.row_bytes for _, store, number in lacking)
     costs = [f"  {describe_cost(part.name, store, part.draws.num_draws)}" for part, store in stores]
     heading = f"Predictions of the reference on disk: {in_bytes(total)}, of which {in_bytes(missing)} are missing"
     trainer.accelerator.print("\n".join([heading, *costs]))
 
     def make() -> None:
         check_room(reference_folder(), missing)
-        for part, store in stores:
+        for part, store, _ in lacking:  # what is whole may lie in a folder that is not ours to write
             part.bank.check_is_writable()
             store.make(part.draws.num_draws)
 

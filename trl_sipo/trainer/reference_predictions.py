@@ -54,11 +54,18 @@ class PredictionStore:
         return all(file.is_file() and file.stat().st_size == self.num_bytes(1) for file in files)
 
     def make(self, num_draws: int) -> None:
-        """Make the files of the first draws that are not there, with nothing in them. Raises OSError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for draw in range(num_draws):
-            with open(self._file(draw), "ab") as file:
-                file.truncate(self.num_bytes(1))
+        """Make the files of the first draws that are not there, with nothing in them. Raises StorageError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for draw in range(num_draws):
+                with open(self._file(draw), "ab") as file:
+                    file.truncate(self.num_bytes(1))
+        except OSError as error:  # a quota, or a file system that has no files of this size
+            raise StorageError(
+                f"The predictions of the reference cannot be kept in {str(self.folder)!r}, in files of "
+                f"{in_bytes(self.num_bytes(1))} for each draw ({error}). Set HF_HOME to a folder that can hold them, "
+                "or compute the reference live (`precompute_ref_log_probs=False`)."
+            ) from error
 
     def write(self, ids: torch.Tensor, draw: int, predictions: Sequence[torch.Tensor]) -> None:
         """Write one draw of some pairs.
