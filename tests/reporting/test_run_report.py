@@ -11,7 +11,17 @@ import pytest
 from tests.reporting.logged_runs import ENDED, START, held_out, learning, levels_at, write_log
 from trl_sipo.cli.main import main
 from trl_sipo.reporting.chart_cards import ChartCards
-from trl_sipo.reporting.charts import Axis, Chart, Line, describe, line_chart, path_of, round_ticks, short
+from trl_sipo.reporting.charts import (
+    Axis,
+    Chart,
+    Line,
+    axes_of,
+    describe,
+    line_chart,
+    path_of,
+    round_ticks,
+    short,
+)
 from trl_sipo.reporting.figures import COLOURS
 from trl_sipo.reporting.heat_maps import HeatMap, colour_of, describe_heat_map, heat_map
 from trl_sipo.reporting.level_panels import level_panel
@@ -119,6 +129,17 @@ def test_a_run_with_a_proximal_term_shows_its_distance_beside_the_drift(tmp_path
     assert titles.index("Distance from the reference") == titles.index("Drift of the loser") + 1
     (figure,) = (figure for figure in findings_of(run).figures if figure.name == "distance")
     assert (figure.value, figure.note) == ("0.1", "training, step 100")
+
+
+def test_what_kernels_round_at_the_start_does_not_flatten_the_distance(tmp_path):
+    rows = [learning(step, **{"proximal/distance": 1e-14 if step == 10 else step / 1000}) for step in STEPS]
+    (chart,) = (
+        chart
+        for chart in metric_charts(read_runs([write_log(tmp_path / "run", rows)]), is_reward=False)
+        if chart.title == "Distance from the reference"
+    )
+    _, axis = axes_of(chart)
+    assert not axis.is_log and axis.low == 0.0
 
 
 def test_rewards_of_another_kind_have_a_scale_of_their_own(tmp_path):

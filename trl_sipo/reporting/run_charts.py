@@ -87,8 +87,8 @@ _METRICS = (
     (
         "Distance from the reference",
         "proximal/distance",
-        "Of predictions, mean square, with `proximal_kappa`. It stops to rise where the policy, or the learning rate, "
-        "has come to rest.",
+        "Of predictions, mean square, with proximal_kappa. It stops to rise where the policy, or the learning rate, has "
+        "come to rest.",
     ),
     ("Proximal term", "proximal/loss", "What the pull to the reference adds to the loss."),
     ("Masked share", "sipo/masked_fraction", "Share of pairs that were dropped. Near 1 is a standstill."),
@@ -108,6 +108,9 @@ _LEVELS = {
     "rewards/accuracies": ((0.5, "chance"),),
     "drift/chosen_error": ((0.0, ""),),
     "drift/rejected_error": ((0.0, ""),),
+    # At the start what kernels round, which would make the axis one of decades.
+    "proximal/distance": ((0.0, ""),),
+    "proximal/loss": ((0.0, ""),),
 }
 # Where the trainer warns.
 _LIMITS = {
