@@ -87,8 +87,8 @@ _METRICS = (
     (
         "Distance from the reference",
         "proximal/distance",
-        "Of predictions, mean square, with proximal_kappa. It stops to rise where the policy, or the learning rate, has "
-        "come to rest.",
+        "Of predictions, mean square, with proximal_kappa. It stops to rise where the policy, or the learning rate, "
+        "has come to rest.",
     ),
     ("Proximal term", "proximal/loss", "What the pull to the reference adds to the loss."),
     ("Masked share", "sipo/masked_fraction", "Share of pairs that were dropped. Near 1 is a standstill."),
