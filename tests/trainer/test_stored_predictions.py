@@ -271,6 +271,25 @@ def test_files_that_are_not_whole_are_not_used(damage, folder, tmp_path, caplog)
     assert contents(folder) == before and torch.equal(again.errors, expected.errors)
 
 
+def test_computing_anew_may_be_interrupted(folder, tmp_path, monkeypatch):
+    """What the errors of before would call known is not there: the file is as long as it should be, and empty."""
+    stored(tmp_path)
+    max(folder.glob("*.predictions/*")).unlink()
+    keep, passes = reference_pass._keep_draw, itertools.count()
+
+    def interrupted(*args):
+        if next(passes) == 4:
+            raise KeyboardInterrupt
+        return keep(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference_pass, "_keep_draw", interrupted)
+        stored(tmp_path)
+    predictions = stored(tmp_path).reference.train.predictions
+    for draw in range(2):
+        predictions.read(torch.arange(8), draw)
+
+
 def test_a_damaged_row_is_an_error_and_no_prediction(folder, tmp_path):
     trainer = stored(tmp_path, num_ref_draws=1)
     (file,) = folder.glob("*.predictions/*")
