@@ -203,6 +203,8 @@ def _train_round(
     learning_rate = overrides.pop("learning_rate", protocol.LEARNING_RATE)
     if run.cell.is_lora:
         learning_rate *= protocol.LORA_LEARNING_RATE / protocol.LEARNING_RATE
+    if place.is_quick:
+        learning_rate *= protocol.QUICK_RATE
     settings = replace(place.settings, max_steps=measured_at[-1], eval_every=10**6, learning_rate=learning_rate)
     args = make_config(DemoArm(name, name, overrides), run.seed, settings, IMAGES, place.result(run).with_suffix(""))
     callback = _measuring(place, run, files, measured_at, done)
