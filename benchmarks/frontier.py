@@ -10,7 +10,8 @@
 
 A method's points in a cell (`beyond/protocol.py`) are its settings after some steps: the win rate over the base by a
 verifier that ranked no pairs, and the quality. Areas are defined in `beyond/area.py`, how sure they are in
-`beyond/inference.py`, how settings are chosen for the test in `beyond/selection.py`.
+`beyond/inference.py`, how settings are chosen for the test in `beyond/selection.py`, and what other definitions give
+in `beyond/robustness.py`.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from beyond import claims, freezing, plan, protocol, selection, tables
 from beyond import evidence as evidence_file
-from beyond import freezing, plan, protocol, selection, tables
 from beyond import report as report_files
 from beyond.analysis import Areas, analysed
 from beyond.evidence import Evidence
 from beyond.protocol import Arm
-from beyond.runs import Place, run_all
+from beyond.robustness import robustness
+from beyond.runs import Place, rows_of, run_all
 
 from trl_sipo.errors import ConfigurationError, StorageError
 
@@ -140,6 +142,7 @@ def report(options: argparse.Namespace) -> None:
         "protocol": frozen["digest"],
         "is_quick": options.quick,
         **analysed(found, protocol.TEST_SEEDS, frozen["protocol"]["single"]),
+        "robustness": robustness(found, protocol.TEST_SEEDS),
     }
     report_files.write_json(result, folder / "frontier.json")
     text = tables.tables(result)
@@ -151,12 +154,22 @@ def report(options: argparse.Namespace) -> None:
 
 
 def headline(options: argparse.Namespace) -> None:
-    """Train what the headline rests on, and print it beside what the report has."""
+    """Train what the headline rests on, print it beside what the report has, and see what held in every run.
+
+    Raises:
+        ConfigurationError: Something did not hold this time.
+    """
     runs = plan.headline_runs(quick=options.quick)
     run_all(runs, place_of(options), options.workers)
     kept = REPORTS / "runs.json"
     reported = evidence_file.read(kept) if kept.is_file() and not options.quick else None
-    print(tables.headline_table(evidence_file.collect(runs, place_of(options)), reported))
+    found = evidence_file.collect(runs, place_of(options))
+    print(tables.headline_table(found, reported))
+    last_step = (protocol.QUICK_STEPS if options.quick else protocol.MEASURED_AT)[-1]
+    judgements = claims.judged(rows_of(found.records), last_step=last_step, quick=options.quick)
+    print("\n".join(["", *claims.as_lines(judgements)]))
+    if failed := claims.failed(judgements):
+        raise ConfigurationError(f"what held in every run of the report did not hold here: {'; '.join(failed)}.")
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {

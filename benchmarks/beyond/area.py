@@ -7,7 +7,7 @@ its points; the area of that union (hypervolume; Zitzler and Thiele 1999) is bet
 dominates nothing, and neither does a policy that loses against it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ COLLAPSED = 3.0
 MEASURES = ("win_rate", "frechet_distance", "second_accuracy", "diversity")
 
 
-def _of_frechet(distance: np.ndarray, base: Mapping[str, float]) -> np.ndarray:
-    worst, best = FRECHET_WORST * base["frechet_distance"], FRECHET_BEST * base["frechet_distance"]
+def on_log_scale(distance: np.ndarray, base: Mapping[str, float], worst: float, best: float) -> np.ndarray:
+    """Quality of a Frechet distance, with multiples of the base's at which it is 0 and 1."""
+    worst, best = worst * base["frechet_distance"], best * base["frechet_distance"]
     return np.log(worst / np.maximum(distance, best)) / np.log(worst / best)
 
 
@@ -35,24 +36,32 @@ def _of_diversity(diversity: np.ndarray, base: Mapping[str, float]) -> np.ndarra
 
 
 #: Qualities, the first of which is the primary one: of measures and the base's measures, before clipping to [0, 1].
-QUALITIES = {"frechet_distance": _of_frechet, "second_accuracy": _of_accuracy, "diversity": _of_diversity}
+QUALITIES = {
+    "frechet_distance": lambda distance, base: on_log_scale(distance, base, FRECHET_WORST, FRECHET_BEST),
+    "second_accuracy": _of_accuracy,
+    "diversity": _of_diversity,
+}
 PRIMARY = next(iter(QUALITIES))
+#: A key of `QUALITIES`, or a measure and a function like theirs.
+Quality = str | tuple[str, Callable[[np.ndarray, Mapping[str, float]], np.ndarray]]
 
 
-def on_plane(measured: np.ndarray, base: Mapping[str, float], quality: str = PRIMARY) -> np.ndarray:
+def on_plane(measured: np.ndarray, base: Mapping[str, float], quality: Quality = PRIMARY) -> np.ndarray:
     """The points of policies.
 
     Args:
         measured: (..., 4): `MEASURES`. A measure that is no number counts as the worst.
         base: The base's, by name.
         quality: Key of `QUALITIES`: the Frechet distance on a logarithmic scale between four times and half of the
-            base's; the accuracy by the second verifier, as it is; or the diversity as a share of the base's.
+            base's; the accuracy by the second verifier, as it is; or the diversity as a share of the base's. Or
+            a measure with a scale of its own.
 
     Returns:
         (..., 2) in [0, 1].
     """
     x = 2 * (measured[..., MEASURES.index("win_rate")] - 0.5)
-    y = QUALITIES[quality](measured[..., MEASURES.index(quality)], base)
+    measure, scale = (quality, QUALITIES[quality]) if isinstance(quality, str) else quality
+    y = scale(measured[..., MEASURES.index(measure)], base)
     return np.nan_to_num(np.stack([x, y], axis=-1), nan=0.0).clip(0, 1)
 
 

@@ -19,7 +19,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from beyond.area import PRIMARY, dominated_area, on_frontier, on_plane
+from beyond.area import PRIMARY, Quality, dominated_area, on_frontier, on_plane
 from beyond.points import Points
 from scipy.stats import t as student
 
@@ -65,19 +65,23 @@ def draws_of(num_seeds: int) -> np.ndarray:
     return counts[(counts > 0).sum(axis=1) > 1]
 
 
-def plain_area(points: Points, base: Mapping[str, float], counts: np.ndarray, quality: str = PRIMARY) -> np.ndarray:
+def plain_area(
+    points: Points, base: Mapping[str, float], counts: np.ndarray, quality: Quality = PRIMARY
+) -> np.ndarray:
     """Area of the policies' means over seeds, chosen and measured on the same; (draws,).
 
     Args:
         points: Policies.
         base: The base's measures.
         counts: (draws, seeds): how often each seed counts.
-        quality: Key of `area.QUALITIES`.
+        quality: What is the height, as `area.on_plane` takes it.
     """
     return dominated_area(on_plane(_means(points.values, counts), base, quality))
 
 
-def crossfit_area(points: Points, base: Mapping[str, float], counts: np.ndarray, quality: str = PRIMARY) -> np.ndarray:
+def crossfit_area(
+    points: Points, base: Mapping[str, float], counts: np.ndarray, quality: Quality = PRIMARY
+) -> np.ndarray:
     """Area of the policies that the other half of the seeds puts on the frontier; (draws,).
 
     The halves are of the seeds as they are, so that no resample has one seed in both; halves that a resample leaves
@@ -154,7 +158,7 @@ class Resampled:
         return Estimate(self.value, error if error > 1e-12 else 0.0, self.num_seeds - 1)
 
 
-def resampled_area(points: Points, base: Mapping[str, float], quality: str = PRIMARY) -> Resampled:
+def resampled_area(points: Points, base: Mapping[str, float], quality: Quality = PRIMARY) -> Resampled:
     """A method's cross-fitted area in a cell, of all seeds and of each resample; of one seed the plain area."""
     num_seeds = len(points.seeds)
     area = crossfit_area if num_seeds > 1 else plain_area

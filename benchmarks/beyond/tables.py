@@ -8,6 +8,8 @@ from beyond.analysis import REFERENCES
 from beyond.area import MEASURES, PRIMARY
 from beyond.evidence import Evidence
 from beyond.points import STOPPING, points_of
+from beyond.robustness import REFERENCES as COMPARED
+from beyond.robustness import SUBJECT
 
 QUICK_NOTE = "Quick runs of a few steps: these numbers mean nothing."
 
@@ -27,6 +29,10 @@ def tables(result: Mapping[str, Any]) -> str:
         "One setting for all cells, every run to its end": single_table(result, "at the end"),
         "One setting and one step for all cells": single_table(result, "at any step"),
         "Long runs": long_table(result),
+        f"Robustness: area of {SUBJECT} minus that of others, defined otherwise": variants_table(result),
+        "Robustness: the area of each setting alone": settings_table(result),
+        "Robustness: settings that differ in one thing": matched_table(result),
+        "Robustness: what tuning measured, by one seed and with all settings": tuned_table(result),
     }
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     notes = [QUICK_NOTE] if result.get("is_quick") else []
@@ -130,6 +136,63 @@ def long_table(result: Mapping[str, Any]) -> str:
                 lines.append([cell, name, str(step), *shown])
     head = ["cell", "setting", "step", "win rate over the base", "Frechet distance", "diversity"]
     return markdown(head, lines) if lines else ""
+
+
+def variants_table(result: Mapping[str, Any]) -> str:
+    """The conclusion by other definitions, a row each; the first is that of the protocol."""
+    lines = []
+    for name, row in result["robustness"]["variants"].items():
+        if row:
+            cells = max(one["cells"] for one in row.values())
+            shown = [interval(row[method], "+") if method in row else "" for method in COMPARED]
+            lines.append([name, str(cells), *shown])
+    return markdown(["definition", "cells", *COMPARED], lines) if lines else ""
+
+
+def settings_table(result: Mapping[str, Any]) -> str:
+    """Every setting as if it were its method's only one, over the main cells and those of each source."""
+    rows = result["robustness"]["settings"]
+    sources = list(dict.fromkeys(source for row in rows for source in row["by_source"]))
+    lines = [
+        [row["method"], row["setting"], str(row["cells"]), interval(row)]
+        + [interval(row["by_source"][source]) if source in row["by_source"] else "" for source in sources]
+        for row in rows
+    ]
+    head = ["method", "setting", "cells", "area", *(source.replace("_", " ") for source in sources)]
+    return markdown(head, lines) if lines else ""
+
+
+def matched_table(result: Mapping[str, Any]) -> str:
+    """Pairs of settings, cell by cell: both at their last step, and the second against the first."""
+    lines = []
+    for pair in result["robustness"]["matched"]:
+        names = [", ".join(pair[side]) for side in ("without", "with")]
+        for cell, row in pair["cells"].items():
+            ends = [
+                f"{row[side]['win_rate']:.0%}, {2 ** row[side]['log_frechet']:.2f}" for side in ("without", "with")
+            ]
+            lines.append([*names, cell.replace("_", " "), str(len(row["seeds"])), *ends, *_matched(row["difference"])])
+        if pair["cells"]:
+            lines.append([*names, f"mean of {len(pair['cells'])} cells", "", "", "", *_matched(pair["all"])])
+    head = ["first", "second", "cell", "seeds", "first: win rate, Frechet / base's", "second"]
+    return markdown([*head, "win rate, difference", "Frechet, ratio", "area, difference"], lines) if lines else ""
+
+
+def _matched(found: Mapping[str, Any]) -> list[str]:
+    ratio = {name: value if value is None else 2**value for name, value in found["log_frechet"].items()}
+    return [interval(found["win_rate"], "+"), interval(ratio), interval(found["area"], "+")]
+
+
+def tuned_table(result: Mapping[str, Any]) -> str:
+    """How many settings were tried, and their area in the cells of tuning; chosen and measured on the same seed."""
+    rows = result["robustness"]["tuning"]
+    cells = list(dict.fromkeys(cell for row in rows.values() for cell in row["cells"]))
+    lines = [
+        [method, str(row["settings"])]
+        + [f"{row['cells'][cell]:.3f}" if cell in row["cells"] else "" for cell in cells]
+        for method, row in rows.items()
+    ]
+    return markdown(["method", "settings tried", *(cell.replace("_", " ") for cell in cells)], lines) if lines else ""
 
 
 def _spread(values: Sequence[float], form: str) -> str:
