@@ -361,6 +361,21 @@ def test_files_that_cannot_be_made_are_said_before_anything_is_computed(folder, 
     assert not kept
 
 
+def test_a_disk_on_which_the_errors_have_no_room_is_said_too(tmp_path):
+    """They are written last, when the predictions have taken what there was; what is left of them is removed."""
+    known = reference_errors.ReferenceErrors(torch.arange(1000), torch.zeros(1000, 2, 2))
+    path, before = tmp_path / "bank.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StorageError, match="errors of the reference cannot be written .* the next run goes on"):
+            reference_errors.write_errors(path, known, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    reference_errors.write_errors(path, known, {})
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 

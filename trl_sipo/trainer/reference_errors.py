@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trl_sipo.errors import ConfigurationError, DatasetError
+from trl_sipo.errors import ConfigurationError, DatasetError, StorageError
 from trl_sipo.trainer.reference_predictions import PredictionStore
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,21 @@ def write_errors(path: Path, errors: ReferenceErrors, key: dict[str, Any]) -> No
     """Whole or not at all: a run killed here leaves the earlier file, and of two runs at a time the last one's stays.
 
     Pairs that are called 0, 1, 2, ... without a gap, those of a whole dataset, need no `ids`.
+
+    Raises:
+        StorageError: The disk is full, or cannot be written.
     """
+    try:
+        _replace(path, errors, key)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(
+            f"The errors of the reference cannot be written into {str(path)!r} ({error}). What was computed in the "
+            f"last {SAVE_EVERY:g} seconds or so is lost, and the next run goes on from before: make room, or compute "
+            "the reference live."
+        ) from error
+
+
+def _replace(path: Path, errors: ReferenceErrors, key: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for torn in path.parent.glob(f".{path.name}.*"):
         if time.time() - torn.stat().st_mtime > _ABANDONED:
@@ -203,6 +217,9 @@ def write_errors(path: Path, errors: ReferenceErrors, key: dict[str, Any]) -> No
         tensors["ids"] = errors.ids
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    save_file(tensors, name, metadata={"key": json.dumps(key, sort_keys=True)})
-    os.chmod(name, path.parent.stat().st_mode & 0o666)  # as any other file there: others may share the folder
-    os.replace(name, path)
+    try:
+        save_file(tensors, name, metadata={"key": json.dumps(key, sort_keys=True)})
+        os.chmod(name, path.parent.stat().st_mode & 0o666)  # as any other file there: others may share the folder
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)  # there only if it could not be written
