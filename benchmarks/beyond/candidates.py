@@ -22,6 +22,8 @@ MAX_RHO_SQUARED = 4.0
 SOFT_WIDTH = 0.05
 #: The reference moves when so many training pairs in a row, by a running mean, are ranked right with a margin.
 SAFE_ACCURACY, SAFE_STEPS = 0.8, 20
+#: All of them; with others, the runs of candidates are others.
+CONSTANTS = (SCHEDULE_START, MAX_RHO_SQUARED, SOFT_WIDTH, SAFE_ACCURACY, SAFE_STEPS)
 
 
 def with_kappa_schedule(trainer_class: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from beyond import protocol
 from beyond.plan import QUICK_LONG_MEASURED_AT
 from beyond.protocol import Cell
-from beyond.runs import Place, Run, rows_of
+from beyond.runs import Place, Run, read_json, rows_of
 
 from trl_sipo.errors import ConfigurationError
 
@@ -54,10 +54,11 @@ def collect(runs: Iterable[Run], place: Place) -> Evidence:
     """
     records, missing = [], []
     for run in runs:
-        if place.result(run).is_file():
-            records.append(_kept(_read(place.result(run)), run))
+        if place.has(run):
+            records.append(_kept(read_json(place.result(run)), run))
         else:
-            steps = f"{run.measured_at[-1]} steps"
+            why = " (its record is of other shared settings)" if place.result(run).is_file() else ""
+            steps = f"{run.measured_at[-1]} steps{why}"
             missing.append(f"{run.cell.name}: {run.arm.method}, {run.arm.label}, seed {run.seed}, {steps}")
     names = dict.fromkeys(record["run"]["cell"]["base"] for record in records)
     bases = {}
@@ -95,7 +96,7 @@ def read(path: Path) -> Evidence:
     """
     if not path.is_file():
         raise ConfigurationError(f"--evidence {path}: no such file.")
-    content = _read(path)
+    content = read_json(path)
     try:
         records = [
             {
@@ -110,14 +111,6 @@ def read(path: Path) -> Evidence:
         message = (
             f"{path} is no evidence of this command ({error!r}): `python benchmarks/frontier.py report` writes it."
         )
-        raise ConfigurationError(message) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        message = f"{path} is no whole JSON ({error}): delete it, and the command that wrote it makes it again."
         raise ConfigurationError(message) from error
 
 

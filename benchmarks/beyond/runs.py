@@ -14,11 +14,31 @@ from typing import Any
 
 from beyond import protocol
 from beyond.bases import BASES, folder_of
-from beyond.candidates import CANDIDATES
+from beyond.candidates import CANDIDATES, CONSTANTS
 from beyond.protocol import Arm, Cell
 from filelock import FileLock
 from paper.runs import flipped
 from tqdm.auto import tqdm
+
+from trl_sipo.errors import ConfigurationError
+
+#: Measures of a base, in the folder of its data.
+BASE_RECORD = "frontier_base.json"
+#: What `win_rate` counts, in words: part of what records share, so that another definition makes them anew.
+WIN = "higher log probability by the second verifier; unlike starting noise, same prompt; ties one half"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record.
+
+    Raises:
+        ConfigurationError: It is no whole JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        message = f"{path} is no whole JSON ({error}): delete it, and the command that wrote it makes it again."
+        raise ConfigurationError(message) from error
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of all that it depends on, beside the place."""
+        """A hash of all that is its own; what runs share is in `Place.shared`."""
         return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -70,9 +90,31 @@ class Place:
         """The record of a finished run."""
         return self.root / "runs" / f"{run.key}.json"
 
+    def shared(self, run: Run) -> str:
+        """A digest of what a run depends on beside itself: pairs, base, judges, rates, and what a win is.
+
+        Raises:
+            OSError: The base of the run was not prepared.
+        """
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "parts"}
+        content = {
+            "settings": settings,
+            "base": self.base_record(run.cell.base)["protocol"],
+            "learning_rates": [protocol.LEARNING_RATE, protocol.LORA_RANK, protocol.LORA_LEARNING_RATE],
+            "quick_rate": protocol.QUICK_RATE if self.is_quick else None,
+            "candidate": CONSTANTS if run.arm.candidate else None,
+            "win": WIN,
+        }
+        return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def has(self, run: Run) -> bool:
+        """Whether a run is finished; a record that was made with other shared settings is none."""
+        path, base = self.result(run), self.root / "data" / run.cell.base / BASE_RECORD
+        return path.is_file() and base.is_file() and read_json(path).get("shared") == self.shared(run)
+
     def base_record(self, base: str) -> dict[str, Any]:
         """The measures of a base, as `prepare` wrote them."""
-        return json.loads((self.root / "data" / base / "frontier_base.json").read_text())
+        return read_json(self.root / "data" / base / BASE_RECORD)
 
     def prepare(self, bases: Iterable[str], threads: int) -> None:
         """Train bases, make pairs and measure the bases, as far as that is missing."""
@@ -88,8 +130,8 @@ class Place:
             with FileLock(self.root / f"{base}.lock"):
                 files = self.files(base)
                 measures = prepare(self.settings, files, IMAGES, threads)
-                path = files.root / "frontier_base.json"
-                if not path.is_file() or json.loads(path.read_text())["protocol"] != measures["protocol"]:
+                path = files.root / BASE_RECORD
+                if not path.is_file() or read_json(path)["protocol"] != measures["protocol"]:
                     write_json(path, {**measures, "log_prob": _log_prob_of_base(self, files)})
 
 
@@ -108,11 +150,11 @@ def _log_prob_of_base(place: Place, files: Any) -> list[float]:
 
 def run_all(runs: Sequence[Run], place: Place, workers: int) -> list[dict[str, Any]]:
     """The records of runs, in their order; those that are not there yet are trained, several at a time."""
-    todo = [run for run in {run.key: run for run in runs}.values() if not place.result(run).is_file()]
+    todo = [run for run in {run.key: run for run in runs}.values() if not place.has(run)]
     if todo:
         place.prepare(dict.fromkeys(run.cell.base for run in todo), workers)
         _train_in_parallel(todo, place, workers)
-    return [json.loads(place.result(run).read_text()) for run in runs]
+    return [read_json(place.result(run)) for run in runs]
 
 
 def _train_in_parallel(todo: Sequence[Run], place: Place, workers: int) -> None:
@@ -139,13 +181,14 @@ def make(run: Run, place: Place) -> None:
 
     path = place.result(run)
     with FileLock(path.with_suffix(".lock")):
-        if path.is_file():
+        if place.has(run):
             return
         # What a run prints goes beside its record; on the screen it would break the progress bar.
         with open(path.with_suffix(".txt"), "w") as stream, redirect_stdout(stream), redirect_stderr(stream):
             began = time.process_time()
             rows = train(run, place)
-        record = {"run": asdict(run), "rows": rows, "seconds": round(time.process_time() - began, 1)}
+        seconds = round(time.process_time() - began, 1)
+        record = {"run": asdict(run), "shared": place.shared(run), "rows": rows, "seconds": seconds}
         write_json(path, record)
 
 

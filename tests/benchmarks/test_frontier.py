@@ -279,13 +279,13 @@ def place(script, frontier, tmp_path):
     place = script("beyond.runs").Place(tmp_path / "quick", is_quick=True)
     data = place.root / "data" / "shipped"
     data.mkdir(parents=True)
-    (data / "frontier_base.json").write_text(json.dumps({**BASE, "log_prob": [0.0]}))
+    (data / "frontier_base.json").write_text(json.dumps({**BASE, "protocol": "0", "log_prob": [0.0]}))
     (place.root / "runs").mkdir()
     runs = [*plan.tuning_runs(quick=True), *plan.test_runs(protocol.ARMS, quick=True), *plan.long_runs(quick=True)]
     labels = [(arm.method, arm.label) for arm in protocol.ARMS]
     for run in runs:
         record = _record(run, labels.index((run.arm.method, run.arm.label)))
-        place.result(run).write_text(json.dumps(record))
+        place.result(run).write_text(json.dumps({**record, "shared": place.shared(run)}))
     return place
 
 
@@ -452,6 +452,57 @@ def test_evidence_that_is_none_is_refused(frontier, script, tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigurationError, match="no whole JSON|no evidence"):
             evidence.read(path)
+
+
+# What runs share.
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("protocol", "LEARNING_RATE", 1e-5),
+        ("protocol", "LORA_RANK", 4),
+        ("protocol", "QUICK", None),
+        ("runs", "WIN", "of the same starting noise"),
+    ],
+)
+def test_a_record_made_with_other_shared_settings_is_none(script, place, monkeypatch, module, name, value):
+    plan, runs, evidence = script("beyond.plan"), script("beyond.runs"), script("beyond.evidence")
+    run = plan.tuning_runs(quick=True)[0]
+    assert place.has(run)
+    other = replace(script("beyond.protocol").QUICK, num_pairs=44) if name == "QUICK" else value
+    monkeypatch.setattr(script(f"beyond.{module}"), name, other)
+    assert not place.has(run)
+    (missing,) = evidence.collect([run], place).missing
+    assert "its record is of other shared settings" in missing
+    monkeypatch.setattr(runs, "train", lambda run, place: [{"step": 1}])
+    runs.make(run, place)
+    assert place.has(run) and runs.read_json(place.result(run))["rows"] == [{"step": 1}]
+    monkeypatch.setattr(runs, "train", None)
+    runs.make(run, place)  # there is nothing to do
+    monkeypatch.undo()
+    assert not place.has(run)
+
+
+def test_another_base_or_another_candidate_makes_its_own_runs_anew(script, place, monkeypatch):
+    every = script("beyond.plan").tuning_runs(quick=True)
+    plain = next(run for run in every if not run.arm.candidate)
+    changed = next(run for run in every if run.arm.candidate)
+    monkeypatch.setattr(script("beyond.runs"), "CONSTANTS", (0.5,))
+    assert place.has(plain) and not place.has(changed)
+    base = place.root / "data" / "shipped" / "frontier_base.json"
+    base.write_text(base.read_text().replace('"protocol": "0"', '"protocol": "1"'))
+    assert not place.has(plain)
+    base.unlink()
+    assert not place.has(plain)
+
+
+def test_a_torn_record_is_named(script, place, frontier):
+    path = place.result(script("beyond.plan").tuning_runs(quick=True)[0])
+    path.write_text(path.read_text()[:-9])
+    for action in ("tune", "freeze"):
+        with pytest.raises(SystemExit, match=f"{path.name} is no whole JSON .*: delete it"):
+            frontier.main(_words(place, action))
 
 
 # Real training, a step or two long.
