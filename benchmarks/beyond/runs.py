@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -20,7 +21,7 @@ from filelock import FileLock
 from paper.runs import flipped
 from tqdm.auto import tqdm
 
-from trl_sipo.errors import ConfigurationError
+from trl_sipo.errors import ConfigurationError, StorageError
 
 #: Measures of a base, in the folder of its data.
 BASE_RECORD = "frontier_base.json"
@@ -166,6 +167,9 @@ def _train_in_parallel(todo: Sequence[Run], place: Place, workers: int) -> None:
             for job in as_completed([pool.submit(make, run, place) for run in todo]):
                 job.result()
                 bar.update()
+    except BrokenProcessPool as error:
+        message = f"A training process was killed, most often for want of memory: take fewer --workers than {workers}."
+        raise StorageError(f"{message} Finished runs are kept.") from error
     except BaseException:
         # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
         for process in list((pool._processes or {}).values()):
