@@ -99,8 +99,8 @@ def variants(settings: Sequence[str]) -> dict[str, Variant]:
     def frechet(worst: float, best: float) -> Variant:
         return Variant(("frechet_distance", partial(on_log_scale, worst=worst, best=best)))
 
-    def in_main(holds: Callable[[Cell], bool]) -> Variant:
-        return Variant(is_of=lambda cell: cell in MAIN_CELLS and holds(cell))
+    def in_main(holds: Callable[[Cell], bool], combines: Combines = _cells_apart) -> Variant:
+        return Variant(is_of=lambda cell: cell in MAIN_CELLS and holds(cell), combines=combines)
 
     tuned = {cell.base for cell in TUNING_CELLS}
     fixed = set(protocol.ALWAYS.items())
@@ -120,6 +120,7 @@ def variants(settings: Sequence[str]) -> dict[str, Variant]:
         **{f"{SUBJECT} without {one}": Variant(keeps=partial(_keeps, one, False)) for one in settings},
         **{f"{SUBJECT} with {one} alone": Variant(keeps=partial(_keeps, one, True)) for one in settings},
         "on-policy pairs": in_main(lambda cell: cell.source == "on_policy"),
+        "on-policy pairs, seeds at once": in_main(lambda cell: cell.source == "on_policy", _seeds_at_once),
         "off-policy pairs": in_main(lambda cell: cell.source == "off_policy"),
         "bases that tuning has not seen": in_main(lambda cell: cell.base not in tuned),
         "seeds resampled in all cells at once": Variant(combines=_seeds_at_once),

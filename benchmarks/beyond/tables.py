@@ -42,13 +42,16 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def areas_table(result: Mapping[str, Any]) -> str:
-    """Methods by their cross-fitted area over the main cells, and what each base gives."""
+    """Methods by their cross-fitted area over the main cells, and what each base gives.
+
+    Those that were made in fewer cells come last: their means are of other cells.
+    """
     over = {quality: part["methods"] for quality, part in result["over_cells"].items()}
     rows = over[PRIMARY]
     bases = list(dict.fromkeys(base for row in rows.values() for base in row["by_base"]))
     head = ["method", "cells", "area", *(f"base {base}" for base in bases)]
     head += [f"area, {quality.replace('_', ' ')}" for quality in over if quality != PRIMARY]
-    order = sorted(reported(rows), key=lambda method: -rows[method]["value"])
+    order = sorted(reported(rows), key=lambda method: (-rows[method]["cells"], -rows[method]["value"]))
     lines = []
     for method in order:
         row = rows[method]

@@ -101,6 +101,8 @@ def test_cells_that_share_their_seeds_are_told_apart_from_cells_that_do_not(scri
     )
     alike = script("beyond.robustness").robustness(one_source, range(5))["variants"]
     assert width(alike["seeds resampled in all cells at once"]["DPO"]) > 1.1 * width(alike["as frozen"]["DPO"])
+    at_once = variants["on-policy pairs, seeds at once"]["DPO"]
+    assert width(at_once) > 1.1 * width(variants["on-policy pairs"]["DPO"]) and at_once["cells"] == 2
 
 
 def test_matched_settings_differ_by_what_their_ends_do(script, result):
