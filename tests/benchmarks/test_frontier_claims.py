@@ -4,6 +4,9 @@
 import pytest
 
 
+OFF_POLICY = {"source": "off_policy"}
+
+
 @pytest.fixture
 def claims(script):
     return script("beyond.claims")
@@ -22,6 +25,7 @@ def test_claims_are_judged_pair_by_pair(claims):
         row(with_term, seed=0, drift=0.1),
         row(with_term, seed=1, drift=0.6),  # worse in the one, better in the other
         row(with_term, seed=2, drift=9.0),  # nothing to compare with
+        *(row(arm, drift=0.0, **cell) for arm in (without, with_term) for cell in ({"is_lora": True}, OFF_POLICY)),
         row(without, step=60, drift=0.1),
         row(with_term, step=60, drift=0.0, distance=99.0),  # not the end of the run
     ]
