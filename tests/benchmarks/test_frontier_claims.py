@@ -3,7 +3,6 @@
 
 import pytest
 
-
 OFF_POLICY = {"source": "off_policy"}
 
 
