@@ -146,7 +146,9 @@ def report(options: argparse.Namespace) -> None:
     }
     report_files.write_json(result, folder / "frontier.json")
     text = tables.tables(result)
-    (folder / "table.md").write_text(f"{text}\n## Tuning runs\n\n{tables.policies_table(frozen['tuning'])}\n")
+    (folder / "table.md").write_text(
+        f"# All tables of the frontier\n\n{text}\n## Tuning runs\n\n{tables.policies_table(frozen['tuning'])}\n"
+    )
     report_files.draw_all(Areas(found, protocol.TEST_SEEDS), result, folder)
     print(text)
     for name in found.missing:
