@@ -2,11 +2,8 @@
 """Training runs of the frontier, each made once and kept; the rows that they give."""
 
 import json
-import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -18,10 +15,10 @@ from beyond.bases import BASES, folder_of
 from beyond.candidates import CANDIDATES, CONSTANTS
 from beyond.protocol import Arm, Cell
 from filelock import FileLock
-from paper.runs import flipped
+from paper.runs import flipped, train_in_processes
 from tqdm.auto import tqdm
 
-from trl_sipo.errors import ConfigurationError, StorageError
+from trl_sipo.errors import ConfigurationError
 
 #: Measures of a base, in the folder of its data.
 BASE_RECORD = "frontier_base.json"
@@ -154,29 +151,9 @@ def run_all(runs: Sequence[Run], place: Place, workers: int) -> list[dict[str, A
     todo = [run for run in {run.key: run for run in runs}.values() if not place.has(run)]
     if todo:
         place.prepare(dict.fromkeys(run.cell.base for run in todo), workers)
-        _train_in_parallel(todo, place, workers)
-    return [read_json(place.result(run)) for run in runs]
-
-
-def _train_in_parallel(todo: Sequence[Run], place: Place, workers: int) -> None:
-    from trl_sipo.demo.demo import prepare_worker
-
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare_worker)
-    try:
         with tqdm(total=len(todo), unit="run", desc=f"{workers} at a time") as bar:
-            for job in as_completed([pool.submit(make, run, place) for run in todo]):
-                job.result()
-                bar.update()
-    except BrokenProcessPool as error:
-        message = f"A training process was killed, most often for want of memory: take fewer --workers than {workers}."
-        raise StorageError(f"{message} Finished runs are kept.") from error
-    except BaseException:
-        # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+            train_in_processes(make, todo, place, workers, lambda run: bar.update())
+    return [read_json(place.result(run)) for run in runs]
 
 
 def make(run: Run, place: Place) -> None:

@@ -8,8 +8,9 @@ may work in one folder at the same time.
 import json
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -20,6 +21,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from trl_sipo.demo.settings import Arm, DemoSettings
+from trl_sipo.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -153,23 +155,40 @@ def unique(runs: Sequence[Run]) -> list[Run]:
 def _train(todo: Sequence[Run], place: Workplace, workers: int) -> None:
     with tqdm(total=sum(run.steps for run in todo), unit="step", desc=f"{len(todo)} runs, {workers} at a time") as bar:
         if workers > 1:
-            _train_in_parallel(todo, place, workers, bar)
+            train_in_processes(make, todo, place, workers, lambda run: bar.update(run.steps))
             return
         for run in todo:
             make(run, place)
             bar.update(run.steps)
 
 
-def _train_in_parallel(todo: Sequence[Run], place: Workplace, workers: int, bar: tqdm) -> None:
+def train_in_processes(
+    work: Callable[[Any, Any], None], todo: Sequence[Any], place: Any, workers: int, done: Callable[[Any], None]
+) -> None:
+    """Do the work of several runs at a time, each in a process of one thread.
+
+    Args:
+        work: Trains a run in a place; a function of a module.
+        todo: The runs.
+        place: Theirs.
+        workers: Processes.
+        done: Called with each run when it is finished.
+
+    Raises:
+        StorageError: A process was killed.
+    """
     from trl_sipo.demo.demo import prepare_worker
 
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
     try:
-        jobs = {pool.submit(make, run, place): run for run in todo}
+        jobs = {pool.submit(work, run, place): run for run in todo}
         for job in as_completed(jobs):
             job.result()
-            bar.update(jobs[job].steps)
+            done(jobs[job])
+    except BrokenProcessPool as error:
+        message = f"A training process was killed, most often for want of memory: take fewer --workers than {workers}."
+        raise StorageError(f"{message} Finished runs are kept.") from error
     except BaseException:
         # Includes Ctrl-C: workers ignore it, so that it is the parent that ends them.
         for process in list((pool._processes or {}).values()):

@@ -347,7 +347,8 @@ class Lethal:
 def test_a_killed_training_process_ends_with_advice(script):
     runs = script("beyond.runs")
     with pytest.raises(StorageError, match="was killed, .*fewer --workers than 1. Finished runs are kept"):
-        runs._train_in_parallel(script("beyond.plan").tuning_runs(quick=True)[:1], Lethal(), 1)
+        todo = script("beyond.plan").tuning_runs(quick=True)[:1]
+        runs.train_in_processes(runs.make, todo, Lethal(), 1, lambda run: None)
 
 
 @pytest.mark.slow

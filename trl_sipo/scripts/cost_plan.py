@@ -141,8 +141,7 @@ def make_plan(command: TrainingCommand, model: "Model", around: Around) -> "RunP
     )
     per_step = step.pairs * training.gradient_accumulation_steps * around.processes
     steps = _steps(training, around.pairs, per_step)
-    pairs = around.pairs or 0
-    grids = _grids(training, steps)
+    pairs, grids = around.pairs or 0, _grids(training, steps)
     prompts = len(training.sample_prompts or ())
     optimizer = _optimizer(str(getattr(training.optim, "value", training.optim)))
     passes = guidance_passes(model.architecture) if grids else 0
