@@ -53,9 +53,9 @@ def _open_files() -> set[int]:
 
 def _close_inherited() -> None:
     """In a forked process: the driver ends when its pipe is closed, which needs all who hold it to close it."""
-    for number in _of_the_browser:
+    while _of_the_browser:  # emptied: in this process the numbers will be those of other files
         with suppress(OSError):
-            os.close(number)
+            os.close(_of_the_browser.pop())
 
 
 os.register_at_fork(after_in_child=_close_inherited)

@@ -7,10 +7,26 @@ from pathlib import Path
 
 # In a process of its own: Playwright runs one at a time, and the tests share theirs.
 _FORKS_BESIDE_A_BROWSER = """
-import multiprocessing, time
+import multiprocessing, os, time
 from tests.browsers import chromium
+
+def grandchild(numbers):
+    for number in numbers:
+        os.fstat(number)
+
+def with_a_child_of_its_own():
+    numbers = [os.dup(0) for _ in range(20)]  # some of them were the browser's
+    process = multiprocessing.get_context("fork").Process(target=grandchild, args=(numbers,))
+    process.start()
+    process.join()
+    os._exit(process.exitcode)
+
 with chromium() as browser:
     page = browser.new_page()
+    parent = multiprocessing.get_context("fork").Process(target=with_a_child_of_its_own)
+    parent.start()
+    parent.join()
+    assert parent.exitcode == 0, "files of a forked process were closed in its own child"
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     child.start()
     page.set_content("<p>still there</p>")
