@@ -22,12 +22,11 @@ x_t, P being the share of chosen arms among those that are noised to x_t. So the
 - At exactly 1/2 it is convex whatever the pairs, and sure to have a minimum only on the assumptions above: pairs drawn
   from the reference, which predicts its own samples best. Elsewhere an x_t to which only rejected arms come is pushed
   with a constant force against no curvature, the farther the smaller beta is.
-
 - Below 1/2 samples that rarely win are pushed away until sigmoid(-z) = kappa, which is the farther out the smaller
   beta is; in Diffusion-DPO, which is kappa = 0, without an end.
 
-The 1/2 is the slope of the log-sigmoid at 0: a loss that
-starts with another slope has that slope for its threshold. The derivation is in docs/source/proximal.md.
+The 1/2 is the slope of the log-sigmoid at 0: a loss that starts with another slope has that one for its threshold. The
+derivation is in docs/source/proximal.md.
 """
 
 import torch
