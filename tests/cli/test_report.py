@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Error, expect
 
 from tests.browsers import open_context
 from tests.reporting.logged_runs import ENDED, append_line_to, held_out, learning, levels_at, write_log
@@ -171,9 +171,8 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
         tab.goto(output.as_uri())
         expect(tab.get_by_text("The page looks again every 1 s.")).to_be_visible()
         pause, slider = tab.locator("#pause"), tab.locator("#levels-0")
-        pause.click()  # so that it holds still while it is set
-        expect(pause).to_have_attribute("aria-pressed", "true")
-        tab.wait_for_load_state()
+        while pause.get_attribute("aria-pressed") != "true":  # so that it holds still while it is set
+            pause.click()  # lost when the page is loaded again between the button's going down and up
         card = tab.locator(".card", has=tab.get_by_role("heading", name="Margin"))
         card.locator("summary").click()
         tab.locator("#theme").click()
@@ -200,6 +199,28 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
     assert process.returncode == 0 and "Stopped watching" in printed, errors
     page = output.read_text(encoding="utf-8")
     assert "The page looks again" not in page and not re.search("http-equiv=.refresh", page)
+
+
+def test_a_page_that_is_paused_while_it_looks_again_holds_still(watched, browser):
+    _, output, _ = watched
+    with open_context(browser) as context:
+        tab, asked = context.new_page(), []
+        tab.goto(output.as_uri())
+        tab.route("**/*", lambda route: asked.append(route))  # answered by nobody: the page waits for itself
+        with tab.expect_request("**/*"):
+            pass
+        tab.evaluate("window.isTheSame = true")
+        # By hand: the driver would wait for the page that comes.
+        tab.evaluate("document.getElementById('pause').click()")
+        for route in asked:
+            with suppress(Error):  # of a request that has been taken back
+                route.continue_()
+        tab.unroute("**/*")
+        tab.wait_for_timeout(500)
+        assert tab.evaluate("window.isTheSame")
+        expect(tab.locator("#pause")).to_have_attribute("aria-pressed", "true")
+        tab.locator("#pause").click()
+        tab.wait_for_function("() => !window.isTheSame")
 
 
 def test_a_page_without_scripts_is_refreshed_by_the_browser(tmp_path):

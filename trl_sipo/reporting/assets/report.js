@@ -363,6 +363,7 @@
   const pause = document.getElementById("pause");
   let isPaused = Boolean(kept.paused);
   let isHeld = false; // by a pointer that is down
+  let isLeaving = false; // asked to load again, which takes its time
   const usePause = () => {
     pause.setAttribute("aria-pressed", String(isPaused));
     keep("paused", isPaused);
@@ -371,6 +372,8 @@
   pause.addEventListener("click", () => {
     isPaused = !isPaused;
     usePause();
+    if (isPaused && isLeaving) stop(); // else the page changes under the hands of one who asked it not to
+    isLeaving = false;
   });
   usePause();
   addEventListener("pointerdown", () => (isHeld = true));
@@ -379,6 +382,7 @@
   addEventListener("pointermove", (event) => (isHeld = isHeld && event.buttons !== 0));
   setInterval(() => {
     if (isPaused || isHeld || document.hidden) return;
+    isLeaving = true;
     keep("scroll", [scrollX, scrollY]);
     keep("focus", document.activeElement?.id || null);
     location.reload();
