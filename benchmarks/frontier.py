@@ -27,10 +27,10 @@ from beyond.evidence import Evidence
 from beyond.protocol import Arm
 from beyond.robustness import robustness
 from beyond.runs import Place, rows_of, run_all
+from paper.options import ROOT, add_places, check_places, guarded
 
-from trl_sipo.errors import ConfigurationError, StorageError
+from trl_sipo.errors import ConfigurationError
 
-ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "reports" / "beyond"
 
 
@@ -38,10 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=list(ACTIONS), help="what to do")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; numbers mean nothing")
-    parser.add_argument("--workers", type=int, default=2, help="training processes at a time, of one thread each")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "frontier", help="where runs are kept")
-    parser.add_argument("--output", type=Path, help="where files go; default: reports/beyond, quick: --runs")
+    add_places(parser, REPORTS)
     parser.add_argument(
         "--cells", nargs="+", metavar="NAME", help='of the test: "main", "more", "long", or "weak, on_policy"'
     )
@@ -56,23 +53,13 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ConfigurationError: Options that do not go together, or that nothing can be made with.
     """
-    if options.workers < 1:
-        raise ConfigurationError(f"--workers {options.workers}: at least one process is needed.")
     for name, action in (("cells", "test"), ("seeds", "test"), ("evidence", "report")):
         if getattr(options, name) is not None and options.action != action:
             raise ConfigurationError(f"--{name} is of `{action}`: `{options.action}` takes all of the protocol.")
     unknown = sorted(set(options.seeds or ()) - set(protocol.TEST_SEEDS))
     if unknown:
         raise ConfigurationError(f"--seeds {unknown}: the test has {list(protocol.TEST_SEEDS)}.")
-    for name in ("runs", "output"):
-        folder = getattr(options, name)
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise ConfigurationError(f"--{name} {folder} is a file: name a folder.")
-    if options.quick:
-        options.runs = options.runs / "quick"
-    options.output = options.output or (options.runs if options.quick else REPORTS)
-    if options.quick and options.output.resolve().is_relative_to(ROOT / "reports"):
-        raise ConfigurationError(f"--output {options.output}: quick runs mean nothing and do not belong into reports.")
+    check_places(options, REPORTS)
     return options
 
 
@@ -217,18 +204,17 @@ def _chosen(tuning: dict[str, dict[str, selection.Measured]]) -> list[Arm]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says; what a user can act on ends it with a line and not with a traceback."""
+    """Do what the command line says."""
+    options = make_parser().parse_args(arguments)
+    guarded(_act, options)
+
+
+def _act(options: argparse.Namespace) -> None:
     from trl_sipo.demo.demo import hush_libraries
 
-    options = make_parser().parse_args(arguments)
-    try:
-        checked(options)
-        hush_libraries()
-        ACTIONS[options.action](options)
-    except (ConfigurationError, StorageError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. Finished runs are kept: the same command goes on.")
+    checked(options)
+    hush_libraries()
+    ACTIONS[options.action](options)
 
 
 if __name__ == "__main__":

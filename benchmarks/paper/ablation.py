@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_steps
+from options import guarded
 from protocol import GOOD_BETA, SMALL_BETA, arm
-from question import BASE, Question, ask, guarded
+from question import BASE, Question, ask
 
 METHODS = ("DPO", "dynamic mask", "weight", "C&M", "SIPO")
 AT = (SMALL_BETA, GOOD_BETA)

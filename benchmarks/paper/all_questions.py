@@ -12,7 +12,8 @@ from importlib import import_module
 import overhead
 import protocol
 import report
-from question import ask, checked, guarded, make_parser
+from options import guarded
+from question import ask, checked, make_parser
 from runs import Workplace, run_all
 
 #: The most asked for first; a command that is stopped has the runs of the first questions.

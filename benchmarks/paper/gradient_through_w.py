@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_steps
+from options import guarded
 from protocol import GOOD_BETA, SMALL_BETA, arm
-from question import Question, ask, guarded
+from question import Question, ask
 
 METHODS = ("SIPO", "SIPO, weight detached")
 AT = (SMALL_BETA, GOOD_BETA)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_values
+from options import guarded
 from protocol import ALPHAS, FLIP_RATES, GOOD_BETA, arm
-from question import BASE, Question, ask, guarded
+from question import BASE, Question, ask
 from runs import Run
 
 

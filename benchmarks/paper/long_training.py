@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_steps
+from options import guarded
 from protocol import EVAL_EVERY, LONG_STEPS, OWN_BETA, SMALL_BETA, arm
-from question import BASE, Question, ask, guarded
+from question import BASE, Question, ask
 
 DPO, C_AND_M, SIPO = (f"{method}, beta {SMALL_BETA:g}" for method in ("DPO", "C&M", "SIPO"))
 DPO_OWN = f"DPO, beta {OWN_BETA:g}"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_steps
+from options import guarded
 from protocol import SMALL_BETA, SOURCES, arm
-from question import BASE, Question, ask, guarded
+from question import BASE, Question, ask
 from runs import Workplace
 
 METHODS = ("DPO", "SIPO")

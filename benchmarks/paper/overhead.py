@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import protocol
+from options import ROOT, guarded
 from protocol import METHODS, arm
-from question import ROOT, checked, guarded, make_parser, versions
+from question import checked, make_parser, versions
 from runs import Run, Workplace
 
 NAMES = ("DPO", "C&M", "SIPO", "SIPO, weight detached", "dynamic mask", "Poly-DPO")

@@ -13,11 +13,11 @@ from typing import Any
 
 import intervals
 import protocol
+from options import ROOT, add_places, check_places
 from runs import Run, Workplace, run_all
 
-from trl_sipo.errors import ConfigurationError, StorageError
+from trl_sipo.errors import ConfigurationError
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "reports" / "paper"
 #: The untrained model, where a comparison needs it; it has no seeds.
 BASE = "base"
@@ -47,24 +47,11 @@ class Question:
     draw: Callable[[Mapping[str, Any], Path], None] | None = None
 
 
-def guarded(command: Callable[..., Any], *arguments: Any) -> None:
-    """Run a command; what a user can act on ends it with a line and not with a traceback."""
-    try:
-        command(*arguments)
-    except (ConfigurationError, StorageError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. Finished runs are kept: the same command goes on.")
-
-
 def make_parser(title: str) -> argparse.ArgumentParser:
     """The options of every question."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(protocol.SEEDS), help="of training")
-    parser.add_argument("--workers", type=int, default=2, help="training processes at a time, of one thread each")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; numbers mean nothing")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="where runs are kept")
-    parser.add_argument("--output", type=Path, help="where JSON and figure go; default: reports/paper, quick: --runs")
+    add_places(parser, REPORTS)
     return parser
 
 
@@ -74,17 +61,9 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ConfigurationError: Options that no run can be made with.
     """
-    if options.workers < 1:
-        raise ConfigurationError(f"--workers {options.workers}: at least one process is needed.")
     if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
         raise ConfigurationError(f"--seeds {options.seeds}: give different numbers, none below 0.")
-    for name in ("runs", "output"):
-        folder = getattr(options, name)
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise ConfigurationError(f"--{name} {folder} is a file: name a folder.")
-    if options.quick:
-        options.runs = options.runs / "quick"
-    options.output = options.output or (options.runs if options.quick else REPORTS)
+    check_places(options, REPORTS)
     return options
 
 

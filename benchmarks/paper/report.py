@@ -17,7 +17,8 @@ from typing import Any
 
 import rules
 from claims import SIPO_PAPER, VIPO_PAPER, Claim
-from question import REPORTS, guarded, read, table
+from options import guarded
+from question import REPORTS, read, table
 
 QUESTIONS = (
     "beta_sensitivity",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_steps
+from options import guarded
 from protocol import SMALL_BETA, arm
-from question import BASE, Question, ask, guarded
+from question import BASE, Question, ask
 
 DPO, DYNAMIC, RANDOM = "DPO", "dynamic mask", "random mask at its rate"
 STATIC, WIDE = "static mask, t from 60", "static mask, t from 360"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from drawing import over_values
+from options import guarded
 from protocol import CLIP_RANGES, SMALL_BETA, arm
-from question import BASE, Question, ask, guarded
+from question import BASE, Question, ask
 
 
 def label(clip_range: float) -> str:

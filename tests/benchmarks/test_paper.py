@@ -41,7 +41,7 @@ def asked(paper, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train", counted)
         with pytest.raises(SystemExit, match="goes on"):
-            paper("question").guarded(paper("question").ask, question, words)
+            paper("options").guarded(paper("question").ask, question, words)
         first = {path.name: path.stat().st_mtime_ns for path in (folder / "quick" / "runs").glob("*.json")}
         result = paper("question").ask(question, words)
     return folder / "quick", result, made, first
@@ -149,6 +149,7 @@ def test_a_random_mask_keeps_as_many(paper):
         (["--seeds", "1", "1"], "different numbers"),
         (["--seeds", "-1"], "none below 0"),
         (["--runs", __file__], "is a file"),
+        (["--quick", "--output", str(REPORTS)], "do not belong into reports"),
     ],
 )
 def test_options_that_no_run_can_be_made_with_are_refused_first(words, message, paper):
@@ -159,7 +160,7 @@ def test_options_that_no_run_can_be_made_with_are_refused_first(words, message, 
 
 def test_a_page_without_results_says_what_to_run(paper, tmp_path):
     with pytest.raises(SystemExit, match="beta_sensitivity.py"):
-        paper("question").guarded(paper("report").main, ["--results", str(tmp_path)])
+        paper("options").guarded(paper("report").main, ["--results", str(tmp_path)])
 
 
 def test_the_page_is_what_the_results_say(paper, tmp_path):
