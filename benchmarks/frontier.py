@@ -25,7 +25,7 @@ from beyond import report as report_files
 from beyond.analysis import Areas, analysed
 from beyond.evidence import Evidence
 from beyond.protocol import Arm
-from beyond.robustness import robustness
+from beyond.robustness import robustness, with_more_settings
 from beyond.runs import Place, rows_of, run_all
 from paper.options import ROOT, add_places, check_places, guarded
 
@@ -40,7 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("action", choices=list(ACTIONS), help="what to do")
     add_places(parser, REPORTS)
     parser.add_argument(
-        "--cells", nargs="+", metavar="NAME", help='of the test: "main", "more", "long", or "weak, on_policy"'
+        "--cells",
+        nargs="+",
+        metavar="NAME",
+        help='of the test: "main", "more", "long", "settings", or "weak, on_policy"',
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="of the test; default: all of the protocol")
     parser.add_argument("--evidence", type=Path, metavar="FILE", help="report from this file instead of runs")
@@ -93,18 +96,12 @@ def freeze(options: argparse.Namespace) -> None:
 
 
 def test(options: argparse.Namespace) -> None:
-    """Make the test runs, all or some, by the frozen protocol alone."""
+    """Make the runs after the freeze, all or some, by the frozen protocol."""
     arms, _ = freezing.read(options.output, quick=options.quick)
-    cells = plan.named_cells(options.cells or list(plan.GROUPS), quick=options.quick)
-    wanted = set(options.seeds or protocol.TEST_SEEDS)
-    runs = plan.test_runs(arms, quick=options.quick)
-    some = [run for run in runs if run.cell in cells and run.seed in wanted]
-    if not some:
-        raise ConfigurationError(
-            "No run of the protocol has these cells and these seeds: cells of few seeds have 0, 1."
-        )
-    run_all(some, place_of(options), options.workers)
-    print(f"{len(some)} of the {len(runs)} test runs are there: now `python benchmarks/frontier.py report`.")
+    words = options.cells or [*plan.GROUPS, plan.LONG, plan.SETTINGS]
+    runs = plan.asked_runs(arms, words, options.seeds or protocol.TEST_SEEDS, quick=options.quick)
+    run_all(runs, place_of(options), options.workers)
+    print(f"{len(runs)} runs are there: now `python benchmarks/frontier.py report`.")
 
 
 def report(options: argparse.Namespace) -> None:
@@ -118,25 +115,27 @@ def report(options: argparse.Namespace) -> None:
         found = evidence_file.read(options.evidence)
     else:
         runs = [*plan.tuning_runs(quick=options.quick), *plan.test_runs(arms, quick=options.quick)]
-        runs += plan.long_runs(quick=options.quick)
+        runs += [*plan.long_runs(quick=options.quick), *plan.settings_runs(arms, quick=options.quick)]
         found = evidence_file.collect(runs, place_of(options))
         if not any(record["run"]["seed"] in protocol.TEST_SEEDS for record in found.records):
             raise ConfigurationError(
                 f"{options.runs} has no test run: run `python benchmarks/frontier.py test` first."
             )
         evidence_file.write(found, folder / "runs.json")
+    tested = found.of_arms(arms)
     result = {
         "protocol": frozen["digest"],
         "is_quick": options.quick,
-        **analysed(found, protocol.TEST_SEEDS, frozen["protocol"]["single"]),
-        "robustness": robustness(found, protocol.TEST_SEEDS),
+        **analysed(tested, protocol.TEST_SEEDS, frozen["protocol"]["single"]),
+        "robustness": robustness(tested, protocol.TEST_SEEDS),
+        "more_settings": with_more_settings(found, tested, protocol.TEST_SEEDS),
     }
     report_files.write_json(result, folder / "frontier.json")
     text = tables.tables(result)
     (folder / "table.md").write_text(
         f"# All tables of the frontier\n\n{text}\n## Tuning runs\n\n{tables.policies_table(frozen['tuning'])}\n"
     )
-    report_files.draw_all(Areas(found, protocol.TEST_SEEDS), result, folder)
+    report_files.draw_all(Areas(tested, protocol.TEST_SEEDS), result, folder)
     print(text)
     for name in found.missing:
         print(f"missing: {name}", file=sys.stderr)

@@ -4,13 +4,13 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from beyond import protocol
 from beyond.plan import QUICK_LONG_MEASURED_AT
-from beyond.protocol import Cell
+from beyond.protocol import Arm, Cell
 from beyond.runs import Place, Run, read_json, rows_of
 
 from trl_sipo.errors import ConfigurationError
@@ -34,6 +34,16 @@ class Evidence:
     bases: Mapping[str, Mapping[str, float]]
     records: Sequence[Mapping[str, Any]]
     missing: Sequence[str] = ()
+
+    def of_arms(self, arms: Iterable[Arm]) -> "Evidence":
+        """Of the runs of the test those of some arms; the long ones and those of tuning as they are."""
+        known = {(arm.method, arm.label) for arm in arms}
+
+        def is_kept(run: Mapping[str, Any]) -> bool:
+            is_other = run["is_long"] or run["seed"] not in protocol.TEST_SEEDS
+            return is_other or (run["arm"]["method"], run["arm"]["label"]) in known
+
+        return replace(self, records=[record for record in self.records if is_kept(record["run"])])
 
     def by_cell(self, seeds: Iterable[int], *, is_long: bool = False) -> dict[Cell, dict[str, list[dict[str, Any]]]]:
         """Cell -> method -> rows, of some seeds, in the order of the records; of the long runs alone, or without."""

@@ -12,8 +12,8 @@ from trl_sipo.errors import ConfigurationError
 
 #: Words for more than one cell.
 GROUPS = {"main": protocol.MAIN_CELLS, "more": protocol.MORE_CELLS}
-#: Word for the long runs, which are none of a cell's frontier.
-LONG = "long"
+#: Words for runs that are of no frozen frontier: the long ones, and settings that were added after the test.
+LONG, SETTINGS = "long", "settings"
 #: Does it run?
 QUICK_LONG_MEASURED_AT = (2, 3)
 
@@ -30,17 +30,17 @@ def seeds_of(cell: Cell, *, quick: bool) -> tuple[int, ...]:
 
 
 def named_cells(words: Sequence[str], *, quick: bool) -> list[Cell]:
-    """Cells by "main", "more" or their own names, in the order of the protocol; of `LONG`, none.
+    """Cells by "main", "more" or their own names, in the order of the protocol; of `LONG` and `SETTINGS`, none.
 
     Raises:
         ConfigurationError: No such cell.
     """
     known = test_cells(quick=quick)
     wanted: set[Cell] = set()
-    for word in set(words) - {LONG}:
+    for word in set(words) - {LONG, SETTINGS}:
         found = [cell for cell in known if cell in GROUPS.get(word, ()) or cell.name == word]
         if not found:
-            names = ", ".join(repr(name) for name in [*GROUPS, LONG, *(cell.name for cell in known)])
+            names = ", ".join(repr(name) for name in [*GROUPS, LONG, SETTINGS, *(cell.name for cell in known)])
             raise ConfigurationError(f"--cells {word!r}: no such cell; known are {names}.")
         wanted.update(found)
     return [cell for cell in known if cell in wanted]
@@ -84,3 +84,34 @@ def headline_runs(*, quick: bool) -> list[Run]:
     """What the headline rests on, in the order of `protocol.HEADLINE_ARMS`."""
     arms = [arm for arm in protocol.ARMS if (arm.method, arm.label) in protocol.HEADLINE_ARMS]
     return runs_of(arms, [(protocol.HEADLINE_CELL, protocol.HEADLINE_SEEDS)], quick=quick)
+
+
+def settings_runs(arms: Sequence[Arm], *, quick: bool) -> list[Run]:
+    """The settings that were added after the test, unless they are among the frozen arms."""
+    known = {(arm.method, arm.label) for arm in arms}
+    added = [arm for arm in protocol.MORE_SETTINGS if (arm.method, arm.label) not in known]
+    cells = [cell for cell in test_cells(quick=quick) if cell in protocol.MAIN_CELLS and cell.source == "on_policy"]
+    return runs_of(added, [(cell, seeds_of(cell, quick=quick)) for cell in cells], quick=quick)
+
+
+def asked_runs(arms: Sequence[Arm], words: Sequence[str], seeds: Sequence[int], *, quick: bool) -> list[Run]:
+    """The runs after the freeze that some words and seeds ask for, those of the frozen frontiers first.
+
+    Args:
+        arms: The frozen ones.
+        words: Of `named_cells`.
+        seeds: Those of the test, or some.
+        quick: Whether they are quick runs.
+
+    Raises:
+        ConfigurationError: No such cell, or none of it has these seeds.
+    """
+    cells = named_cells(words, quick=quick)
+    runs = [run for run in test_runs(arms, quick=quick) if run.cell in cells]
+    runs += long_runs(quick=quick) if LONG in words else []
+    runs += settings_runs(arms, quick=quick) if SETTINGS in words else []
+    asked = [run for run in runs if run.seed in seeds]
+    if not asked:
+        known = sorted({run.seed for run in runs})
+        raise ConfigurationError(f"--cells {' '.join(map(repr, words))} have the seeds {known}, not {list(seeds)}.")
+    return asked

@@ -18,7 +18,7 @@ from beyond.analysis import Areas
 from beyond.area import FRECHET_BEST, FRECHET_WORST, MEASURES, PRIMARY, Quality, on_log_scale
 from beyond.evidence import Evidence
 from beyond.inference import Estimate, Resampled, mean_of, plain_area, resampled_area
-from beyond.points import Points
+from beyond.points import Points, by_run
 from beyond.protocol import MAIN_CELLS, TUNING_CELLS, Cell
 
 SUBJECT = "proximal"
@@ -159,6 +159,44 @@ def robustness(evidence: Evidence, seeds: Sequence[int]) -> dict[str, Any]:
         "matched": [_matched(areas, *pair) for pair in MATCHED],
         "tuning": _tuning(evidence),
     }
+
+
+def with_more_settings(evidence: Evidence, tested: Evidence, seeds: Sequence[int]) -> dict[str, Any]:
+    """The subject as it was frozen against methods that have more settings than the protocol gave them.
+
+    Args:
+        evidence: With the added settings.
+        tested: Without.
+        seeds: Those of the test.
+
+    Returns:
+        "compared": as `robustness` has its variants, over the cells in which settings were added; "settings": how many
+        each method has there; "alone": the area of each added setting alone. Empty where none was added.
+    """
+    areas = Areas(evidence, seeds)
+    settings, known = _settings(areas), _settings(Areas(tested, seeds))
+    added = {key: more for key, every in settings.items() if (more := every - known.get(key, set()))}
+    if not added:
+        return {}
+    is_of = {cell for cell, _ in added}.__contains__
+    methods = {method: len(settings[cell, method]) for cell, method in added}
+    compared = {
+        name: _compared(areas, Variant(is_of=is_of, combines=combines))
+        for name, combines in (("seeds of each cell", _cells_apart), ("seeds at once", _seeds_at_once))
+    }
+    new = {(method, setting) for (_, method), more in added.items() for setting in more}
+    return {
+        "compared": {
+            name: {other: row for other, row in rows.items() if other.split(", stopped")[0] in methods}
+            for name, rows in compared.items()
+        },
+        "settings": methods,
+        "alone": [row for row in _settings_alone(areas) if (row["method"], row["setting"]) in new],
+    }
+
+
+def _settings(areas: Areas) -> dict[tuple[Cell, str], set[str]]:
+    return {(cell, method): set(by_run(rows)) for cell, found in areas.rows.items() for method, rows in found.items()}
 
 
 def _compared(areas: Areas, variant: Variant) -> dict[str, Any]:

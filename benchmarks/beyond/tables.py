@@ -21,6 +21,7 @@ def reported(methods: Iterable[str]) -> list[str]:
 
 def tables(result: Mapping[str, Any]) -> str:
     """All tables, each under its heading."""
+    added = result["more_settings"]
     parts = {
         "Areas over the main cells": areas_table(result),
         **{f"Difference from {name}": differences_table(result, name) for name in REFERENCES},
@@ -30,9 +31,13 @@ def tables(result: Mapping[str, Any]) -> str:
         "One setting and one step for all cells": single_table(result, "at any step"),
         "Long runs": long_table(result),
         f"Robustness: area of {SUBJECT} minus that of others, defined otherwise": variants_table(result),
-        "Robustness: the area of each setting alone": settings_table(result),
+        "Robustness: the area of each setting alone": settings_table(result["robustness"]["settings"]),
         "Robustness: settings that differ in one thing": matched_table(result),
         "Robustness: what tuning measured, by one seed and with all settings": tuned_table(result),
+        f"Settings added after the test: area of {SUBJECT} minus that of others": added_table(added),
+        "Settings added after the test: the area of each alone": settings_table(
+            result["more_settings"].get("alone", [])
+        ),
     }
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     notes = [QUICK_NOTE] if result.get("is_quick") else []
@@ -152,9 +157,23 @@ def variants_table(result: Mapping[str, Any]) -> str:
     return markdown(["definition", "cells", *COMPARED], lines) if lines else ""
 
 
-def settings_table(result: Mapping[str, Any]) -> str:
-    """Every setting as if it were its method's only one, over the main cells and those of each source."""
-    rows = result["robustness"]["settings"]
+def added_table(found: Mapping[str, Any]) -> str:
+    """The subject as it was frozen against methods with more settings, where settings were added."""
+    if not found:
+        return ""
+    counts = ", ".join(f"{method} has {count} settings" for method, count in found["settings"].items())
+    others = list(dict.fromkeys(other for row in found["compared"].values() for other in row))
+    lines = [
+        [f"{name}; {counts}", str(max(one["cells"] for one in row.values()))]
+        + [interval(row[other], "+") if other in row else "" for other in others]
+        for name, row in found["compared"].items()
+        if row
+    ]
+    return markdown(["resampled", "cells", *others], lines)
+
+
+def settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Settings as if each were its method's only one, over the main cells and those of each source."""
     sources = list(dict.fromkeys(source for row in rows for source in row["by_source"]))
     lines = [
         [row["method"], row["setting"], str(row["cells"]), interval(row)]

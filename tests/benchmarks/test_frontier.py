@@ -91,7 +91,8 @@ def place(script, frontier, tmp_path):
     (data / "frontier_base.json").write_text(json.dumps({**BASE, "protocol": "0", "log_prob": [0.0]}))
     (place.root / "runs").mkdir()
     runs = [*plan.tuning_runs(quick=True), *plan.test_runs(protocol.ARMS, quick=True), *plan.long_runs(quick=True)]
-    labels = [(arm.method, arm.label) for arm in protocol.ARMS]
+    runs += plan.settings_runs(protocol.ARMS, quick=True)
+    labels = [(arm.method, arm.label) for arm in (*protocol.ARMS, *protocol.MORE_SETTINGS)]
     for run in runs:
         record = _record(run, labels.index((run.arm.method, run.arm.label)))
         place.result(run).write_text(json.dumps({**record, "shared": place.shared(run)}))
@@ -139,6 +140,11 @@ def test_what_is_frozen_is_tested_and_reported(script, frontier, place, capsys):
     assert "mean nothing" in table and "Difference from DPO, stopped by loss" in table
     result = json.loads((place.root / "frontier.json").read_text())
     assert result["protocol"] == frozen["digest"] and len(result["missing"]) == 1
+    assert "| seeds at once; " in table.split("Settings added after the test: area")[1]
+    more = result["more_settings"]
+    tested = result["cells"]["shipped, on_policy"]["methods"]["DPO"]["settings"]
+    assert more["settings"]["DPO"] == tested + sum(row["method"] == "DPO" for row in more["alone"]) > tested
+    assert set(more["compared"]["seeds at once"]) == {"DPO", "DPO, stopped by reward", "DPO, stopped by loss", "SIPO"}
     for cell in result["cells"].values():
         for method in cell["methods"].values():
             assert 0 <= method["area"]["frechet_distance"]["value"] <= 1
@@ -228,9 +234,29 @@ def test_cells_are_named_by_group_or_by_name(script):
     plan, protocol = script("beyond.plan"), script("beyond.protocol")
     named = plan.named_cells(["weak, off_policy", "more"], quick=False)
     assert named == [protocol.MAIN_CELLS[-1], *protocol.MORE_CELLS]
-    assert plan.named_cells([plan.LONG], quick=False) == []
-    with pytest.raises(ConfigurationError, match="'weak': no such cell; known are 'main', 'more', 'long', 'shipped"):
+    assert plan.named_cells([plan.LONG, plan.SETTINGS], quick=False) == []
+    with pytest.raises(
+        ConfigurationError, match="'weak': no such cell; known are 'main', .*'long', 'settings', 'ship"
+    ):
         plan.named_cells(["weak"], quick=False)
+
+
+def test_words_and_seeds_ask_for_runs(script):
+    plan, protocol = script("beyond.plan"), script("beyond.protocol")
+    frozen = protocol.ARMS[:4]
+
+    def asked(*words, seeds=protocol.TEST_SEEDS):
+        return plan.asked_runs(frozen, words, seeds, quick=False)
+
+    assert asked("main", "more") == plan.test_runs(frozen, quick=False)
+    assert asked(plan.LONG) == plan.long_runs(quick=False)
+    assert {run.seed for run in asked(plan.LONG, "main", seeds=(2,))} == {2}
+    added = asked(plan.SETTINGS)
+    assert {run.cell.source for run in added} == {"on_policy"} and all(run.arm not in frozen for run in added)
+    assert len(added) == 3 * len(protocol.TEST_SEEDS) * len({run.arm.label for run in added})
+    assert asked("main", plan.LONG, plan.SETTINGS) == [*asked("main"), *asked(plan.LONG), *added]
+    with pytest.raises(ConfigurationError, match=r"'long' have the seeds \[0, 1, 2\], not \[4\]"):
+        asked(plan.LONG, seeds=(4,))
 
 
 def runs_of_all_arms(protocol, plan):

@@ -135,4 +135,4 @@ def test_the_tables_show_it(script, result):
     assert "| as frozen | 4 | +0." in tables.variants_table(shown)
     assert tables.matched_table(shown).count("mean of 4 cells") == 2  # pairs of which both are there
     assert "| DPO, beta 200, lr 0.0001 |" in tables.matched_table(shown) and "ratio" in tables.matched_table(shown)
-    assert tables.settings_table(shown).count("\n") == 5 and tables.tuned_table(shown) == ""
+    assert tables.settings_table(shown["robustness"]["settings"]).count("\n") == 5 and tables.tuned_table(shown) == ""
