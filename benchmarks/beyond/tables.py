@@ -35,9 +35,7 @@ def tables(result: Mapping[str, Any]) -> str:
         "Robustness: settings that differ in one thing": matched_table(result),
         "Robustness: what tuning measured, by one seed and with all settings": tuned_table(result),
         f"Settings added after the test: area of {SUBJECT} minus that of others": added_table(added),
-        "Settings added after the test: the area of each alone": settings_table(
-            result["more_settings"].get("alone", [])
-        ),
+        "Settings added after the test: the area of each alone": settings_table(added.get("alone", [])),
     }
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     notes = [QUICK_NOTE] if result.get("is_quick") else []
