@@ -17,6 +17,7 @@ in `beyond/robustness.py`.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from beyond import claims, freezing, plan, protocol, selection, tables
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=list(ACTIONS), help="what to do")
-    add_places(parser, REPORTS)
+    add_places(parser, REPORTS, "frontier")
     parser.add_argument(
         "--cells",
         nargs="+",
@@ -89,6 +90,8 @@ def freeze(options: argparse.Namespace) -> None:
     record = freezing.record_of(arms, single, quick=options.quick)
     every = plan.test_runs(protocol.ARMS, quick=options.quick)
     num_made = sum(place_of(options).result(run).is_file() for run in every)
+    reported = options.output / evidence_file.NAME  # of runs that are kept elsewhere
+    num_made = max(num_made, len(evidence_file.read(reported).of_the_test) if reported.is_file() else 0)
     path = freezing.write(options.output, record, selection.tuning_table(tuning, arms), num_made)
     for method, labels in settings.items():
         print(f"{method}: {'; '.join(labels)}")
@@ -96,9 +99,9 @@ def freeze(options: argparse.Namespace) -> None:
 
 
 def test(options: argparse.Namespace) -> None:
-    """Make the runs after the freeze, all or some, by the frozen protocol."""
+    """Make the runs of the frozen protocol, all or some; with `settings` those that were added after it."""
     arms, _ = freezing.read(options.output, quick=options.quick)
-    words = options.cells or [*plan.GROUPS, plan.LONG, plan.SETTINGS]
+    words = options.cells or [*plan.GROUPS, plan.LONG]
     runs = plan.asked_runs(arms, words, options.seeds or protocol.TEST_SEEDS, quick=options.quick)
     run_all(runs, place_of(options), options.workers)
     print(f"{len(runs)} runs are there: now `python benchmarks/frontier.py report`.")
@@ -109,19 +112,22 @@ def report(options: argparse.Namespace) -> None:
     from trl_sipo.reporting.figures import check_plotting
 
     check_plotting()
-    arms, frozen = freezing.read(options.output, quick=options.quick)
-    folder = options.output
-    if options.evidence:
-        found = evidence_file.read(options.evidence)
-    else:
-        runs = [*plan.tuning_runs(quick=options.quick), *plan.test_runs(arms, quick=options.quick)]
-        runs += [*plan.long_runs(quick=options.quick), *plan.settings_runs(arms, quick=options.quick)]
-        found = evidence_file.collect(runs, place_of(options))
-        if not any(record["run"]["seed"] in protocol.TEST_SEEDS for record in found.records):
-            raise ConfigurationError(
-                f"{options.runs} has no test run: run `python benchmarks/frontier.py test` first."
-            )
-        evidence_file.write(found, folder / "runs.json")
+    folder, path = options.output, options.evidence
+    given = evidence_file.read(path) if path else None
+    arms, frozen = freezing.read(path.parent if path else folder, quick=options.quick)
+    found = given or _collected(arms, frozen["digest"], options)
+    if found.protocol != frozen["digest"]:
+        raise ConfigurationError(
+            f"{path} is of the protocol {found.protocol}, and {freezing.NAME} beside it is {frozen['digest']}: bring "
+            "together what belongs together."
+        )
+    if not found.of_the_test:
+        raise ConfigurationError(
+            f"{path or options.runs} has no test run: `python benchmarks/frontier.py test` first."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path:
+        evidence_file.write(found, folder / evidence_file.NAME)
     tested = found.of_arms(arms)
     result = {
         "protocol": frozen["digest"],
@@ -141,6 +147,14 @@ def report(options: argparse.Namespace) -> None:
         print(f"missing: {name}", file=sys.stderr)
 
 
+def _collected(arms: Sequence[Arm], digest: str, options: argparse.Namespace) -> Evidence:
+    """What is there; of the runs that no protocol asks for, nothing is missing."""
+    runs = [*plan.tuning_runs(quick=options.quick), *plan.test_runs(arms, quick=options.quick)]
+    found = evidence_file.collect([*runs, *plan.long_runs(quick=options.quick)], place_of(options))
+    added = evidence_file.collect(plan.settings_runs(arms, quick=options.quick), place_of(options))
+    return replace(found, records=[*found.records, *added.records], protocol=digest)
+
+
 def headline(options: argparse.Namespace) -> None:
     """Train what the headline rests on, print it beside what the report has, and see what held in every run.
 
@@ -149,7 +163,7 @@ def headline(options: argparse.Namespace) -> None:
     """
     runs = plan.headline_runs(quick=options.quick)
     run_all(runs, place_of(options), options.workers)
-    kept = REPORTS / "runs.json"
+    kept = REPORTS / evidence_file.NAME
     reported = evidence_file.read(kept) if kept.is_file() and not options.quick else None
     found = evidence_file.collect(runs, place_of(options))
     print(tables.headline_table(found, reported))

@@ -139,11 +139,14 @@ def frontier_of(points: Points, base: Mapping[str, float]) -> list[dict[str, Any
     return sorted(found, key=lambda policy: policy["win_rate"])
 
 
-def collapsed(rows: Sequence[Mapping[str, Any]], base: Mapping[str, float]) -> dict[str, int]:
-    """How many runs of a method end with a Frechet distance beyond `COLLAPSED` times the base's, or none at all."""
-    last = [run[-1]["frechet_distance"] for runs in by_run(rows).values() for run in runs.values()]
+def collapsed(rows: Sequence[Mapping[str, Any]], base: Mapping[str, float]) -> dict[str, dict[str, int]]:
+    """How many runs of each setting end with a Frechet distance beyond `COLLAPSED` times the base's, or with none."""
     limit = COLLAPSED * base["frechet_distance"]
-    return {"count": sum(not distance <= limit for distance in last), "of": len(last)}
+    last = {setting: [run[-1]["frechet_distance"] for run in runs.values()] for setting, runs in by_run(rows).items()}
+    return {
+        setting: {"count": sum(not distance <= limit for distance in distances), "of": len(distances)}
+        for setting, distances in last.items()
+    }
 
 
 def over_cells(areas: Areas, quality: str) -> dict[str, Any]:

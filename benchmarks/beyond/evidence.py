@@ -4,7 +4,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from beyond.runs import Place, Run, read_json, rows_of
 
 from trl_sipo.errors import ConfigurationError
 
+#: Of the file.
+NAME = "runs.json"
 #: The base's measures that are kept.
 BASE_MEASURES = ("accuracy", "second_accuracy", "reward", "frechet_distance", "diversity")
 #: Digits that are kept; the next are beyond what a run tells.
@@ -29,11 +31,18 @@ class Evidence:
         bases: Name -> measure -> value.
         records: As `runs.make` writes them, with "is_long" in place of the steps.
         missing: Names of the runs that were asked for and are not there.
+        protocol: Digest of the frozen protocol that the runs are of; of a headline's none.
     """
 
     bases: Mapping[str, Mapping[str, float]]
     records: Sequence[Mapping[str, Any]]
     missing: Sequence[str] = ()
+    protocol: str = ""
+
+    @property
+    def of_the_test(self) -> list[Mapping[str, Any]]:
+        """Records of test seeds."""
+        return [record for record in self.records if record["run"]["seed"] in protocol.TEST_SEEDS]
 
     def of_arms(self, arms: Iterable[Arm]) -> "Evidence":
         """Of the runs of the test those of some arms; the long ones and those of tuning as they are."""
@@ -91,7 +100,14 @@ def write(evidence: Evidence, path: Path) -> None:
         about = [cells.index(run["cell"]), arms.index(run["arm"]), run["seed"], run["is_long"], record["seconds"]]
         rows = [[_or_null(row.get(name)) for name in columns] for row in record["rows"]]
         lines.append(json.dumps([*about, rows], separators=(",", ":")))
-    parts = {"bases": evidence.bases, "cells": cells, "arms": arms, "columns": columns, "missing": evidence.missing}
+    parts = {
+        "protocol": evidence.protocol,
+        "bases": evidence.bases,
+        "cells": cells,
+        "arms": arms,
+        "columns": columns,
+        "missing": evidence.missing,
+    }
     head = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in parts.items())
     temporary = path.with_suffix(".tmp")
     temporary.write_text("{" + head + ',\n"runs": [\n' + ",\n".join(lines) + "\n]}\n")
@@ -106,20 +122,28 @@ def read(path: Path) -> Evidence:
     """
     if not path.is_file():
         raise ConfigurationError(f"--evidence {path}: no such file.")
-    content = read_json(path)
     try:
+        content = json.loads(path.read_text())
+        cells = [asdict(Cell(**cell)) for cell in content["cells"]]
         records = [
             {
-                "run": {"cell": content["cells"][cell], "arm": content["arms"][arm], "seed": seed, "is_long": is_long},
+                "run": {"cell": cells[cell], "arm": content["arms"][arm], "seed": seed, "is_long": is_long},
                 "rows": [_row(content["columns"], values) for values in rows],
                 "seconds": seconds,
             }
             for cell, arm, seed, is_long, seconds, rows in content["runs"]
         ]
-        return Evidence(content["bases"], records, content["missing"])
+        bases = {
+            name: {measure: content["bases"][name][measure] for measure in BASE_MEASURES} for name in content["bases"]
+        }
+        absent = {record["run"]["cell"]["base"] for record in records} - set(bases)
+        if absent:
+            raise ValueError(f"no measures of the base {', '.join(sorted(absent))}")
+        return Evidence(bases, records, content["missing"], content["protocol"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         message = (
-            f"{path} is no evidence of this command ({error!r}): `python benchmarks/frontier.py report` writes it."
+            f"{path} is no evidence of this command ({error!r}): take it from where it came from, or make it anew "
+            "from the runs, by `python benchmarks/frontier.py report`."
         )
         raise ConfigurationError(message) from error
 

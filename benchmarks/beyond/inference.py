@@ -138,24 +138,24 @@ class Resampled:
     Attributes:
         value: Of all seeds.
         draws: (draws,): of the resamples, none of fewer than `MIN_SEEDS` seeds.
-        num_seeds: Seeds.
+        seeds: Seeds.
     """
 
     value: float
     draws: np.ndarray
-    num_seeds: int
+    seeds: tuple[int, ...]
 
     def minus(self, other: "Resampled") -> "Resampled":
         """The paired difference: both are of the same seeds, which every draw resamples for both alike."""
-        return Resampled(self.value - other.value, self.draws - other.draws, self.num_seeds)
+        return Resampled(self.value - other.value, self.draws - other.draws, self.seeds)
 
     @property
     def estimate(self) -> Estimate:
         """With the standard error; below rounding there is none."""
-        if self.num_seeds < MIN_SEEDS:
+        if len(self.seeds) < MIN_SEEDS:
             return Estimate(self.value)
-        error = float(self.draws.std()) * inflation(self.num_seeds)
-        return Estimate(self.value, error if error > 1e-12 else 0.0, self.num_seeds - 1)
+        error = float(self.draws.std()) * inflation(len(self.seeds))
+        return Estimate(self.value, error if error > 1e-12 else 0.0, len(self.seeds) - 1)
 
 
 def resampled_area(points: Points, base: Mapping[str, float], quality: Quality = PRIMARY) -> Resampled:
@@ -166,7 +166,7 @@ def resampled_area(points: Points, base: Mapping[str, float], quality: Quality =
     # Few seeds have few different resamples: each is computed once.
     different, times = np.unique(draws, axis=0, return_counts=True)
     values = area(points, base, np.concatenate([np.ones((1, num_seeds)), different]), quality)
-    return Resampled(float(values[0]), np.repeat(values[1:], times), num_seeds)
+    return Resampled(float(values[0]), np.repeat(values[1:], times), points.seeds)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:

@@ -148,13 +148,14 @@ LONG_ARMS: Sequence[Arm] = (
     _sipo("SIPO", 20.0, 0.1),
     _dpo("proximal", 20.0, 0.5),
 )
-#: Added after the test, and so part of no frozen number: what else two compared methods could be set to, so that they
-#: have as many settings as the proximal term had in tuning. In the on-policy cells.
+#: Added after the test, and so part of no frozen number: more of what other methods can be set to, which tuning left
+#: out or did not try, as it tried most settings of the proximal term. In the on-policy cells.
 MORE_SETTINGS: Sequence[Arm] = (
     *(_dpo("DPO", beta) for beta in (200.0, 2000.0)),
     *(_dpo("DPO", beta, learning_rate=FAST) for beta in (500.0, 5000.0)),
     _dpo("DPO", 2000.0, learning_rate=3 * FAST),
     *(_sipo("SIPO", beta, 0.1, learning_rate=FAST) for beta in (200.0, 2000.0)),
+    *(_arm("KTO", "kto", f"beta {beta:g}", 0.0, "", beta=beta, learning_rate=FAST) for beta in (200.0, 2000.0)),
 )
 #: Changes that are tried: tested where they could move the frontier, on bases that tuning has not seen.
 CANDIDATES = (

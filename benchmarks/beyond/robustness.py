@@ -52,10 +52,10 @@ def _cells_apart(found: Mapping[Cell, Resampled]) -> Estimate:
 def _seeds_at_once(found: Mapping[Cell, Resampled]) -> Estimate | None:
     """Seed 0 of all cells has the same order of pairs and the same noise: seeds as the unit, and not runs."""
     first, *others = found.values()
-    if any(one.num_seeds != first.num_seeds for one in others):
+    if any(one.seeds != first.seeds for one in others):
         return None
     draws = np.mean([one.draws for one in found.values()], axis=0)
-    return Resampled(float(np.mean([one.value for one in found.values()])), draws, first.num_seeds).estimate
+    return Resampled(float(np.mean([one.value for one in found.values()])), draws, first.seeds).estimate
 
 
 def _bases_differ(found: Mapping[Cell, Resampled]) -> Estimate | None:
@@ -99,8 +99,13 @@ def variants(settings: Sequence[str]) -> dict[str, Variant]:
     def frechet(worst: float, best: float) -> Variant:
         return Variant(("frechet_distance", partial(on_log_scale, worst=worst, best=best)))
 
-    def in_main(holds: Callable[[Cell], bool], combines: Combines = _cells_apart) -> Variant:
-        return Variant(is_of=lambda cell: cell in MAIN_CELLS and holds(cell), combines=combines)
+    def in_main(
+        holds: Callable[[Cell], bool], combines: Combines = _cells_apart, quality: Quality = PRIMARY
+    ) -> Variant:
+        return Variant(quality, is_of=lambda cell: cell in MAIN_CELLS and holds(cell), combines=combines)
+
+    def of_source(source: str, **other: Any) -> Variant:
+        return in_main(lambda cell: cell.source == source, **other)
 
     tuned = {cell.base for cell in TUNING_CELLS}
     fixed = set(protocol.ALWAYS.items())
@@ -119,9 +124,18 @@ def variants(settings: Sequence[str]) -> dict[str, Variant]:
         ),
         **{f"{SUBJECT} without {one}": Variant(keeps=partial(_keeps, one, False)) for one in settings},
         **{f"{SUBJECT} with {one} alone": Variant(keeps=partial(_keeps, one, True)) for one in settings},
-        "on-policy pairs": in_main(lambda cell: cell.source == "on_policy"),
-        "on-policy pairs, seeds at once": in_main(lambda cell: cell.source == "on_policy", _seeds_at_once),
-        "off-policy pairs": in_main(lambda cell: cell.source == "off_policy"),
+        **{
+            f"{source.replace('_', '-')} pairs{name}": of_source(source, **other)
+            for source in ("on_policy", "off_policy")
+            for name, other in {
+                "": {},
+                ", seeds at once": {"combines": _seeds_at_once},
+                ", accuracy": {"quality": "second_accuracy"},
+                ", accuracy, seeds at once": {"quality": "second_accuracy", "combines": _seeds_at_once},
+                ", diversity": {"quality": "diversity"},
+                ", diversity, seeds at once": {"quality": "diversity", "combines": _seeds_at_once},
+            }.items()
+        },
         "bases that tuning has not seen": in_main(lambda cell: cell.base not in tuned),
         "seeds resampled in all cells at once": Variant(combines=_seeds_at_once),
         "bases as the sample": Variant(combines=_bases_differ),
@@ -137,7 +151,10 @@ def kept(points: Points, method: str, keeps: Keeps) -> Points | None:
     last = dict(points.policies)  # steps ascend
     name = method.split(", stopped")[0]
     chosen = [
-        index for index, (setting, step) in enumerate(points.policies) if keeps(name, setting, step == last[setting])
+        # Of runs that are stopped early, whose step is 0, none is the last.
+        index
+        for index, (setting, step) in enumerate(points.policies)
+        if keeps(name, setting, 0 < step == last[setting])
     ]
     policies = tuple(points.policies[index] for index in chosen)
     return Points(policies, points.seeds, points.values[chosen]) if chosen else None
@@ -164,39 +181,56 @@ def robustness(evidence: Evidence, seeds: Sequence[int]) -> dict[str, Any]:
 def with_more_settings(evidence: Evidence, tested: Evidence, seeds: Sequence[int]) -> dict[str, Any]:
     """The subject as it was frozen against methods that have more settings than the protocol gave them.
 
+    Each is compared in the cells and by the seeds that have all of its added settings.
+
     Args:
         evidence: With the added settings.
         tested: Without.
         seeds: Those of the test.
 
     Returns:
-        "compared": as `robustness` has its variants, over the cells in which settings were added; "settings": how many
-        each method has there; "alone": the area of each added setting alone. Empty where none was added.
+        "compared": method -> how many settings it has, those that were added, names of cells, fewest seeds of one, and
+        the area of the subject minus its own, "as tested", "with more" and that of "seeds at once"; "alone": the area
+        of each added setting alone. Empty where none was added.
     """
-    areas = Areas(evidence, seeds)
-    settings, known = _settings(areas), _settings(Areas(tested, seeds))
-    added = {key: more for key, every in settings.items() if (more := every - known.get(key, set()))}
-    if not added:
+    areas, before = Areas(evidence, seeds), Areas(tested, seeds)
+    found = {}
+    for reference in REFERENCES:
+        method = reference.split(", stopped")[0]
+        added = _settings(areas, method) - _settings(before, method)
+        cells = [cell for cell in areas.points if added and added <= _settings(areas, method, [cell])]
+        compared = _with_more(areas, before, reference, cells)
+        if compared:
+            settings = {"settings": len(_settings(areas, method, cells)), "added": sorted(added)}
+            found[reference] = {**settings, "cells": [cell.name for cell in cells], **compared}
+    new = {(one.split(", stopped")[0], setting) for one, row in found.items() for setting in row["added"]}
+    alone = [row for row in _settings_alone(areas) if (row["method"], row["setting"]) in new]
+    return {"compared": found, "alone": alone} if found else {}
+
+
+def _settings(areas: Areas, method: str, cells: Sequence[Cell] | None = None) -> set[str]:
+    """Of a method, in some cells or in any."""
+    return {setting for cell in cells or areas.rows for setting in by_run(areas.rows[cell].get(method, ()))}
+
+
+def _with_more(areas: Areas, before: Areas, reference: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    variant = Variant()
+    both = {
+        cell: [_difference(one, cell, reference, variant) for one in (before, areas)]
+        for cell in cells
+        if reference in areas.points[cell] and SUBJECT in areas.points[cell]
+    }
+    both = {cell: pair for cell, pair in both.items() if None not in pair}
+    if not both:
         return {}
-    is_of = {cell for cell, _ in added}.__contains__
-    methods = {method: len(settings[cell, method]) for cell, method in added}
-    compared = {
-        name: _compared(areas, Variant(is_of=is_of, combines=combines))
-        for name, combines in (("seeds of each cell", _cells_apart), ("seeds at once", _seeds_at_once))
-    }
-    new = {(method, setting) for (_, method), more in added.items() for setting in more}
+    old, new = ({cell: pair[side] for cell, pair in both.items()} for side in (0, 1))
+    at_once = _seeds_at_once(new)
     return {
-        "compared": {
-            name: {other: row for other, row in rows.items() if other.split(", stopped")[0] in methods}
-            for name, rows in compared.items()
-        },
-        "settings": methods,
-        "alone": [row for row in _settings_alone(areas) if (row["method"], row["setting"]) in new],
+        "seeds": min(len(one.seeds) for one in new.values()),
+        "as tested": _cells_apart(old).as_record(-1.0),
+        "with more": _cells_apart(new).as_record(-1.0),
+        "seeds at once": at_once.as_record(-1.0) if at_once else None,
     }
-
-
-def _settings(areas: Areas) -> dict[tuple[Cell, str], set[str]]:
-    return {(cell, method): set(by_run(rows)) for cell, found in areas.rows.items() for method, rows in found.items()}
 
 
 def _compared(areas: Areas, variant: Variant) -> dict[str, Any]:

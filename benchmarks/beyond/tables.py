@@ -11,6 +11,11 @@ from beyond.points import STOPPING, points_of
 from beyond.robustness import REFERENCES as COMPARED
 from beyond.robustness import SUBJECT
 
+SHARED_SEEDS = (
+    "Intervals and p-values over several cells take these as independent. Cells share the numbers of their seeds, and "
+    'with these the order of pairs and the noise: rows named "at once" under Robustness resample seeds in all cells '
+    "together. Of one or two seeds there is no interval; the area of one seed is not cross-fitted."
+)
 QUICK_NOTE = "Quick runs of a few steps: these numbers mean nothing."
 
 
@@ -37,8 +42,9 @@ def tables(result: Mapping[str, Any]) -> str:
         f"Settings added after the test: area of {SUBJECT} minus that of others": added_table(added),
         "Settings added after the test: the area of each alone": settings_table(added.get("alone", [])),
     }
-    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     notes = [QUICK_NOTE] if result.get("is_quick") else []
+    notes.append(SHARED_SEEDS)
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items() if table)
     if result["missing"]:
         notes.append(f"{len(result['missing'])} runs of the protocol are missing; they are named in `frontier.json`.")
     return "\n\n".join([*notes, text]) + "\n"
@@ -94,18 +100,22 @@ def cells_table(result: Mapping[str, Any]) -> str:
 
 
 def collapsed_table(result: Mapping[str, Any]) -> str:
-    """Runs of each method and cell that had collapsed at their last step."""
+    """Runs of each setting and cell that had collapsed at their last step."""
     cells = result["cells"]
-    methods = list(
-        dict.fromkeys(name for cell in cells.values() for name, row in cell["methods"].items() if "collapsed" in row)
+    names = dict.fromkeys(
+        (method, setting)
+        for cell in cells.values()
+        for method, row in cell["methods"].items()
+        for setting in row.get("collapsed", {})
     )
     lines = []
-    for method in methods:
-        found = [cell["methods"].get(method, {}).get("collapsed") for cell in cells.values()]
+    for method, setting in names:
+        found = [cell["methods"].get(method, {}).get("collapsed", {}).get(setting) for cell in cells.values()]
         total = [sum(part[name] for part in found if part) for name in ("count", "of")]
         shown = [f"{part['count']}/{part['of']}" if part else "" for part in found]
-        lines.append([method, f"{total[0]}/{total[1]}", *shown])
-    return markdown(["method", "all", *(name.replace("_", " ") for name in cells)], lines) if lines else ""
+        lines.append([method, setting, f"{total[0]}/{total[1]}", *shown])
+    head = ["method", "setting", "all", *(name.replace("_", " ") for name in cells)]
+    return markdown(head, lines) if lines else ""
 
 
 def single_table(result: Mapping[str, Any], when: str) -> str:
@@ -156,18 +166,14 @@ def variants_table(result: Mapping[str, Any]) -> str:
 
 
 def added_table(found: Mapping[str, Any]) -> str:
-    """The subject as it was frozen against methods with more settings, where settings were added."""
-    if not found:
-        return ""
-    counts = ", ".join(f"{method} has {count} settings" for method, count in found["settings"].items())
-    others = list(dict.fromkeys(other for row in found["compared"].values() for other in row))
-    lines = [
-        [f"{name}; {counts}", str(max(one["cells"] for one in row.values()))]
-        + [interval(row[other], "+") if other in row else "" for other in others]
-        for name, row in found["compared"].items()
-        if row
-    ]
-    return markdown(["resampled", "cells", *others], lines)
+    """The subject as it was frozen against methods with more settings than the protocol gave them."""
+    lines = []
+    for reference, row in found.get("compared", {}).items():
+        shown = [interval(row[name], "+") if row[name] else "" for name in ("as tested", "with more", "seeds at once")]
+        counts = f"{row['settings'] - len(row['added'])} + {len(row['added'])}"
+        lines.append([reference, counts, str(len(row["cells"])), str(row["seeds"]), *shown])
+    head = ["method", "settings", "cells", "seeds", "as tested", "with the added", "seeds at once"]
+    return markdown(head, lines) if lines else ""
 
 
 def settings_table(rows: Sequence[Mapping[str, Any]]) -> str:

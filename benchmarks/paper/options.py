@@ -13,17 +13,18 @@ from trl_sipo.errors import ConfigurationError, StorageError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def add_places(parser: argparse.ArgumentParser, reports: Path) -> None:
+def add_places(parser: argparse.ArgumentParser, reports: Path, runs: str) -> None:
     """Add the options `--workers`, `--quick`, `--runs` and `--output`.
 
     Args:
         parser: What they are added to.
-        reports: Folder of the study's report; runs go to one of the same name.
+        reports: Folder of the study's report.
+        runs: Name of the folder of its runs, which git ignores.
     """
     add = parser.add_argument
     add("--workers", type=int, default=2, help="training processes at a time, of one thread each")
     add("--quick", action="store_true", help="a few steps, to see that it runs; numbers mean nothing")
-    add("--runs", type=Path, default=ROOT / "runs" / reports.name, help="where runs are kept")
+    add("--runs", type=Path, default=ROOT / "runs" / runs, help="where runs are kept")
     add("--output", type=Path, help=f"where results go; default: reports/{reports.name}, quick: --runs")
 
 

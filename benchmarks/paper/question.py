@@ -51,7 +51,7 @@ def make_parser(title: str) -> argparse.ArgumentParser:
     """The options of every question."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(protocol.SEEDS), help="of training")
-    add_places(parser, REPORTS)
+    add_places(parser, REPORTS, "paper")
     return parser
 
 

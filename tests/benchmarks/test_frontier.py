@@ -140,11 +140,11 @@ def test_what_is_frozen_is_tested_and_reported(script, frontier, place, capsys):
     assert "mean nothing" in table and "Difference from DPO, stopped by loss" in table
     result = json.loads((place.root / "frontier.json").read_text())
     assert result["protocol"] == frozen["digest"] and len(result["missing"]) == 1
-    assert "| seeds at once; " in table.split("Settings added after the test: area")[1]
-    more = result["more_settings"]
-    tested = result["cells"]["shipped, on_policy"]["methods"]["DPO"]["settings"]
-    assert more["settings"]["DPO"] == tested + sum(row["method"] == "DPO" for row in more["alone"]) > tested
-    assert set(more["compared"]["seeds at once"]) == {"DPO", "DPO, stopped by reward", "DPO, stopped by loss", "SIPO"}
+    more = result["more_settings"]["compared"]
+    assert set(more) == {"DPO", "DPO, stopped by reward", "DPO, stopped by loss", "SIPO", "KTO"}
+    tested = result["cells"]["shipped, on_policy"]["methods"]["DPO"]
+    assert more["DPO"]["settings"] == tested["settings"] + len(more["DPO"]["added"]) > tested["settings"]
+    assert f"| {tested['settings']} + {len(more['DPO']['added'])} | 1 | 2 |" in table.split("Settings added")[1]
     for cell in result["cells"].values():
         for method in cell["methods"].values():
             assert 0 <= method["area"]["frechet_distance"]["value"] <= 1
@@ -154,10 +154,19 @@ def test_what_is_frozen_is_tested_and_reported(script, frontier, place, capsys):
 
 def _the_same_from_the_evidence(frontier, place):
     before = (place.root / "frontier.json").read_text()
-    evidence = place.root / "runs.json"
+    evidence, other = place.root / "runs.json", place.root / "other"
     shutil.rmtree(place.root / "runs")
-    frontier.main(_words(place, "report", "--evidence", str(evidence)))
-    assert (place.root / "frontier.json").read_text() == before and evidence.stat().st_size < 200_000
+    frontier.main(_words(place, "report", "--evidence", str(evidence), "--output", str(other)))
+    assert (other / "frontier.json").read_text() == before and evidence.stat().st_size < 200_000
+    content = json.loads(evidence.read_text())
+    for name, value, message in (
+        ("protocol", "0", "is of the protocol 0, and protocol.json"),
+        ("runs", [], "no test"),
+    ):
+        evidence.write_text(json.dumps({**content, name: value}))
+        with pytest.raises(SystemExit, match=message):
+            frontier.main(_words(place, "report", "--evidence", str(evidence)))
+    assert (place.root / "frontier.json").read_text() == before
 
 
 def test_a_test_needs_the_frozen_protocol_and_the_code_that_it_was_frozen_with(script, frontier, place, monkeypatch):
@@ -206,6 +215,16 @@ def test_nothing_is_frozen_after_the_test_but_the_same(script, frontier, place):
     with pytest.raises(SystemExit, match="another protocol .arms is"):
         frontier.main(_words(place, "freeze"))
     assert path.read_text() == before
+
+
+def test_nothing_else_is_frozen_where_a_report_has_test_runs_that_are_kept_elsewhere(script, frontier, place):
+    _freeze(script, frontier, place)
+    frontier.main(_words(place, "report"))
+    _remove_test_runs(script, place)
+    frontier.main(_words(place, "freeze"))
+    (place.root / "protocol.json").unlink()
+    with pytest.raises(SystemExit, match="test runs were made already"):
+        frontier.main(_words(place, "freeze"))
 
 
 def test_freezing_needs_every_tuning_run(script, frontier, place):
@@ -283,10 +302,18 @@ def test_evidence_that_is_none_is_refused(frontier, script, tmp_path):
     with pytest.raises(ConfigurationError, match="no such file"):
         evidence.read(tmp_path / "nothing.json")
     path = tmp_path / "torn.json"
-    for text in ("{", "{}", '{"runs": [[0]], "columns": [], "cells": [], "arms": [], "bases": {}, "missing": []}'):
-        path.write_text(text)
-        with pytest.raises(ConfigurationError, match="no whole JSON|no evidence"):
+    cell, arm = asdict(script("beyond.protocol").MAIN_CELLS[0]), asdict(script("beyond.protocol").ARMS[0])
+    whole = {"protocol": "0", "cells": [cell], "arms": [arm], "columns": [], "missing": [], "bases": {"shipped": BASE}}
+    whole["runs"] = [[0, 0, 0, False, 1.0, []]]
+    path.write_text(json.dumps(whole))
+    assert evidence.read(path).records[0]["run"]["cell"] == cell
+    for part in ({"runs": [[0]]}, {"bases": {}}, {"bases": {"shipped": {}}}, {"cells": [{"odd": 1}]}, {"cells": 0}):
+        path.write_text(json.dumps({**whole, **part}))
+        with pytest.raises(ConfigurationError, match="no evidence .*take it from where it came from"):
             evidence.read(path)
+    path.write_text(json.dumps(whole)[:-9])
+    with pytest.raises(ConfigurationError, match="no evidence"):
+        evidence.read(path)
 
 
 # What runs share.
