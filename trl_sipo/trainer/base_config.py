@@ -48,7 +48,7 @@ class DiffusionPreferenceConfig(SafetyConfig, DPOConfig):
         sft_weight: Weight of an added denoising loss (mean squared error) on the chosen image.
         proximal_kappa: Weight kappa of an added pull to the reference, `(beta * kappa / 2) * (d_chosen + d_rejected)`
             with d the mean squared distance of the policy's prediction from the reference's. Above 0.5 Diffusion-DPO
-            has an optimum however small beta is, with any pairs; at 0.5 with pairs of the reference's own samples.
+            has an optimum however small beta is, with any pairs; at 0.5 with pairs of two samples of the reference.
             Another loss has another threshold, as the run says at its start. 0, the default, switches the term off.
             Needs no forward pass more, but the reference's predictions: of a live reference, or stored
             (`precompute_ref_predictions`).

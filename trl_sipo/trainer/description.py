@@ -49,7 +49,7 @@ def describe_kappa(trainer: Any) -> str:
     # Where samples weigh differently, or are imitated too, or are the steps of a sampler, it is no tilted reference.
     is_tilt = is_even and not trainer.args.sft_weight and not trainer.args.reads_trajectories
     wins = f"wins up to {optimal_win_rate(BOUNDED_KAPPA * kappa / needed):.1%} against it" if is_tilt else ""
-    own = "for pairs drawn from the reference"
+    own = "for pairs of two samples of the reference"
     if kappa == needed:
         least = f"the least with which {loss} has an optimum {own}"
         return f"{line} ({least}{wins and f', which {wins}'}; for other pairs take more)"

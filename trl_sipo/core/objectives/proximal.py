@@ -6,9 +6,9 @@ Per pair, with `d = mean((policy prediction - reference prediction)^2)` of each 
     (beta * kappa / 2) * (d_chosen + d_rejected)
 
 As `rho^2 d / 2` is the divergence KL(p_theta || p_ref) of a denoising step per latent dimension, this is a KL term
-whose weight is tied to beta. With the loss of Diffusion-DPO, as beta goes to 0, with both arms of the pairs drawn from
-the reference and a reference that predicts its own samples best, the optimum is what predicts one distribution at all
-levels, in every parameterisation:
+whose weight is tied to beta. With the loss of Diffusion-DPO, as beta goes to 0, with both arms of a pair drawn from
+the reference, independently, and a reference that predicts its own samples best, the optimum is what predicts one
+distribution at all levels, in every parameterisation:
 
     p*(x_0) = p_ref(x_0) * (1 + (P(win | x_0) - 1/2) / kappa)
 
@@ -49,7 +49,7 @@ def check_kappa(kappa: float, *, name: str = "proximal_kappa") -> None:
     if not 0 <= kappa < float("inf"):
         raise ConfigurationError(
             f"{name}={kappa} must be zero or positive, and finite: 0 switches the proximal term off, and with "
-            f"{BOUNDED_KAPPA} or more Diffusion-DPO has an optimum for pairs of the reference's own samples."
+            f"{BOUNDED_KAPPA} or more Diffusion-DPO has an optimum for pairs of two samples of the reference."
         )
 
 
