@@ -5,6 +5,7 @@
     python benchmarks/frontier.py tune         # tuning runs, and what they gave
     python benchmarks/frontier.py freeze       # the protocol of the test, before the test
     python benchmarks/frontier.py test         # the test: many hours; a stopped one goes on where it was
+    python benchmarks/frontier.py test --cells settings    # settings that were added after the test
     python benchmarks/frontier.py report       # results, tables and figures from the runs that are there
     python benchmarks/frontier.py report --evidence reports/beyond/runs.json    # the same without a run
 
