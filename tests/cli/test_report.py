@@ -158,7 +158,14 @@ def watched(run):
     """A page that is written again and again by a process of its own."""
     output = run.parent / "watched.html"
     words = [sys.executable, "-m", "trl_sipo.cli.main", "report", str(run), "--output", str(output), "--watch", "1"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A process that was started in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
         _wait(output.exists)
         yield run, output, process
         process.kill()
