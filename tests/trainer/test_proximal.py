@@ -322,8 +322,8 @@ def test_a_step_that_was_not_finite_is_computed_again_with_its_term(tmp_path):
 @pytest.mark.parametrize(
     ("method", "kappa", "expected"),
     [
-        (DPO, 0.5, "the least with .* of two samples of the reference, which wins up to 66.7% against it; for other pairs"),
-        (DPO, 0.6, "above 0.5: .* whatever the pairs are; for pairs of two samples of the reference it wins up to 63.9%"),
+        (DPO, 0.5, "the least with .* of two samples of the reference, which wins up to 66.7% against it; for other"),
+        (DPO, 0.6, "above 0.5: .* whatever .*; for pairs of two samples of the reference it wins up to 63.9%"),
         (DPO, 0.4, "below 0.5: no optimum is sure"),
         (replace(SMOOTHED, options={"label_smoothing": 0.2}), 0.6, "above 0.3: .* wins up to 58.3%"),
         (replace(SMOOTHED, options={"label_smoothing": 0.4999}), 0.0001, "the least with .* 66.7%"),
@@ -344,7 +344,7 @@ def test_a_step_that_was_not_finite_is_computed_again_with_its_term(tmp_path):
             "the least with which this loss, its mask and weights taken as they are, .* reference; for other",
         ),
         (replace(DPO_CM, options={"importance_steps": 2, "mask_threshold": 0.999999}), 0.5, r"kappa = 0.5\n"),
-        (D3PO, 0.5, "the least with which this loss has an optimum for pairs of two samples of the reference; for other"),
+        (D3PO, 0.5, "the least with which .* has an optimum for pairs of two samples of the reference; for other"),
         (KTO, 0.5, r"kappa = 0.5\n"),
     ],
     ids=lambda value: getattr(value, "name", None),
