@@ -180,12 +180,14 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
         pause, slider = tab.locator("#pause"), tab.locator("#levels-0")
         while pause.get_attribute("aria-pressed") != "true":  # so that it holds still while it is set
             pause.click()  # lost when the page is loaded again between the button's going down and up
+        tab.wait_for_timeout(1500)  # a load that had begun already would take the focus from what follows
+        expect(pause).to_have_attribute("aria-pressed", "true")
         card = tab.locator(".card", has=tab.get_by_role("heading", name="Margin"))
         card.locator("summary").click()
         tab.locator("#theme").click()
         card.get_by_role("button", name="held out").click()
-        slider.focus()
-        tab.keyboard.press("Home")
+        while slider.get_attribute("aria-valuetext") != "step 0":
+            slider.press("Home")
         tab.evaluate("scrollTo(0, 300)")
         with (run / "run_log/metrics.jsonl").open("a") as file:
             append_line_to(file, learning(15))
