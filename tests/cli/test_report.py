@@ -171,12 +171,34 @@ def watched(run):
         process.kill()
 
 
-def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
+def _add_a_step(run):
+    with (run / "run_log/metrics.jsonl").open("a") as file:
+        append_line_to(file, learning(15))
+        file.write('{"step": 20, "loss":')  # torn, as it is being written
+
+
+def test_a_watched_page_looks_again_until_it_is_interrupted(watched, browser):
     run, output, process = watched
     with open_context(browser) as context:
         tab = context.new_page()
         tab.goto(output.as_uri())
         expect(tab.get_by_text("The page looks again every 1 s.")).to_be_visible()
+        _add_a_step(run)
+        expect(tab.locator(".facts")).to_contain_text("step 15", timeout=60_000)
+        assert context.failures == []
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped watching" in printed, errors
+    page = output.read_text(encoding="utf-8")
+    assert "The page looks again" not in page and not re.search("http-equiv=.refresh", page)
+
+
+@pytest.mark.slow
+def test_a_watched_page_stays_as_it_was_set(watched, browser):
+    run, output, _ = watched
+    with open_context(browser) as context:
+        tab = context.new_page()
+        tab.goto(output.as_uri())
         pause, slider = tab.locator("#pause"), tab.locator("#levels-0")
         while pause.get_attribute("aria-pressed") != "true":  # so that it holds still while it is set
             pause.click()  # lost when the page is loaded again between the button's going down and up
@@ -189,9 +211,7 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
         while slider.get_attribute("aria-valuetext") != "step 0":
             slider.press("Home")
         tab.evaluate("scrollTo(0, 300)")
-        with (run / "run_log/metrics.jsonl").open("a") as file:
-            append_line_to(file, learning(15))
-            file.write('{"step": 20, "loss":')  # torn, as it is being written
+        _add_a_step(run)
         pause.evaluate("(button) => button.focus({preventScroll: true})")
         tab.keyboard.press("Enter")
         expect(tab.locator(".facts")).to_contain_text("step 15", timeout=60_000)
@@ -203,11 +223,6 @@ def test_a_watched_page_looks_again_and_stays_as_it_was_set(watched, browser):
         expect(card.get_by_role("button", name="training")).to_have_attribute("aria-pressed", "true")
         tab.wait_for_function("() => Math.abs(scrollY - 300) < 40")
         assert context.failures == []
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Stopped watching" in printed, errors
-    page = output.read_text(encoding="utf-8")
-    assert "The page looks again" not in page and not re.search("http-equiv=.refresh", page)
 
 
 def test_a_page_that_is_paused_while_it_looks_again_holds_still(watched, browser):
