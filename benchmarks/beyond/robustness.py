@@ -218,7 +218,7 @@ def _with_more(areas: Areas, before: Areas, reference: str, cells: Sequence[Cell
     both = {
         cell: [_difference(one, cell, reference, variant) for one in (before, areas)]
         for cell in cells
-        if reference in areas.points[cell] and SUBJECT in areas.points[cell]
+        if SUBJECT in areas.points[cell]
     }
     both = {cell: pair for cell, pair in both.items() if None not in pair}
     if not both:
